@@ -1,0 +1,87 @@
+"""Keyed folders of stage results: load or compute, whatever happens in between.
+
+`root/<stage>/<key>/` holds the result of a stage, `key` a hash of exactly what the result depends on. A folder is written
+beside its place and renamed, so that it is whole or absent, also after kill -9; a lock makes several processes (or
+machines on one shared file system) that want the same folder compute it once.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+log = logging.getLogger(__name__)
+
+
+def artifact_key(inputs: dict[str, Any]) -> str:
+    """16 hex digits that change whenever a value in `inputs` (JSON types) does."""
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+class ArtifactStore:
+    """Results below `root`, one folder per stage and key."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def folder(self, stage: str, inputs: dict[str, Any]) -> Path:
+        """Where the result for `inputs` lies or will lie."""
+        return self.root / stage / artifact_key(inputs)
+
+    def load_or_compute(self, stage: str, inputs: dict[str, Any], compute: Callable[[Path], None]) -> tuple[Path, bool]:
+        """The folder with the result of `stage`, and whether it was there already.
+
+        Args:
+            inputs: everything that the result depends on, in JSON types; kept beside it as inputs.json.
+            compute: writes the result into the empty folder it is given.
+
+        Raises:
+            OSError: the store cannot be written.
+        """
+        target = self.folder(stage, inputs)
+        if target.is_dir():
+            return target, True
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(target.with_suffix(".lock"))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            log.info("%s: another process is computing %s, waiting for it", stage, target.name)
+            lock.acquire()
+        try:
+            if target.is_dir():
+                return target, True
+            for stale in target.parent.glob(f"{target.name}.tmp-*"):  # of killed runs: the lock is ours
+                shutil.rmtree(stale, ignore_errors=True)
+            temporary = target.with_suffix(f".tmp-{os.getpid()}")
+            temporary.mkdir()
+            try:
+                compute(temporary)
+                write_json(temporary / "inputs.json", inputs)
+                temporary.rename(target)
+            except BaseException:
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise
+            return target, False
+        finally:
+            lock.release()
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))

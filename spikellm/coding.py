@@ -1,0 +1,69 @@
+"""Parameters of a neuron's code: grain assignments and the tables that they spell out.
+
+A code over T time steps is a table (theta_t, h_t, d_t), t = 0 .. T-1, and an initial potential v0 (see `neuron.py`).
+Multi-granularity phase coding (Zheng et al., ICLR 2026) writes the table with few numbers: the T phases are cut into G
+grains, consecutive phases that share bases, and with the grain a(t) of phase t
+
+    d_t = tau B[a(t)]^-(t+1)     h_t = tau H[a(t)]^-(t+1)     theta_t = tau Theta[a(t)]^-(t+1)
+
+The exponent counts from the first phase of the code, not of the grain: the convention of the authors' published files.
+tau is the amplitude of the site (its largest activation, or what the search makes of it), not a time constant.
+
+Base 2 in all three places with v0 = tau 2^-T / 2 is a signed (T+1)-bit uniform quantiser with one scale:
+|y - |x|| <= tau 2^-(T+1) for |x| <= tau (1 - 2^-T). Every report shows it beside the fitted code.
+"""
+
+from itertools import combinations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def assignments(T: int, G: int, *, min_length: int = 2) -> Int[Tensor, "A T"]:
+    """All A = C(T - (min_length - 1) G - 1, G - 1) ways to cut T phases into G grains of at least `min_length` phases.
+
+    Each row is the grain index of every phase: non-decreasing, 0 .. G-1.
+
+    Raises:
+        ValueError: T phases cannot hold G grains.
+    """
+    if G < 1 or min_length < 1 or T < min_length * G:
+        raise ValueError(f"T={T} phases cannot be cut into G={G} grains of at least {min_length} phases")
+    slack = T - (min_length - 1) * G
+    rows = []
+    for cuts in combinations(range(1, slack), G - 1):
+        edges = (0, *cuts, slack)
+        lengths = [stop - start + min_length - 1 for start, stop in zip(edges, edges[1:], strict=False)]
+        rows.append([grain for grain, length in enumerate(lengths) for _ in range(length)])
+    return torch.tensor(rows, dtype=torch.int64)
+
+
+def even_assignment(T: int, G: int, *, min_length: int = 2) -> Int[Tensor, " T"]:
+    """The assignment whose grains are as equal in length as T and G allow, the longer ones first."""
+    rows = assignments(T, G, min_length=min_length)
+    lengths = torch.stack([(rows == grain).sum(1) for grain in range(G)], dim=1)
+    spread = (lengths.float() - T / G).square().sum(1)
+    # of equally even rows the one with the longest first grains: it comes last in the enumeration
+    best = int((spread == spread.min()).nonzero().max())
+    return rows[best]
+
+
+def phase_amplitudes(
+    tau: Float[Tensor, "*sites"], bases: Float[Tensor, "*sites G"], assignment: Int[Tensor, "*sites T"]
+) -> Float[Tensor, "*sites T"]:
+    """tau * bases[a(t)]^-(t+1): one row (d, h or theta) of the table, for any number of sites at once."""
+    steps = torch.arange(1, assignment.shape[-1] + 1, device=bases.device, dtype=bases.dtype)
+    per_phase = bases.gather(-1, assignment.expand(*bases.shape[:-1], assignment.shape[-1]))
+    return tau.unsqueeze(-1) * per_phase.pow(-steps)
+
+
+def default_v0(tau: Float[Tensor, "*sites"], T: int) -> Float[Tensor, "*sites"]:
+    """Half of the last base-2 step, tau 2^-T / 2: rounds to the nearest level instead of down."""
+    return tau * 2.0 ** -(T + 1)
+
+
+def base2_amplitudes(tau: Float[Tensor, "*sites"], T: int) -> Float[Tensor, "*sites T"]:
+    """tau 2^-(t+1): d, h and theta of base-2 phase coding."""
+    steps = torch.arange(1, T + 1, device=tau.device, dtype=tau.dtype)
+    return tau.unsqueeze(-1) * 2.0**-steps

@@ -1,0 +1,221 @@
+"""The configuration: every field with its default, unit, meaning and check. The only home of a default.
+
+`conf/` holds deltas only. Hydra composes YAML and command line onto these dataclasses; `main.py` turns the result into
+instances once (`OmegaConf.to_object`), which runs the checks below. No DictConfig goes further, and this module imports
+no torch, so that `--help` and a sweep's composition stay fast.
+
+Numeric option groups: Hydra 1.3 refuses `grain=3` where `grain` is a group, so `quote_numeric_options` writes
+`grain='3'` before Hydra reads the command line.
+"""
+
+import re
+from dataclasses import MISSING, dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+
+PROJECT_ROOT = Path(__file__).resolve().parent.parent
+NUMERIC_GROUPS = ("grain", "timesteps")
+STAGE_NAMES = ("calibrate", "search", "convert", "evaluate")
+MAX_T = 16
+
+
+class InputError(ValueError):
+    """Wrong input from the user: the message names the key, the value and the cure; main.py prints it as one line."""
+
+
+class ModelSource(Enum):
+    gguf = "gguf"  # a GGUF file inside an installed Python package
+    hub = "hub"  # hub id or local folder in transformers' format
+    random = "random"  # freshly initialised, for tests
+
+
+class DType(Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class RotationKind(Enum):
+    hadamard = "hadamard"
+    none = "none"
+
+
+class Coding(Enum):
+    phase = "phase"
+
+
+class Execution(Enum):
+    folded = "folded"
+
+
+class SearchMethod(Enum):
+    base2 = "base2"
+
+
+class DatasetSource(Enum):
+    pydocs = "pydocs"  # the language reference that every CPython carries (pydoc_data.topics)
+    text = "text"  # a local UTF-8 text file
+    hub = "hub"  # a data set of the hub, rows joined by blank lines
+
+
+class Device(Enum):
+    cpu = "cpu"
+    cuda = "cuda"
+    auto = "auto"  # accelerate's device map over all GPUs
+
+
+class Tracker(Enum):
+    none = "none"
+    wandb = "wandb"
+
+
+def _check(condition: bool, key: str, value: Any, cure: str) -> None:
+    if not condition:
+        raise InputError(f"{key}={value}: {cure}")
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    name: str = MISSING  # short name, in results and folder names
+    source: ModelSource = MISSING
+    path: str = MISSING  # hub id, local folder, or package:file for gguf, or architecture for random
+    revision: str | None = None  # branch, tag or commit on the hub
+    dtype: DType = DType.float32  # of the weights and of evaluation; rotation is always float64
+    seed: int = 0  # of the weights; source=random only
+    options: dict[str, Any] = field(default_factory=dict)  # overrides of the architecture's config; source=random only
+
+
+@dataclass(kw_only=True, slots=True)
+class SpikingConfig:
+    T: int = MISSING  # time steps = phases of the code [steps]
+    grain: str = MISSING  # number of grains G: 1, 2, 3, .. or auto; set by the group `grain`
+    min_grain_length: int = 2  # phases in a grain, at least [steps]
+    coding: Coding = Coding.phase
+    execution: Execution = Execution.folded
+
+    def __post_init__(self) -> None:
+        _check(1 <= self.T <= MAX_T, "snn.T", self.T, f"takes 1 to {MAX_T} time steps")
+        _check(self.min_grain_length >= 1, "snn.min_grain_length", self.min_grain_length, "must be at least 1")
+        _check(self.grain == "auto" or self.grain.isdigit() and int(self.grain) > 0, "grain", self.grain, "takes 1, 2, 3 or auto")
+        if self.grain != "auto":
+            needed = self.min_grain_length * int(self.grain)
+            _check(
+                self.T >= needed, "snn.T", f"{self.T} with grain={self.grain}",
+                f"{self.grain} grains of at least {self.min_grain_length} phases need snn.T >= {needed}; "
+                "take more time steps or fewer grains",
+            )  # fmt: skip
+
+
+@dataclass(kw_only=True, slots=True)
+class RotationConfig:
+    kind: RotationKind = RotationKind.hadamard  # R1..R4; none: the model as it is
+    seed: int = 0  # of R1's random signs
+
+
+@dataclass(kw_only=True, slots=True)
+class PrefixConfig:
+    enabled: bool = True  # keys and values of outlier tokens before every sequence
+    eta: float = 64.0  # a token is an outlier where its largest |x| exceeds eta times the median token's
+    max_tokens: int = 8  # prefix tokens, at most
+
+    def __post_init__(self) -> None:
+        _check(self.eta > 1, "prefix.eta", self.eta, "must exceed 1")
+        _check(self.max_tokens >= 1, "prefix.max_tokens", self.max_tokens, "must be at least 1; prefix.enabled=false takes none")
+
+
+@dataclass(kw_only=True, slots=True)
+class TextConfig:
+    """Where a stream of tokens comes from and how it is cut into windows."""
+
+    source: DatasetSource = MISSING
+    path: str | None = None  # local file (source=text) or hub id (source=hub)
+    name: str | None = None  # configuration of the hub data set
+    split: str | None = None  # split of the hub data set; part of the topics for pydocs
+    field: str = "text"  # column of the hub data set that holds the text
+    max_rows: int | None = None  # rows read from the hub data set (streamed where set)
+    window: int = 2048  # [tokens]
+    max_windows: int | None = None  # windows used; null: all
+
+    def __post_init__(self) -> None:
+        _check(self.window >= 2, "dataset.*.window", self.window, "must be at least 2 tokens")
+        _check(self.max_windows is None or self.max_windows >= 1, "dataset.*.max_windows", self.max_windows, "must be at least 1 or null")
+
+
+@dataclass(kw_only=True, slots=True)
+class DatasetConfig:
+    name: str = MISSING
+    calibration: TextConfig = field(default_factory=TextConfig)
+    evaluation: TextConfig = field(default_factory=TextConfig)
+
+
+@dataclass(kw_only=True, slots=True)
+class HardwareConfig:
+    device: Device = MISSING
+    compile: bool = True  # fuse each neuron's T steps into one pass (torch.compile)
+    query_block: int = 256  # queries per block of attention; bounds memory [tokens]
+    threads: int | None = None  # CPU threads; null: torch's choice
+
+    def __post_init__(self) -> None:
+        _check(self.query_block >= 1, "hardware.query_block", self.query_block, "must be at least 1")
+        _check(self.threads is None or self.threads >= 1, "hardware.threads", self.threads, "must be at least 1 or null")
+
+
+@dataclass(kw_only=True, slots=True)
+class SearchConfig:
+    method: SearchMethod = SearchMethod.base2
+
+
+@dataclass(kw_only=True, slots=True)
+class TrackingConfig:
+    kind: Tracker = MISSING
+    project: str = "spikellm"
+
+
+@dataclass(kw_only=True, slots=True)
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    snn: SpikingConfig = field(default_factory=SpikingConfig)
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    rotation: RotationConfig = field(default_factory=RotationConfig)
+    prefix: PrefixConfig = field(default_factory=PrefixConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
+    stages: list[str] = field(default_factory=lambda: list(STAGE_NAMES))
+    seed: int = 0
+    output_root: str = MISSING  # runs, sweeps and artefacts lie below it
+    objective: str = "perplexity.snn"  # key of results.json that main() returns (for optimising sweepers)
+    save_model: bool = False  # write the converted model (transformers format) into the run folder
+
+    def __post_init__(self) -> None:
+        unknown = [stage for stage in self.stages if stage not in STAGE_NAMES]
+        _check(not unknown, "stages", unknown, f"known stages: {', '.join(STAGE_NAMES)}")
+        _check(bool(self.stages), "stages", self.stages, f"name at least one of {', '.join(STAGE_NAMES)}")
+
+
+def register() -> None:
+    """Make the schema and the resolver known to Hydra. Call before composing."""
+    OmegaConf.register_new_resolver("project_root", lambda: str(PROJECT_ROOT), replace=True)
+    ConfigStore.instance().store(name="schema", node=Config)
+
+
+def quote_numeric_options(arguments: list[str]) -> list[str]:
+    """The command line with bare integers of the numeric groups quoted: grain=1,2 -> grain='1','2'.
+
+    Raises:
+        InputError: range() or choice() of a numeric group, which cannot be quoted.
+    """
+    groups = "|".join(NUMERIC_GROUPS)
+    quoted = []
+    for argument in arguments:
+        if match := re.fullmatch(rf"({groups})=(\d+|auto)(,(\d+|auto))*", argument):
+            group, _, options = argument.partition("=")
+            argument = f"{group}=" + ",".join(f"'{option}'" for option in options.split(","))
+        elif match := re.match(rf"({groups})=\s*(range|choice|interval|glob)\(", argument):
+            raise InputError(f"{argument}: {match[2]}() does not work for the group {match[1]}; list the options, as in {match[1]}=1,2,3")
+        quoted.append(argument)
+    return quoted

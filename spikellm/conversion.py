@@ -1,0 +1,112 @@
+"""Turn a pretrained model into a spiking one: a slot at every site, then a neuron in every slot.
+
+    install    norms, activation, o_proj and down_proj become modules with a neuron slot; attention gets its submodule and
+               the model the attention implementation "spiking". Slots are transparent: the model still is the ANN.
+    set_neuron puts an observer or a neuron into one site's slot
+    convert    puts `PhaseNeuron`s at all sites, or fails
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from spikellm.attention import IMPLEMENTATION, SpikingAttention
+from spikellm.modules import SpikingActivation, SpikingLinear, SpikingRMSNorm
+from spikellm.neuron import PhaseNeuron, PhaseTable
+from spikellm.sites import (
+    ACTIVATION,
+    ATTENTION,
+    ATTENTION_NORM,
+    DOWN,
+    FINAL_NORM,
+    GROUP_AXIS,
+    LAYERS,
+    MLP_NORM,
+    OUTPUT,
+    SPIKING_ATTENTION,
+    Site,
+    SiteKind,
+    check_architecture,
+    head_width,
+    sites,
+)
+
+
+def install(model: PreTrainedModel, *, rotated: bool, query_block: int) -> None:
+    """Give every site of `model` a transparent neuron slot, in place.
+
+    Args:
+        rotated: `rotation.rotate` was applied: add the online halves of R3 and R4.
+        query_block: queries per block of attention [tokens].
+
+    Raises:
+        ValueError: unsupported architecture.
+    """
+    check_architecture(model)
+    width = head_width(model.config)
+    for layer in model.get_submodule(LAYERS):
+        weight = layer.get_submodule(OUTPUT).weight
+        for norm in (ATTENTION_NORM, MLP_NORM):
+            layer.set_submodule(norm, SpikingRMSNorm.adopt(layer.get_submodule(norm)))
+        layer.set_submodule(ACTIVATION, SpikingActivation(layer.get_submodule(ACTIVATION)))
+        layer.set_submodule(OUTPUT, SpikingLinear.adopt(layer.get_submodule(OUTPUT), hadamard=False))
+        layer.set_submodule(DOWN, SpikingLinear.adopt(layer.get_submodule(DOWN), hadamard=rotated))
+        spiking = SpikingAttention(width, rotated=rotated, query_block=query_block, dtype=weight.dtype, device=weight.device)
+        layer.get_submodule(ATTENTION).add_module(SPIKING_ATTENTION, spiking)
+    model.set_submodule(FINAL_NORM, SpikingRMSNorm.adopt(model.get_submodule(FINAL_NORM)))
+    model.set_attn_implementation(IMPLEMENTATION)
+
+
+def model_sites(model: PreTrainedModel) -> list[Site]:
+    """The sites of an installed model, in the order in which a token meets them."""
+    return list(sites(len(model.get_submodule(LAYERS))))
+
+
+def get_neuron(model: PreTrainedModel, site: Site) -> nn.Module:
+    """What sits in the slot of `site`."""
+    owner, attribute = site.slot
+    return getattr(model.get_submodule(owner), attribute)
+
+
+def set_neuron(model: PreTrainedModel, site: Site, neuron: nn.Module) -> None:
+    """Put `neuron` into the slot of `site`."""
+    owner, attribute = site.slot
+    module = model.get_submodule(owner)
+    assert isinstance(getattr(module, attribute, None), nn.Module), f"{site.name}: {owner} has no slot {attribute!r}"
+    setattr(module, attribute, neuron)
+
+
+def site_groups(config: object, kind: SiteKind) -> int:
+    """Attention heads at a site that has them, else 1."""
+    if kind in (SiteKind.query, SiteKind.softmax):
+        return config.num_attention_heads
+    return config.num_key_value_heads if kind in (SiteKind.key, SiteKind.value) else 1
+
+
+def convert(model: PreTrainedModel, tables: Mapping[str, PhaseTable], *, compiled: bool) -> None:
+    """Put a neuron at every site of an installed model, in place.
+
+    Args:
+        tables: site name -> table; must name exactly the model's sites.
+        compiled: see `neuron.encode`.
+
+    Raises:
+        ValueError: a site has no table, or a table no site.
+    """
+    places = model_sites(model)
+    missing = [site.name for site in places if site.name not in tables]
+    unknown = sorted(set(tables) - {site.name for site in places})
+    if missing or unknown:
+        raise ValueError(f"tables do not fit the model: {len(missing)} sites without a table {missing[:3]}, unknown {unknown[:3]}")
+    for site in places:
+        device = next(model.get_submodule(f"{LAYERS}.{site.layer}" if site.layer is not None else FINAL_NORM).parameters()).device
+        table = tables[site.name].to(device=device, dtype=torch.float32)
+        set_neuron(model, site, PhaseNeuron(table, axis=GROUP_AXIS[site.kind], compiled=compiled))
+
+
+def clear(model: PreTrainedModel) -> None:
+    """Make every slot transparent again."""
+    for site in model_sites(model):
+        set_neuron(model, site, nn.Identity())

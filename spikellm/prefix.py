@@ -1,0 +1,81 @@
+"""Prefix tokens: the few tokens with massive activations, moved out of the neurons' way.
+
+A first token and some separators carry activations hundreds of times the median and would set every tau. They are found on
+calibration text (PrefixQuant, Chen et al. 2024): at every down_proj input a token is an outlier where its largest |x| exceeds
+eta times the median token's; the worst layer's mean count per window, rounded up, is the number of prefix tokens; they are
+the most frequent outlier tokens that do not stand first, then BOS.
+
+Ours: keys and values of the prefix are computed once, in full precision, at RoPE positions -P .. -1, and stand before every
+sequence; real tokens keep positions 0, 1, .. and the prefix tokens themselves never pass a neuron.
+"""
+
+import logging
+from collections import Counter
+from math import ceil
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from spikellm.sites import ATTENTION, DOWN, LAYERS, SPIKING_ATTENTION
+
+log = logging.getLogger(__name__)
+
+
+@torch.no_grad()
+def find_prefix_tokens(
+    model: PreTrainedModel, windows: Int[Tensor, "W L"], *, eta: float, max_tokens: int, bos: int | None
+) -> list[int]:
+    """Token ids of the prefix, in order; empty where the model has no outlier tokens.
+
+    Args:
+        model: without neurons; original or rotated (the input of R4's online transform is looked at).
+        windows: calibration text.
+        eta: outlier threshold, in medians of the tokens' largest |x|.
+        max_tokens: upper bound on the length.
+        bos: the token for first-position outliers; None: the most frequent of all outlier tokens takes its place.
+    """
+    layers = model.get_submodule(LAYERS)
+    peaks: list[Tensor] = [torch.empty(0)] * len(layers)
+
+    def watch(index: int):
+        def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            peaks[index] = inputs[0].abs().amax(-1).flatten().float().cpu()
+
+        return hook
+
+    handles = [layer.get_submodule(DOWN).register_forward_pre_hook(watch(index)) for index, layer in enumerate(layers)]
+    counts = torch.zeros(len(layers))
+    frequent: Counter[int] = Counter()
+    everywhere: Counter[int] = Counter()
+    try:
+        for window in tqdm(windows, desc="prefix tokens", unit="window", leave=False):
+            model.model(window[None].to(model.device), use_cache=False)
+            found = torch.stack([peak > eta * peak.median() for peak in peaks])  # [layers, L]
+            counts += found.sum(1)
+            outliers = found.any(0)
+            everywhere.update(window[outliers].tolist())
+            frequent.update(window[1:][outliers[1:]].tolist())
+    finally:
+        for handle in handles:
+            handle.remove()
+    number = min(ceil(counts.max().item() / len(windows)), max_tokens)
+    if number == 0:
+        return []
+    last = [bos] if bos is not None else [token for token, _ in everywhere.most_common(1)]
+    others = [token for token, _ in frequent.most_common() if token not in last]
+    return others[: number - len(last)] + last
+
+
+@torch.no_grad()
+def attach_prefix(model: PreTrainedModel, tokens: list[int]) -> None:
+    """Compute keys and values of `tokens` with the model as it is (no neurons yet) and put them before every sequence."""
+    if not tokens:
+        return
+    ids = torch.tensor([tokens], device=model.device)
+    positions = torch.arange(-len(tokens), 0, device=model.device)[None]
+    cache = model.model(ids, position_ids=positions, use_cache=True).past_key_values
+    for layer, entry in zip(model.get_submodule(LAYERS), cache.layers, strict=True):
+        layer.get_submodule(f"{ATTENTION}.{SPIKING_ATTENTION}").set_prefix(entry.keys[0], entry.values[0])
