@@ -1,0 +1,27 @@
+"""SpikeLLM: pretrained LLaMA-family models to spiking networks by distribution-aware multi-granularity phase coding.
+
+Reading order of the code: README.md.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+# name -> module; imported on first use, so that `import spikellm` costs no torch
+_PUBLIC = {
+    "PhaseNeuron": "neuron",
+    "PhaseTable": "neuron",
+    "convert": "conversion",
+    "install": "conversion",
+    "perplexity": "evaluation",
+    "rotate": "rotation",
+    "sites": "sites",
+}
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)

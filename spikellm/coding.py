@@ -28,7 +28,7 @@ def assignments(T: int, G: int, *, min_length: int = 2) -> Int[Tensor, "A T"]:
     Raises:
         ValueError: T phases cannot hold G grains.
     """
-    if G < 1 or min_length < 1 or T < min_length * G:
+    if G < 1 or min_length < 1 or min_length * G > T:
         raise ValueError(f"T={T} phases cannot be cut into G={G} grains of at least {min_length} phases")
     slack = T - (min_length - 1) * G
     rows = []

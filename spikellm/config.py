@@ -9,13 +9,13 @@ Numeric option groups: Hydra 1.3 refuses `grain=3` where `grain` is a group, so 
 """
 
 import re
-from dataclasses import MISSING, dataclass, field
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import OmegaConf
+from omegaconf import MISSING, OmegaConf
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 NUMERIC_GROUPS = ("grain", "timesteps")
@@ -100,11 +100,11 @@ class SpikingConfig:
     def __post_init__(self) -> None:
         _check(1 <= self.T <= MAX_T, "snn.T", self.T, f"takes 1 to {MAX_T} time steps")
         _check(self.min_grain_length >= 1, "snn.min_grain_length", self.min_grain_length, "must be at least 1")
-        _check(self.grain == "auto" or self.grain.isdigit() and int(self.grain) > 0, "grain", self.grain, "takes 1, 2, 3 or auto")
+        _check(self.grain == "auto" or (self.grain.isdigit() and int(self.grain) > 0), "grain", self.grain, "takes 1, 2, 3 or auto")
         if self.grain != "auto":
             needed = self.min_grain_length * int(self.grain)
             _check(
-                self.T >= needed, "snn.T", f"{self.T} with grain={self.grain}",
+                needed <= self.T, "snn.T", f"{self.T} with grain={self.grain}",
                 f"{self.grain} grains of at least {self.min_grain_length} phases need snn.T >= {needed}; "
                 "take more time steps or fewer grains",
             )  # fmt: skip
@@ -148,8 +148,8 @@ class TextConfig:
 @dataclass(kw_only=True, slots=True)
 class DatasetConfig:
     name: str = MISSING
-    calibration: TextConfig = field(default_factory=TextConfig)
-    evaluation: TextConfig = field(default_factory=TextConfig)
+    calibration: TextConfig = MISSING
+    evaluation: TextConfig = MISSING
 
 
 @dataclass(kw_only=True, slots=True)
@@ -177,11 +177,11 @@ class TrackingConfig:
 
 @dataclass(kw_only=True, slots=True)
 class Config:
-    model: ModelConfig = field(default_factory=ModelConfig)
-    snn: SpikingConfig = field(default_factory=SpikingConfig)
-    dataset: DatasetConfig = field(default_factory=DatasetConfig)
-    hardware: HardwareConfig = field(default_factory=HardwareConfig)
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    model: ModelConfig = MISSING
+    snn: SpikingConfig = MISSING
+    dataset: DatasetConfig = MISSING
+    hardware: HardwareConfig = MISSING
+    tracking: TrackingConfig = MISSING
     rotation: RotationConfig = field(default_factory=RotationConfig)
     prefix: PrefixConfig = field(default_factory=PrefixConfig)
     search: SearchConfig = field(default_factory=SearchConfig)

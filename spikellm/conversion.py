@@ -1,9 +1,9 @@
 """Turn a pretrained model into a spiking one: a slot at every site, then a neuron in every slot.
 
-    install    norms, activation, o_proj and down_proj become modules with a neuron slot; attention gets its submodule and
-               the model the attention implementation "spiking". Slots are transparent: the model still is the ANN.
-    set_neuron puts an observer or a neuron into one site's slot
-    convert    puts `PhaseNeuron`s at all sites, or fails
+install    norms, activation, o_proj and down_proj become modules with a neuron slot; attention gets its submodule and
+           the model the attention implementation "spiking". Slots are transparent: the model still is the ANN.
+set_neuron puts an observer or a neuron into one site's slot
+convert    puts `PhaseNeuron`s at all sites, or fails
 """
 
 from collections.abc import Mapping

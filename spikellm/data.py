@@ -51,7 +51,9 @@ def token_windows(config: TextConfig, key: str, tokenizer: PreTrainedTokenizerBa
 
 def fingerprint(config: TextConfig, key: str) -> dict[str, Any]:
     """What decides which windows come out: the node, and the text itself where it is local."""
-    found: dict[str, Any] = {name: getattr(config, name) for name in ("path", "name", "split", "field", "max_rows", "window", "max_windows")}
+    found: dict[str, Any] = {
+        name: getattr(config, name) for name in ("path", "name", "split", "field", "max_rows", "window", "max_windows")
+    }
     found["source"] = config.source.value
     if config.source is not DatasetSource.hub:
         del found["path"]

@@ -85,9 +85,7 @@ def hadamard_factors(
     )
 
 
-def hadamard_transform(
-    x: Float[Tensor, "*rows n"], factors: tuple[Float[Tensor, "P P"], Float[Tensor, "R R"]]
-) -> Float[Tensor, "*rows n"]:
+def hadamard_transform(x: Float[Tensor, "*rows n"], factors: tuple[Float[Tensor, "P P"], Float[Tensor, "R R"]]) -> Float[Tensor, "*rows n"]:
     """x H_n / sqrt(n) along the last axis; `factors` from `hadamard_factors`, in x's dtype and on its device."""
     left, right = factors
     p, r = left.shape[0], right.shape[0]

@@ -103,9 +103,7 @@ def _from_hub(config: ModelConfig, loader: Any, **arguments: Any) -> Any:
             reason = "the model is gated: accept its licence on the hub and log in (hf auth login)"
         elif not Path(config.path).exists() and config.source is ModelSource.hub:
             reason = f"no such local folder, and the hub does not answer for it ({reason})"
-        raise InputError(
-            f"model.path={config.path}: {reason}; model.path=FOLDER takes a local copy in transformers' format"
-        ) from error
+        raise InputError(f"model.path={config.path}: {reason}; model.path=FOLDER takes a local copy in transformers' format") from error
 
 
 def _device_map(hardware: HardwareConfig) -> str | None:

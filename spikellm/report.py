@@ -1,0 +1,105 @@
+"""What a person reads: results.json and sites.csv of a run, its table on the console, the summary of a sweep.
+
+Imported by Hydra before every run (the sweep callback), so no torch here.
+"""
+
+import csv
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+from spikellm.artifacts import write_json
+
+log = logging.getLogger(__name__)
+
+RESULTS, SITES, FAILURE = "results.json", "sites.csv", "error.json"
+SUMMARY_COLUMNS = ("model", "T", "grain", "ann", "base2", "snn", "ratio", "relative_mse", "folder", "error")
+
+
+def write_results(folder: Path, results: dict[str, Any], rows: list[dict[str, Any]] | None) -> Path:
+    """Write results.json, and sites.csv where there are rows; the path of results.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if rows:
+        with (folder / SITES).open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+            writer.writeheader()
+            writer.writerows({key: json.dumps(value) if isinstance(value, list) else value for key, value in row.items()} for row in rows)
+    write_json(folder / RESULTS, results)
+    return folder / RESULTS
+
+
+def write_failure(folder: Path, error: Exception) -> None:
+    """Leave the reason beside a job that failed, for the sweep's summary."""
+    if folder.is_dir():
+        write_json(folder / FAILURE, {"error": " ".join(str(error).split())})
+
+
+def console_table(results: dict[str, Any], path: Path) -> str:
+    """The last lines of a run."""
+    lines = [f"{results['model']}  T={results['T']}  grain={results['grain']}"]
+    if search := results.get("search"):
+        lines.append(
+            f"  relative error  base 2 {search['relative_mse_base2']:.3g}   fitted {search['relative_mse']:.3g}"
+            f"   worse than base 2 at {search['worse_than_base2']} of {results.get('sites', '?')} sites"
+        )
+    if perplexity := results.get("perplexity"):
+        ann = perplexity["ann"]
+        lines.append(f"  perplexity, {perplexity['windows']} windows of {perplexity['window']} tokens")
+        for name, key in (("ANN", "ann"), ("base-2 SNN", "base2"), ("SNN", "snn")):
+            lines.append(f"    {name:<12}{perplexity[key]:>12.3f}   x {perplexity[key] / ann:.4f}")
+    lines.append(f"  results  {path}")
+    return "\n".join(lines)
+
+
+class SweepSummary(Callback):
+    """Hydra callback: summary.csv and summary.md in the sweep's folder when the sweep ends."""
+
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        folder = Path(config.hydra.sweep.dir)
+        rows = summary_rows(folder)
+        if not rows:
+            return
+        write_summary(folder, rows)
+        log.info("summary of %d jobs: %s", len(rows), folder / "summary.md")
+
+
+def summary_rows(folder: Path) -> list[dict[str, Any]]:
+    """One row per job of a sweep, failed jobs with their error."""
+    rows = []
+    for job in sorted((path for path in folder.iterdir() if path.is_dir()), key=_job_order):
+        if (job / RESULTS).is_file():
+            results = json.loads((job / RESULTS).read_text(encoding="utf-8"))
+            perplexity, search = results.get("perplexity", {}), results.get("search", {})
+            row = {key: results[key] for key in ("model", "T", "grain")} | {key: perplexity.get(key) for key in ("ann", "base2", "snn")}
+            row |= {"ratio": perplexity["snn"] / perplexity["ann"] if perplexity else None, "relative_mse": search.get("relative_mse")}
+            rows.append(row | {"folder": job.name, "error": None})
+        elif (job / FAILURE).is_file():
+            error = json.loads((job / FAILURE).read_text(encoding="utf-8"))["error"]
+            rows.append(dict.fromkeys(SUMMARY_COLUMNS) | {"folder": job.name, "error": error})
+    return rows
+
+
+def write_summary(folder: Path, rows: list[dict[str, Any]]) -> None:
+    """summary.csv with full precision, summary.md to read."""
+    with (folder / "summary.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=SUMMARY_COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    lines = ["| " + " | ".join(SUMMARY_COLUMNS) + " |", "|" + " --- |" * len(SUMMARY_COLUMNS)]
+    lines += ["| " + " | ".join(_cell(row[column]) for column in SUMMARY_COLUMNS) + " |" for row in rows]
+    (folder / "summary.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.5g}" if isinstance(value, float) else str(value).replace("|", "/")
+
+
+def _job_order(path: Path) -> tuple[int, str]:
+    number = path.name.split("-")[0]
+    return (int(number), path.name) if number.isdigit() else (1 << 30, path.name)

@@ -1,0 +1,373 @@
+"""The four stages of the main job: what each reads, writes and needs.
+
+    calibrate   model, rotation, prefix, calibration text -> statistics of every site, prefix tokens
+    search      statistics, T, grain                      -> one code per site
+    convert     model, codes                              -> the spiking model (in memory; on disk with save_model=true)
+    evaluate    models, evaluation text                   -> perplexities
+
+Results are artefacts keyed by exactly what they depend on: a sweep over T and grain calibrates once, a run repeated
+computes nothing. A stage that needs another's result obtains it, named in `stages` or not.
+"""
+
+import gc
+import logging
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from spikellm import conversion, data, evaluation, prefix, rotation
+from spikellm.artifacts import ArtifactStore, artifact_key, read_json, write_json
+from spikellm.config import Config, InputError, RotationKind
+from spikellm.model import load_model, load_tokenizer, package_version, source_fingerprint
+from spikellm.search import CodeFit, CodeQuality, base2_fit, code_quality
+from spikellm.sites import GROUP_AXIS, Site, SiteKind
+from spikellm.statistics import FIT, HELD_OUT, Observer, SiteStatistics
+
+log = logging.getLogger(__name__)
+
+# Attention has L^2 probabilities a head: every eighth query suffices for their distribution.
+SOFTMAX_ROW_STRIDE = 8
+# Windows on which prefix tokens are looked for: their count per window hardly varies.
+PREFIX_WINDOWS = 4
+# Changes when what calibrate or search write no longer means the same.
+ARTIFACT_SCHEMA = 1
+RESULTS_SCHEMA = 1
+
+
+class Workspace:
+    """What the stages share: the configuration, the artefact store, and models loaded no earlier than needed."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.store = ArtifactStore(Path(config.output_root) / "artifacts")
+        self._installed: PreTrainedModel | None = None
+        if config.hardware.threads is not None:
+            torch.set_num_threads(config.hardware.threads)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        return load_tokenizer(self.config.model)
+
+    @cached_property
+    def model_inputs(self) -> dict[str, Any]:
+        return source_fingerprint(self.config.model)
+
+    @cached_property
+    def calibrate_inputs(self) -> dict[str, Any]:
+        config = self.config
+        return {
+            "schema": ARTIFACT_SCHEMA,
+            "model": self.model_inputs,
+            "rotation": _plain(config.rotation),
+            "prefix": _plain(config.prefix),
+            "text": data.fingerprint(config.dataset.calibration, "dataset.calibration"),
+        }
+
+    @cached_property
+    def search_inputs(self) -> dict[str, Any]:
+        snn = self.config.snn
+        return {
+            "schema": ARTIFACT_SCHEMA,
+            "calibrate": artifact_key(self.calibrate_inputs),
+            "snn": {"T": snn.T, "grain": snn.grain, "min_grain_length": snn.min_grain_length, "coding": snn.coding.value},
+            "search": _plain(self.config.search),
+            "seed": self.config.seed,
+        }
+
+    def evaluate_inputs(self, network: str) -> dict[str, Any]:
+        depends: dict[str, dict[str, Any]] = {
+            "ann": {"model": self.model_inputs},
+            "base2": {"calibrate": artifact_key(self.calibrate_inputs), "T": self.config.snn.T},
+            "snn": {"search": artifact_key(self.search_inputs), "execution": self.config.snn.execution.value},
+        }
+        text = data.fingerprint(self.config.dataset.evaluation, "dataset.evaluation")
+        return {"schema": ARTIFACT_SCHEMA, "text": text, "device": self.config.hardware.device.value, "network": network} | depends[network]
+
+    @property
+    def rotation_record(self) -> dict[str, Any]:
+        kind, seed = self.config.rotation.kind.value, self.config.rotation.seed
+        return {"kind": kind, "seed": seed, "hash": artifact_key({"kind": kind, "seed": seed, "model": self.model_inputs})}
+
+    def windows(self, purpose: str) -> torch.Tensor:
+        """Calibration or evaluation windows [W, L]."""
+        return data.token_windows(getattr(self.config.dataset, purpose), f"dataset.{purpose}", self.tokenizer)
+
+    def ann(self) -> PreTrainedModel:
+        """The model as it was pretrained, loaded afresh."""
+        return load_model(self.config.model, self.config.hardware)
+
+    def installed(self) -> PreTrainedModel:
+        """The rotated model with transparent neuron slots and no prefix yet."""
+        if self._installed is None:
+            model = self.ann()
+            rotated = self.config.rotation.kind is RotationKind.hadamard
+            if rotated:
+                try:
+                    rotation.rotate(model, seed=self.config.rotation.seed)
+                except ValueError as error:
+                    raise InputError(f"rotation.kind=hadamard with model={self.config.model.name}: {error}") from error
+            conversion.install(model, rotated=rotated, query_block=self.config.hardware.query_block)
+            self._installed = model
+        return self._installed
+
+    def spiking(self, fits: dict[str, CodeFit]) -> PreTrainedModel:
+        """The spiking model for `fits`: prefix attached, a neuron at every site."""
+        model = self.installed()
+        conversion.clear(model)
+        prefix.attach_prefix(model, self.prefix_tokens())
+        conversion.convert(model, {name: fit.table for name, fit in fits.items()}, compiled=self.config.hardware.compile)
+        return model
+
+    def release(self) -> None:
+        """Drop the converted model, so that another fits into memory."""
+        self._installed = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def calibration(self) -> tuple[dict[str, SiteStatistics], bool]:
+        """Statistics of every site, and whether they were there already."""
+        folder, cached = self.store.load_or_compute("calibrate", self.calibrate_inputs, lambda path: _calibrate(self, path))
+        tensors = load_file(folder / "statistics.safetensors")
+        names = read_json(folder / "calibration.json")["sites"]
+        return {name: SiteStatistics.from_tensors(tensors, name) for name in names}, cached
+
+    def prefix_tokens(self) -> list[int]:
+        folder, _ = self.store.load_or_compute("calibrate", self.calibrate_inputs, lambda path: _calibrate(self, path))
+        return read_json(folder / "calibration.json")["prefix_tokens"]
+
+    def fits(self) -> tuple[dict[str, CodeFit], Path, bool]:
+        """One code per site, the artefact's folder, and whether it was there already."""
+        folder, cached = self.store.load_or_compute("search", self.search_inputs, lambda path: _search(self, path))
+        return load_fits(folder / "codes.safetensors"), folder, cached
+
+
+def _plain(node: Any) -> dict[str, Any]:
+    """A config node in JSON types."""
+    return {key: getattr(value, "value", value) for key, value in asdict(node).items()}
+
+
+def _calibrate(work: Workspace, folder: Path) -> None:
+    config = work.config
+    windows = work.windows("calibration")
+    if len(windows) == 1:  # both parts of the statistics need one
+        half = windows.shape[1] // 2
+        windows = windows[:, : 2 * half].view(2, half)
+    model = work.installed()
+    tokens: list[int] = []
+    if config.prefix.enabled:
+        bos = model.config.bos_token_id
+        tokens = prefix.find_prefix_tokens(
+            model, windows[:PREFIX_WINDOWS], eta=config.prefix.eta, max_tokens=config.prefix.max_tokens, bos=bos
+        )
+        prefix.attach_prefix(model, tokens)
+        log.info("calibrate: prefix tokens %s", tokens)
+    observers = {site: _observer(model, site) for site in conversion.model_sites(model)}
+    for site, observer in observers.items():
+        conversion.set_neuron(model, site, observer)
+    with torch.no_grad():
+        for index, window in enumerate(tqdm(windows, desc="calibrate", unit="window", disable=None)):
+            for observer in observers.values():
+                observer.part = HELD_OUT if index % 2 else FIT
+            model.model(window[None].to(model.device), use_cache=False)
+    conversion.clear(model)
+    tensors: dict[str, torch.Tensor] = {}
+    for site, observer in observers.items():
+        tensors |= observer.result().tensors(site.name)
+    save_file(tensors, folder / "statistics.safetensors")
+    names = [site.name for site in observers]
+    write_json(folder / "calibration.json", {"sites": names, "prefix_tokens": tokens, "rotation": work.rotation_record})
+
+
+def _observer(model: PreTrainedModel, site: Site) -> Observer:
+    softmax = site.kind is SiteKind.softmax
+    return Observer(
+        site.name,
+        groups=conversion.site_groups(model.config, site.kind),
+        axis=GROUP_AXIS[site.kind],
+        row_stride=SOFTMAX_ROW_STRIDE if softmax else 1,
+        causal=softmax,
+    )
+
+
+def base2_fits(statistics: dict[str, SiteStatistics], T: int, G: int = 1, *, min_length: int = 2) -> dict[str, CodeFit]:
+    """The base-2 code of every site, one table a site, tau from both parts of the statistics."""
+    return {name: base2_fit(site.maximum.amax().view(1), T, G, min_length=min_length) for name, site in statistics.items()}
+
+
+def _search(work: Workspace, folder: Path) -> None:
+    snn = work.config.snn
+    statistics, _ = work.calibration()
+    start = time.perf_counter()
+    grains = 1 if snn.grain == "auto" else int(snn.grain)
+    fits = base2_fits(statistics, snn.T, grains, min_length=snn.min_grain_length)
+    baseline = base2_fits(statistics, snn.T)
+    seconds = time.perf_counter() - start
+    rows, qualities, base2_qualities = [], [], []
+    for name, site in statistics.items():
+        held_out = site.counts[HELD_OUT].sum(0, keepdim=True)
+        quality = code_quality(fits[name].table, site.centers, held_out)
+        base2 = code_quality(baseline[name].table, site.centers, held_out)
+        qualities.append(quality)
+        base2_qualities.append(base2)
+        rows.append(_site_row(name, fits[name], quality, base2))
+    summary = {
+        "seconds": seconds,
+        "relative_mse": _mean_relative_error(qualities),
+        "relative_mse_base2": _mean_relative_error(base2_qualities),
+        "worse_than_base2": sum(q.squared_error > b.squared_error for q, b in zip(qualities, base2_qualities, strict=True)),
+    }
+    save_fits(folder / "codes.safetensors", fits)
+    write_json(folder / "search.json", {"summary": summary, "rows": rows})
+
+
+def _mean_relative_error(qualities: list[CodeQuality]) -> float:
+    return sum(quality.relative_error for quality in qualities) / len(qualities)
+
+
+def _site_row(name: str, fit: CodeFit, quality: CodeQuality, base2: CodeQuality) -> dict[str, Any]:
+    return {
+        "name": name,
+        "tau": fit.tau.tolist(),
+        "grain": fit.grains,
+        "assignment": fit.assignment.tolist(),
+        "base_d": fit.base_d.tolist(),
+        "base_h": fit.base_h.tolist(),
+        "base_theta": fit.base_theta.tolist(),
+        "v0": fit.v0.tolist(),
+        "relative_error_base2": base2.relative_error,
+        "relative_error": quality.relative_error,
+        "firing_rate": quality.firing_rate,
+    }
+
+
+def save_fits(path: Path, fits: dict[str, CodeFit]) -> None:
+    """Write the codes of all sites to a safetensors file."""
+    save_file({f"{name}.{key}": value.contiguous().clone() for name, fit in fits.items() for key, value in asdict(fit).items()}, path)
+
+
+def load_fits(path: Path) -> dict[str, CodeFit]:
+    """Read what `save_fits` wrote."""
+    fields: dict[str, dict[str, torch.Tensor]] = {}
+    for key, value in load_file(path).items():
+        name, _, field = key.rpartition(".")
+        fields.setdefault(name, {})[field] = value
+    return {name: CodeFit(**values) for name, values in fields.items()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageOutcome:
+    """What a stage adds to results.json, and whether it was there already."""
+
+    cached: bool
+    results: dict[str, Any]
+    site_rows: list[dict[str, Any]] | None = None  # for sites.csv
+
+
+def calibrate(work: Workspace) -> StageOutcome:
+    statistics, cached = work.calibration()
+    record = {"sites": len(statistics), "prefix_tokens": work.prefix_tokens(), "rotation": work.rotation_record}
+    return StageOutcome(cached=cached, results=record)
+
+
+def search(work: Workspace) -> StageOutcome:
+    _, folder, cached = work.fits()
+    found = read_json(folder / "search.json")
+    return StageOutcome(cached=cached, results={"search": found["summary"]}, site_rows=found["rows"])
+
+
+def convert(work: Workspace) -> StageOutcome:
+    def build(folder: Path) -> None:
+        model = work.spiking(work.fits()[0])
+        neurons = {site.name: repr(conversion.get_neuron(model, site)) for site in conversion.model_sites(model)}
+        write_json(folder / "neurons.json", neurons)
+        if work.config.save_model:
+            conversion.save(model, folder / "model")
+            if work.tokenizer is not None:
+                work.tokenizer.save_pretrained(folder / "model")
+
+    inputs = {"search": artifact_key(work.search_inputs), "save_model": work.config.save_model}
+    folder, cached = work.store.load_or_compute("convert", inputs, build)
+    return StageOutcome(cached=cached, results={"saved_model": str(folder / "model")} if work.config.save_model else {})
+
+
+def evaluate(work: Workspace) -> StageOutcome:
+    """Perplexity of the spiking model, of base 2 and of the pretrained model.
+
+    In this order: the first two share the converted model, which then makes room for the third.
+    """
+
+    def ann() -> PreTrainedModel:
+        work.release()
+        return work.ann()
+
+    builders: dict[str, Callable[[], PreTrainedModel]] = {
+        "snn": lambda: work.spiking(work.fits()[0]),
+        "base2": lambda: work.spiking(base2_fits(work.calibration()[0], work.config.snn.T)),
+        "ann": ann,
+    }
+    values: dict[str, Any] = {}
+    every_cached = True
+    for network, build in builders.items():
+
+        def measure(folder: Path, network: str = network, build: Callable[[], PreTrainedModel] = build) -> None:
+            windows = work.windows("evaluation")
+            write_json(folder / "perplexity.json", asdict(evaluation.perplexity(build(), windows, label=network)))
+
+        folder, cached = work.store.load_or_compute("evaluate", work.evaluate_inputs(network), measure)
+        result = read_json(folder / "perplexity.json")
+        every_cached = every_cached and cached
+        values[network] = result.pop("value")
+    perplexity = {network: values[network] for network in ("ann", "snn", "base2")} | result
+    return StageOutcome(cached=every_cached, results={"perplexity": perplexity})
+
+
+STAGES: dict[str, Callable[[Workspace], StageOutcome]] = {
+    "calibrate": calibrate,
+    "search": search,
+    "convert": convert,
+    "evaluate": evaluate,
+}
+
+
+def run_stages(config: Config) -> tuple[dict[str, Any], list[dict[str, Any]] | None]:
+    """Run `config.stages` in the order of `STAGES`; the content of results.json, and the rows of sites.csv if known."""
+    work = Workspace(config)
+    results: dict[str, Any] = {
+        "schema": RESULTS_SCHEMA,
+        "model": config.model.name,
+        "T": config.snn.T,
+        "grain": config.snn.grain if config.snn.grain == "auto" else int(config.snn.grain),
+        "coding": config.snn.coding.value,
+        "execution": config.snn.execution.value,
+        "seed": config.seed,
+        "stages": {},
+        "versions": versions(),
+    }
+    rows = None
+    for name, stage in STAGES.items():
+        if name not in config.stages:
+            continue
+        start = time.perf_counter()
+        outcome = stage(work)
+        seconds = round(time.perf_counter() - start, 3)
+        results |= outcome.results
+        results["stages"][name] = {"seconds": seconds, "cached": outcome.cached}
+        rows = outcome.site_rows or rows
+        log.info("%s: %.1f s%s", name, seconds, " (cached)" if outcome.cached else "")
+    return results, rows
+
+
+def versions() -> dict[str, str | None]:
+    """Versions that a result depends on."""
+    names = ("torch", "transformers", "spikellm")
+    return {"python": platform.python_version()} | {name: package_version(name) for name in names}
