@@ -11,8 +11,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from spikellm.config import InputError, quote_numeric_options, register
-from spikellm.report import console_table, write_failure, write_results
+from spikellm.config import Config, InputError, quote_numeric_options, register
+from spikellm.report import console_table, objective, write_failure, write_results
 
 log = logging.getLogger("spikellm")
 register()
@@ -24,6 +24,7 @@ def main(composed: DictConfig) -> float | None:
     folder = Path(HydraConfig.get().runtime.output_dir)
     try:
         config = OmegaConf.to_object(composed)
+        assert isinstance(config, Config)
         from spikellm.stages import run_stages  # imports torch: not before the input is known to be right
 
         results, rows = run_stages(config)
@@ -33,10 +34,7 @@ def main(composed: DictConfig) -> float | None:
         log.error("%s", " ".join(str(error).split()))
         raise
     log.info("done\n%s", console_table(results, path))
-    value = results
-    for key in config.objective.split("."):
-        value = value.get(key) if isinstance(value, dict) else None
-    return value
+    return objective(results, config.objective)
 
 
 def cli() -> None:

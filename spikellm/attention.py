@@ -33,20 +33,30 @@ class SpikingAttention(nn.Module):
         query_block: queries per block [tokens].
     """
 
+    rotation: Tensor | None
+    prefix_key: Tensor | None
+    prefix_value: Tensor | None
+
     def __init__(self, head_width: int, *, rotated: bool, query_block: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.query: nn.Module = nn.Identity()
         self.key: nn.Module = nn.Identity()
         self.value: nn.Module = nn.Identity()
         self.softmax: nn.Module = nn.Identity()
-        self.query_block = query_block
-        matrix = None
-        if rotated:
-            left, right = hadamard_factors(head_width, dtype=torch.float64)
-            matrix = torch.kron(left, right).to(device=device, dtype=dtype)
-        self.register_buffer("rotation", matrix, persistent=False)
+        self.head_width, self.query_block, self.dtype = head_width, query_block, dtype
+        # not in the state dict: the width determines it
+        self.register_buffer(
+            "rotation", torch.empty(head_width, head_width, dtype=dtype, device=device) if rotated else None, persistent=False
+        )
         self.register_buffer("prefix_key", None)
         self.register_buffer("prefix_value", None)
+        self.reset_rotation()
+
+    def reset_rotation(self) -> None:
+        """Fill R3's matrix (again: it is not in checkpoints)."""
+        if self.rotation is not None and not self.rotation.is_meta:
+            left, right = hadamard_factors(self.head_width, dtype=torch.float64)
+            self.rotation.copy_(torch.kron(left, right))
 
     def set_prefix(self, key: Float[Tensor, "K P E"], value: Float[Tensor, "K P E"]) -> None:
         """Keys (after RoPE, before R3) and values that stand before every sequence."""
@@ -60,7 +70,7 @@ class SpikingAttention(nn.Module):
         mask: Bool[Tensor, "B 1 L S"],
         scaling: float,
     ) -> Float[Tensor, "B L H E"]:
-        if self.prefix_key is not None:
+        if self.prefix_key is not None and self.prefix_value is not None:
             batch, prefix = key.shape[0], self.prefix_key.shape[1]
             key = torch.cat([self.prefix_key.expand(batch, -1, -1, -1), key], dim=2)
             value = torch.cat([self.prefix_value.expand(batch, -1, -1, -1), value], dim=2)
@@ -111,7 +121,9 @@ def spiking_attention(
 
 def spiking_mask(*args: Any, **kwargs: Any) -> Bool[Tensor, "B 1 L S"]:
     """The boolean mask, always spelled out: True where a query may see a key."""
-    return sdpa_mask(*args, **kwargs | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
+    mask = sdpa_mask(*args, **kwargs | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
+    assert mask is not None
+    return mask
 
 
 AttentionInterface.register(IMPLEMENTATION, spiking_attention)

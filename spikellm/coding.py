@@ -13,7 +13,7 @@ Base 2 in all three places with v0 = tau 2^-T / 2 is a signed (T+1)-bit uniform 
 |y - |x|| <= tau 2^-(T+1) for |x| <= tau (1 - 2^-T). Every report shows it beside the fitted code.
 """
 
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import torch
 from jaxtyping import Float, Int
@@ -34,7 +34,7 @@ def assignments(T: int, G: int, *, min_length: int = 2) -> Int[Tensor, "A T"]:
     rows = []
     for cuts in combinations(range(1, slack), G - 1):
         edges = (0, *cuts, slack)
-        lengths = [stop - start + min_length - 1 for start, stop in zip(edges, edges[1:], strict=False)]
+        lengths = [stop - start + min_length - 1 for start, stop in pairwise(edges)]
         rows.append([grain for grain, length in enumerate(lengths) for _ in range(length)])
     return torch.tensor(rows, dtype=torch.int64)
 

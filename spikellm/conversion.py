@@ -7,6 +7,7 @@ convert    puts `PhaseNeuron`s at all sites, or fails
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,6 +30,7 @@ from spikellm.sites import (
     Site,
     SiteKind,
     check_architecture,
+    decoder_layers,
     head_width,
     sites,
 )
@@ -46,14 +48,15 @@ def install(model: PreTrainedModel, *, rotated: bool, query_block: int) -> None:
     """
     check_architecture(model)
     width = head_width(model.config)
-    for layer in model.get_submodule(LAYERS):
-        weight = layer.get_submodule(OUTPUT).weight
+    for layer in decoder_layers(model):
+        output: Any = layer.get_submodule(OUTPUT)
+        down: Any = layer.get_submodule(DOWN)
         for norm in (ATTENTION_NORM, MLP_NORM):
             layer.set_submodule(norm, SpikingRMSNorm.adopt(layer.get_submodule(norm)))
         layer.set_submodule(ACTIVATION, SpikingActivation(layer.get_submodule(ACTIVATION)))
-        layer.set_submodule(OUTPUT, SpikingLinear.adopt(layer.get_submodule(OUTPUT), hadamard=False))
-        layer.set_submodule(DOWN, SpikingLinear.adopt(layer.get_submodule(DOWN), hadamard=rotated))
-        spiking = SpikingAttention(width, rotated=rotated, query_block=query_block, dtype=weight.dtype, device=weight.device)
+        layer.set_submodule(OUTPUT, SpikingLinear.adopt(output, hadamard=False))
+        layer.set_submodule(DOWN, SpikingLinear.adopt(down, hadamard=rotated))
+        spiking = SpikingAttention(width, rotated=rotated, query_block=query_block, dtype=output.weight.dtype, device=output.weight.device)
         layer.get_submodule(ATTENTION).add_module(SPIKING_ATTENTION, spiking)
     model.set_submodule(FINAL_NORM, SpikingRMSNorm.adopt(model.get_submodule(FINAL_NORM)))
     model.set_attn_implementation(IMPLEMENTATION)
@@ -61,7 +64,7 @@ def install(model: PreTrainedModel, *, rotated: bool, query_block: int) -> None:
 
 def model_sites(model: PreTrainedModel) -> list[Site]:
     """The sites of an installed model, in the order in which a token meets them."""
-    return list(sites(len(model.get_submodule(LAYERS))))
+    return list(sites(len(decoder_layers(model))))
 
 
 def get_neuron(model: PreTrainedModel, site: Site) -> nn.Module:
@@ -78,7 +81,7 @@ def set_neuron(model: PreTrainedModel, site: Site, neuron: nn.Module) -> None:
     setattr(module, attribute, neuron)
 
 
-def site_groups(config: object, kind: SiteKind) -> int:
+def site_groups(config: Any, kind: SiteKind) -> int:
     """Attention heads at a site that has them, else 1."""
     if kind in (SiteKind.query, SiteKind.softmax):
         return config.num_attention_heads

@@ -45,7 +45,7 @@ def perplexity(model: PreTrainedModel, windows: Int[Tensor, "W L"], *, label: st
     losses = []
     for window in progress:
         ids = window[None].to(model.device)
-        hidden = model.model(ids, use_cache=False).last_hidden_state[0, :-1]
+        hidden = model.base_model(ids, use_cache=False).last_hidden_state[0, :-1]
         targets = ids[0, 1:].to(hidden.device)
         loss = 0.0
         for rows, wanted in zip(hidden.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True):

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from spikellm.config import Device, HardwareConfig, InputError, ModelConfig, ModelSource
@@ -28,6 +27,7 @@ def load_model(config: ModelConfig, hardware: HardwareConfig) -> PreTrainedModel
     """
     dtype = getattr(torch, config.dtype.value)
     device_map = _device_map(hardware)
+    model: PreTrainedModel
     if config.source is ModelSource.random:
         model = _random_model(config).to(dtype).to(device_map or "cpu")
     else:
@@ -39,7 +39,8 @@ def load_model(config: ModelConfig, hardware: HardwareConfig) -> PreTrainedModel
         check_architecture(model)
     except ValueError as error:
         raise InputError(f"model={config.name} (model.path={config.path}): {error}") from error
-    return model.eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
+    return model
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase | None:
@@ -121,7 +122,7 @@ def _random_config(config: ModelConfig) -> Any:
         raise InputError(f"model.path={config.path}: not an architecture that transformers knows") from error
 
 
-def _random_model(config: ModelConfig) -> nn.Module:
+def _random_model(config: ModelConfig) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         return AutoModelForCausalLM.from_config(_random_config(config), attn_implementation="sdpa")

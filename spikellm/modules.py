@@ -4,13 +4,13 @@ A slot holds `nn.Identity` (the ANN), an observer (calibration) or a `PhaseNeuro
 so that a state dict fits before and after. Source of the norm: Zhang & Sennrich 2019, as transformers computes it.
 """
 
-from typing import Self
+from typing import Any, Self
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from spikellm.hadamard import hadamard_factors, hadamard_transform
+from spikellm.hadamard import hadamard_factors, hadamard_transform, split
 
 
 class SpikingRMSNorm(nn.Module):
@@ -23,7 +23,7 @@ class SpikingRMSNorm(nn.Module):
         self.neuron: nn.Module = nn.Identity()
 
     @classmethod
-    def adopt(cls, norm: nn.Module) -> Self:
+    def adopt(cls, norm: Any) -> Self:
         """Take over the weight of a transformers RMSNorm."""
         return cls(norm.weight, norm.variance_epsilon)
 
@@ -47,21 +47,32 @@ class SpikingActivation(nn.Module):
 class SpikingLinear(nn.Linear):
     """A neuron before a Linear; with R4, the online Hadamard transform before the neuron."""
 
+    neuron: nn.Module
+    hadamard_left: Tensor | None
+    hadamard_right: Tensor | None
+
     @classmethod
     def adopt(cls, linear: nn.Linear, *, hadamard: bool) -> Self:
         """Take over weight and bias; `hadamard` says that the weight expects transformed input."""
         module = cls(linear.in_features, linear.out_features, bias=False, device="meta")
         module.weight, module.bias = linear.weight, linear.bias
         module.neuron = nn.Identity()
-        factors = (None, None)
-        if hadamard:
-            factors = hadamard_factors(linear.in_features, dtype=linear.weight.dtype, device=linear.weight.device)
-        # not in the state dict: the width determines them
-        module.register_buffer("hadamard_left", factors[0], persistent=False)
-        module.register_buffer("hadamard_right", factors[1], persistent=False)
+        weight = linear.weight
+        sizes = split(linear.in_features) if hadamard else ()
+        for name, size in zip(("hadamard_left", "hadamard_right"), sizes or (None, None), strict=True):
+            factor = None if size is None else torch.empty(size, size, dtype=weight.dtype, device=weight.device)
+            module.register_buffer(name, factor, persistent=False)  # the width determines it
+        module.reset_rotation()
         return module
 
+    def reset_rotation(self) -> None:
+        """Fill R4's factors (again: they are not in checkpoints)."""
+        if self.hadamard_left is not None and self.hadamard_right is not None and not self.hadamard_left.is_meta:
+            left, right = hadamard_factors(self.in_features, dtype=torch.float64)
+            self.hadamard_left.copy_(left)
+            self.hadamard_right.copy_(right)
+
     def forward(self, x: Float[Tensor, "*batch I"]) -> Float[Tensor, "*batch O"]:
-        if self.hadamard_left is not None:
+        if self.hadamard_left is not None and self.hadamard_right is not None:
             x = hadamard_transform(x, (self.hadamard_left, self.hadamard_right))
         return super().forward(self.neuron(x))

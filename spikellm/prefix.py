@@ -11,7 +11,9 @@ sequence; real tokens keep positions 0, 1, .. and the prefix tokens themselves n
 
 import logging
 from collections import Counter
+from collections.abc import Callable
 from math import ceil
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from spikellm.sites import ATTENTION, DOWN, LAYERS, SPIKING_ATTENTION
+from spikellm.sites import ATTENTION, DOWN, SPIKING_ATTENTION, decoder_layers
 
 log = logging.getLogger(__name__)
 
@@ -35,10 +37,10 @@ def find_prefix_tokens(model: PreTrainedModel, windows: Int[Tensor, "W L"], *, e
         max_tokens: upper bound on the length.
         bos: the token for first-position outliers; None: the most frequent of all outlier tokens takes its place.
     """
-    layers = model.get_submodule(LAYERS)
+    layers = decoder_layers(model)
     peaks: list[Tensor] = [torch.empty(0)] * len(layers)
 
-    def watch(index: int):
+    def watch(index: int) -> Callable[..., None]:
         def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             peaks[index] = inputs[0].abs().amax(-1).flatten().float().cpu()
 
@@ -50,7 +52,7 @@ def find_prefix_tokens(model: PreTrainedModel, windows: Int[Tensor, "W L"], *, e
     everywhere: Counter[int] = Counter()
     try:
         for window in tqdm(windows, desc="prefix tokens", unit="window", leave=False):
-            model.model(window[None].to(model.device), use_cache=False)
+            model.base_model(window[None].to(model.device), use_cache=False)
             found = torch.stack([peak > eta * peak.median() for peak in peaks])  # [layers, L]
             counts += found.sum(1)
             outliers = found.any(0)
@@ -74,6 +76,7 @@ def attach_prefix(model: PreTrainedModel, tokens: list[int]) -> None:
         return
     ids = torch.tensor([tokens], device=model.device)
     positions = torch.arange(-len(tokens), 0, device=model.device)[None]
-    cache = model.model(ids, position_ids=positions, use_cache=True).past_key_values
-    for layer, entry in zip(model.get_submodule(LAYERS), cache.layers, strict=True):
-        layer.get_submodule(f"{ATTENTION}.{SPIKING_ATTENTION}").set_prefix(entry.keys[0], entry.values[0])
+    cache = model.base_model(ids, position_ids=positions, use_cache=True).past_key_values
+    for layer, entry in zip(decoder_layers(model), cache.layers, strict=True):
+        spiking: Any = layer.get_submodule(f"{ATTENTION}.{SPIKING_ATTENTION}")
+        spiking.set_prefix(entry.keys[0], entry.values[0])

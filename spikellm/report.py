@@ -38,6 +38,14 @@ def write_failure(folder: Path, error: Exception) -> None:
         write_json(folder / FAILURE, {"error": " ".join(str(error).split())})
 
 
+def objective(results: dict[str, Any], key: str) -> float | None:
+    """The number under a dotted key of results.json; None where there is none."""
+    value: Any = results
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
 def console_table(results: dict[str, Any], path: Path) -> str:
     """The last lines of a run."""
     lines = [f"{results['model']}  T={results['T']}  grain={results['grain']}"]

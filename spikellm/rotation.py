@@ -11,9 +11,12 @@ Sources: QuaRot (Ashkboos et al. 2024), SpinQuant (Liu et al., arXiv:2405.16406)
 not subtracted: right for LayerNorm, wrong for RMSNorm. All weight algebra is done in float64, one weight at a time.
 """
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from spikellm.hadamard import hadamard_factors, hadamard_transform
 from spikellm.sites import (
@@ -24,12 +27,12 @@ from spikellm.sites import (
     GATE,
     HEAD,
     KEY,
-    LAYERS,
     MLP_NORM,
     OUTPUT,
     QUERY,
     UP,
     VALUE,
+    decoder_layers,
     head_width,
 )
 
@@ -38,7 +41,7 @@ WRITERS = (OUTPUT, DOWN)
 
 
 @torch.no_grad()
-def rotate(model: nn.Module, *, seed: int) -> None:
+def rotate(model: PreTrainedModel, *, seed: int) -> None:
     """Apply the weight part of R1..R4 in place. R3 and R4 need their online halves: see `conversion.install`.
 
     Raises:
@@ -50,13 +53,13 @@ def rotate(model: nn.Module, *, seed: int) -> None:
     signs = random_signs(width, seed=seed)
     for name in (EMBEDDING, HEAD):
         _read_rotated(model.get_submodule(name), signs)
-    for layer in model.get_submodule(LAYERS):
+    for layer in decoder_layers(model):
         for part in (*READERS[ATTENTION_NORM], *READERS[MLP_NORM]):
             _read_rotated(layer.get_submodule(part), signs)
         for part in WRITERS:
             _write_rotated(layer.get_submodule(part), signs)
         _rotate_heads(layer.get_submodule(VALUE), layer.get_submodule(OUTPUT), head_size)
-        down = layer.get_submodule(DOWN)
+        down: Any = layer.get_submodule(DOWN)
         down.weight.copy_(_transform(down.weight.double()))
 
 
@@ -67,24 +70,25 @@ def random_signs(width: int, *, seed: int) -> Float[Tensor, " D"]:
 
 
 @torch.no_grad()
-def untie(model: nn.Module) -> None:
+def untie(model: PreTrainedModel) -> None:
     """Give lm_head a weight of its own."""
-    head, embedding = model.get_submodule(HEAD), model.get_submodule(EMBEDDING)
+    head: Any = model.get_submodule(HEAD)
+    embedding: Any = model.get_submodule(EMBEDDING)
     if head.weight is embedding.weight:
         head.weight = nn.Parameter(embedding.weight.clone(), requires_grad=embedding.weight.requires_grad)
     model.config.tie_word_embeddings = False
 
 
 @torch.no_grad()
-def fold_norms(model: nn.Module) -> None:
+def fold_norms(model: PreTrainedModel) -> None:
     """Move every RMSNorm's weight into the Linears that it feeds; the weight becomes ones."""
-    for layer in model.get_submodule(LAYERS):
+    for layer in decoder_layers(model):
         for norm, readers in READERS.items():
             _fold(layer.get_submodule(norm), [layer.get_submodule(part) for part in readers])
     _fold(model.get_submodule(FINAL_NORM), [model.get_submodule(HEAD)])
 
 
-def _fold(norm: nn.Module, readers: list[nn.Module]) -> None:
+def _fold(norm: Any, readers: list[Any]) -> None:
     for linear in readers:
         linear.weight.copy_(linear.weight.double() * norm.weight.double().to(linear.weight.device))
     norm.weight.fill_(1.0)
@@ -94,13 +98,13 @@ def _transform(x: Float[Tensor, "*rows n"]) -> Float[Tensor, "*rows n"]:
     return hadamard_transform(x, hadamard_factors(x.shape[-1], dtype=x.dtype, device=x.device))
 
 
-def _read_rotated(module: nn.Module, signs: Tensor) -> None:
+def _read_rotated(module: Any, signs: Tensor) -> None:
     """x W^T = (x Q) (W Q)^T; also an embedding, whose rows are residual vectors."""
     weight = module.weight
     weight.copy_(_transform(weight.double() * signs.to(weight.device)))
 
 
-def _write_rotated(linear: nn.Linear, signs: Tensor) -> None:
+def _write_rotated(linear: Any, signs: Tensor) -> None:
     """(x W^T + b) Q = x (Q^T W)^T + b Q."""
     weight, bias = linear.weight, linear.bias
     weight.copy_(_transform(weight.double().T * signs.to(weight.device)).T)
@@ -108,7 +112,7 @@ def _write_rotated(linear: nn.Linear, signs: Tensor) -> None:
         bias.copy_(_transform(bias.double() * signs.to(bias.device)))
 
 
-def _rotate_heads(value: nn.Linear, output: nn.Linear, width: int) -> None:
+def _rotate_heads(value: Any, output: Any, width: int) -> None:
     """R2: v -> v H per head, undone by o_proj; probabilities mix tokens, not channels, so it passes through."""
     weight = value.weight.double().view(-1, width, value.in_features)
     value.weight.copy_(_transform(weight.transpose(1, 2)).transpose(1, 2).reshape(value.weight.shape))

@@ -6,10 +6,12 @@ baseline of every report: a signed (T+1)-bit uniform quantiser.
 Errors are taken over weighted histograms (bin centers and counts), so that they cost the same for any number of tokens.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from spikellm.coding import default_v0, even_assignment, phase_amplitudes
@@ -49,7 +51,7 @@ def base2_fit(maximum: Float[Tensor, " C"], T: int, G: int = 1, *, min_length: i
     tau = torch.where(maximum > 0, maximum, 1.0)
     bases = torch.full((len(tau), G), 2.0)
     assignment = even_assignment(T, G, min_length=min_length)
-    return CodeFit(assignment=assignment, tau=tau, v0=default_v0(tau, T), base_d=bases, base_h=bases, base_theta=bases)
+    return CodeFit(assignment=assignment, tau=tau, v0=default_v0(tau, T), base_d=bases, base_h=bases.clone(), base_theta=bases.clone())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,3 +80,17 @@ def code_quality(table: PhaseTable, centers: Float[Tensor, " bins"], counts: Int
         energy=(x.square() * weights).sum().item(),
         firing_rate=(spikes.sum(0)[0] * weights).sum().item() / (total * table.T) if total else 0.0,
     )
+
+
+def save_fits(path: Path, fits: dict[str, CodeFit]) -> None:
+    """Write the codes of all sites, by site name, to a safetensors file."""
+    save_file({f"{name}.{field.name}": getattr(fit, field.name).contiguous() for name, fit in fits.items() for field in fields(fit)}, path)
+
+
+def load_fits(path: Path) -> dict[str, CodeFit]:
+    """Read what `save_fits` wrote."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, value in load_file(path).items():
+        name, _, field = key.rpartition(".")
+        found.setdefault(name, {})[field] = value
+    return {name: CodeFit(**values) for name, values in found.items()}

@@ -7,6 +7,7 @@ names of transformers' LLaMA implementation are written here and nowhere else; M
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 from torch import nn
 
@@ -90,7 +91,14 @@ def sites(layers: int) -> Iterator[Site]:
     yield Site(SiteKind.head_input, None)
 
 
-def head_width(config: object) -> int:
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The decoder layers of a model."""
+    layers = model.get_submodule(LAYERS)
+    assert isinstance(layers, nn.ModuleList)
+    return layers
+
+
+def head_width(config: Any) -> int:
     """E, the width of an attention head; transformers' configs may leave it to be derived."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 

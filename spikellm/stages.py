@@ -20,24 +20,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from spikellm import conversion, data, evaluation, prefix, rotation
+from spikellm import checkpoint, conversion, data, evaluation, rotation
 from spikellm.artifacts import ArtifactStore, artifact_key, read_json, write_json
+from spikellm.calibration import Calibration
+from spikellm.calibration import calibrate as run_calibration
 from spikellm.config import Config, InputError, RotationKind
 from spikellm.model import load_model, load_tokenizer, package_version, source_fingerprint
-from spikellm.search import CodeFit, CodeQuality, base2_fit, code_quality
-from spikellm.sites import GROUP_AXIS, Site, SiteKind
-from spikellm.statistics import FIT, HELD_OUT, Observer, SiteStatistics
+from spikellm.prefix import attach_prefix
+from spikellm.search import CodeFit, CodeQuality, base2_fit, code_quality, load_fits, save_fits
+from spikellm.statistics import HELD_OUT, SiteStatistics
 
 log = logging.getLogger(__name__)
 
-# Attention has L^2 probabilities a head: every eighth query suffices for their distribution.
-SOFTMAX_ROW_STRIDE = 8
-# Windows on which prefix tokens are looked for: their count per window hardly varies.
-PREFIX_WINDOWS = 4
 # Changes when what calibrate or search write no longer means the same.
 ARTIFACT_SCHEMA = 1
 RESULTS_SCHEMA = 1
@@ -123,7 +119,7 @@ class Workspace:
         """The spiking model for `fits`: prefix attached, a neuron at every site."""
         model = self.installed()
         conversion.clear(model)
-        prefix.attach_prefix(model, self.prefix_tokens())
+        attach_prefix(model, self.calibration()[0].prefix_tokens)
         conversion.convert(model, {name: fit.table for name, fit in fits.items()}, compiled=self.config.hardware.compile)
         return model
 
@@ -134,16 +130,10 @@ class Workspace:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def calibration(self) -> tuple[dict[str, SiteStatistics], bool]:
-        """Statistics of every site, and whether they were there already."""
+    def calibration(self) -> tuple[Calibration, bool]:
+        """Statistics of every site and the prefix tokens, and whether they were there already."""
         folder, cached = self.store.load_or_compute("calibrate", self.calibrate_inputs, lambda path: _calibrate(self, path))
-        tensors = load_file(folder / "statistics.safetensors")
-        names = read_json(folder / "calibration.json")["sites"]
-        return {name: SiteStatistics.from_tensors(tensors, name) for name in names}, cached
-
-    def prefix_tokens(self) -> list[int]:
-        folder, _ = self.store.load_or_compute("calibrate", self.calibrate_inputs, lambda path: _calibrate(self, path))
-        return read_json(folder / "calibration.json")["prefix_tokens"]
+        return Calibration.load(folder), cached
 
     def fits(self) -> tuple[dict[str, CodeFit], Path, bool]:
         """One code per site, the artefact's folder, and whether it was there already."""
@@ -157,46 +147,7 @@ def _plain(node: Any) -> dict[str, Any]:
 
 
 def _calibrate(work: Workspace, folder: Path) -> None:
-    config = work.config
-    windows = work.windows("calibration")
-    if len(windows) == 1:  # both parts of the statistics need one
-        half = windows.shape[1] // 2
-        windows = windows[:, : 2 * half].view(2, half)
-    model = work.installed()
-    tokens: list[int] = []
-    if config.prefix.enabled:
-        bos = model.config.bos_token_id
-        tokens = prefix.find_prefix_tokens(
-            model, windows[:PREFIX_WINDOWS], eta=config.prefix.eta, max_tokens=config.prefix.max_tokens, bos=bos
-        )
-        prefix.attach_prefix(model, tokens)
-        log.info("calibrate: prefix tokens %s", tokens)
-    observers = {site: _observer(model, site) for site in conversion.model_sites(model)}
-    for site, observer in observers.items():
-        conversion.set_neuron(model, site, observer)
-    with torch.no_grad():
-        for index, window in enumerate(tqdm(windows, desc="calibrate", unit="window", disable=None)):
-            for observer in observers.values():
-                observer.part = HELD_OUT if index % 2 else FIT
-            model.model(window[None].to(model.device), use_cache=False)
-    conversion.clear(model)
-    tensors: dict[str, torch.Tensor] = {}
-    for site, observer in observers.items():
-        tensors |= observer.result().tensors(site.name)
-    save_file(tensors, folder / "statistics.safetensors")
-    names = [site.name for site in observers]
-    write_json(folder / "calibration.json", {"sites": names, "prefix_tokens": tokens, "rotation": work.rotation_record})
-
-
-def _observer(model: PreTrainedModel, site: Site) -> Observer:
-    softmax = site.kind is SiteKind.softmax
-    return Observer(
-        site.name,
-        groups=conversion.site_groups(model.config, site.kind),
-        axis=GROUP_AXIS[site.kind],
-        row_stride=SOFTMAX_ROW_STRIDE if softmax else 1,
-        causal=softmax,
-    )
+    run_calibration(work.installed(), work.windows("calibration"), work.config.prefix).save(folder)
 
 
 def base2_fits(statistics: dict[str, SiteStatistics], T: int, G: int = 1, *, min_length: int = 2) -> dict[str, CodeFit]:
@@ -206,7 +157,7 @@ def base2_fits(statistics: dict[str, SiteStatistics], T: int, G: int = 1, *, min
 
 def _search(work: Workspace, folder: Path) -> None:
     snn = work.config.snn
-    statistics, _ = work.calibration()
+    statistics = work.calibration()[0].statistics
     start = time.perf_counter()
     grains = 1 if snn.grain == "auto" else int(snn.grain)
     fits = base2_fits(statistics, snn.T, grains, min_length=snn.min_grain_length)
@@ -250,20 +201,6 @@ def _site_row(name: str, fit: CodeFit, quality: CodeQuality, base2: CodeQuality)
     }
 
 
-def save_fits(path: Path, fits: dict[str, CodeFit]) -> None:
-    """Write the codes of all sites to a safetensors file."""
-    save_file({f"{name}.{key}": value.contiguous().clone() for name, fit in fits.items() for key, value in asdict(fit).items()}, path)
-
-
-def load_fits(path: Path) -> dict[str, CodeFit]:
-    """Read what `save_fits` wrote."""
-    fields: dict[str, dict[str, torch.Tensor]] = {}
-    for key, value in load_file(path).items():
-        name, _, field = key.rpartition(".")
-        fields.setdefault(name, {})[field] = value
-    return {name: CodeFit(**values) for name, values in fields.items()}
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageOutcome:
     """What a stage adds to results.json, and whether it was there already."""
@@ -274,8 +211,8 @@ class StageOutcome:
 
 
 def calibrate(work: Workspace) -> StageOutcome:
-    statistics, cached = work.calibration()
-    record = {"sites": len(statistics), "prefix_tokens": work.prefix_tokens(), "rotation": work.rotation_record}
+    found, cached = work.calibration()
+    record = {"sites": len(found.statistics), "prefix_tokens": found.prefix_tokens, "rotation": work.rotation_record}
     return StageOutcome(cached=cached, results=record)
 
 
@@ -291,7 +228,7 @@ def convert(work: Workspace) -> StageOutcome:
         neurons = {site.name: repr(conversion.get_neuron(model, site)) for site in conversion.model_sites(model)}
         write_json(folder / "neurons.json", neurons)
         if work.config.save_model:
-            conversion.save(model, folder / "model")
+            checkpoint.save(model, folder / "model")
             if work.tokenizer is not None:
                 work.tokenizer.save_pretrained(folder / "model")
 
@@ -312,7 +249,7 @@ def evaluate(work: Workspace) -> StageOutcome:
 
     builders: dict[str, Callable[[], PreTrainedModel]] = {
         "snn": lambda: work.spiking(work.fits()[0]),
-        "base2": lambda: work.spiking(base2_fits(work.calibration()[0], work.config.snn.T)),
+        "base2": lambda: work.spiking(base2_fits(work.calibration()[0].statistics, work.config.snn.T)),
         "ann": ann,
     }
     values: dict[str, Any] = {}

@@ -96,7 +96,7 @@ class Observer(nn.Module):
         if self.groups > 1:
             magnitude = magnitude.unflatten(axis, (self.groups, -1)).movedim(axis, 0)
         magnitude = magnitude.reshape(self.groups, -1)
-        if self.counts is None:
+        if self.counts is None or self.maximum is None:
             self.counts = torch.zeros(2, self.groups, BINS, dtype=torch.int64, device=x.device)
             self.maximum = torch.zeros(2, self.groups, device=x.device)
         # amax carries NaN and infinity through to `result`
