@@ -3,25 +3,27 @@
 import logging
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from spikellm.config import Config, InputError, quote_numeric_options, register
+from spikellm.config import INPUT_ERRORS, Config, explain, quote_numeric_options, register
 from spikellm.report import console_table, objective, write_failure, write_results
 
 log = logging.getLogger("spikellm")
+logging.raiseExceptions = False  # a full disk is reported once, not by every line of the log
 register()
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(composed: DictConfig) -> float | None:
     """One job: run the stages, write results.json and sites.csv, return the objective."""
-    folder = Path(HydraConfig.get().runtime.output_dir)
+    hydra_config = HydraConfig.get()
+    folder = Path(hydra_config.runtime.output_dir)
     try:
         config = OmegaConf.to_object(composed)
         assert isinstance(config, Config)
@@ -30,29 +32,30 @@ def main(composed: DictConfig) -> float | None:
         results, rows = run_stages(config)
         path = write_results(folder, results, rows)
     except Exception as error:
-        write_failure(folder, error)
-        log.error("%s", " ".join(str(error).split()))
+        with suppress(OSError):
+            write_failure(folder, explain(error))
+        if hydra_config.mode is RunMode.RUN and isinstance(error, INPUT_ERRORS):
+            sys.exit(fail(error))  # Hydra would add lines of its own
+        log.error("%s", explain(error))
         raise
     log.info("done\n%s", console_table(results, path))
     return objective(results, config.objective)
 
 
+def fail(error: Exception) -> int:
+    """One line on stderr; the exit code for wrong input."""
+    print(f"error: {explain(error)}", file=sys.stderr)
+    return 2
+
+
 def cli() -> None:
     """The command line: wrong input ends with one line and exit code 2, a defect with its traceback."""
-    traceback_wanted = "HYDRA_FULL_ERROR" in os.environ
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then raises instead of printing and exiting with 1
     try:
         sys.argv[1:] = quote_numeric_options(sys.argv[1:])
         main()
-    except (InputError, HydraException, OmegaConfBaseException, OSError) as error:
-        if traceback_wanted:
-            raise
-        sys.exit(_fail(error))
-
-
-def _fail(error: Exception) -> int:
-    print("error: " + " ".join(str(error).split()), file=sys.stderr)
-    return 2
+    except INPUT_ERRORS as error:
+        sys.exit(fail(error))
 
 
 if __name__ == "__main__":

@@ -12,9 +12,12 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
+
+if TYPE_CHECKING:  # report.py imports this module before torch is wanted
+    from torch import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -73,14 +76,26 @@ class ArtifactStore:
             lock.release()
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON whole or not at all."""
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON whole or not at all."""
+    write_text(path, json.dumps(content, indent=2, default=str) + "\n")
+
+
+def write_tensors(path: Path, tensors: dict[str, "Tensor"]) -> None:
+    """Write a safetensors file; a full disk raises OSError (safetensors' own writer raises a type of its own)."""
+    from safetensors.torch import save
+
+    path.write_bytes(save(tensors))
 
 
 def read_json(path: Path) -> Any:

@@ -7,12 +7,12 @@ from typing import Self
 
 import torch
 from jaxtyping import Int
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from spikellm.artifacts import read_json, write_json
+from spikellm.artifacts import read_json, write_json, write_tensors
 from spikellm.config import PrefixConfig
 from spikellm.conversion import clear, model_sites, set_neuron, site_groups
 from spikellm.prefix import attach_prefix, find_prefix_tokens
@@ -39,7 +39,7 @@ class Calibration:
         tensors: dict[str, Tensor] = {}
         for name, site in self.statistics.items():
             tensors |= site.tensors(name)
-        save_file(tensors, folder / "statistics.safetensors")
+        write_tensors(folder / "statistics.safetensors", tensors)
         write_json(folder / "calibration.json", {"prefix_tokens": self.prefix_tokens, "sites": list(self.statistics)})
 
     @classmethod

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
 from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 NUMERIC_GROUPS = ("grain", "timesteps")
@@ -25,6 +27,22 @@ MAX_T = 16
 
 class InputError(ValueError):
     """Wrong input from the user: the message names the key, the value and the cure; main.py prints it as one line."""
+
+
+# What main.py reports as one line with exit code 2; anything else is a defect and keeps its traceback.
+INPUT_ERRORS = (InputError, HydraException, OmegaConfBaseException, OSError)
+
+
+def explain(error: Exception) -> str:
+    """An error as one line: the message, what Hydra or the system leaves unsaid, and the cure."""
+    text = str(error)
+    if isinstance(error, HydraException):
+        text = text.partition("Config search path:")[0]
+        if isinstance(error.__cause__, OmegaConfBaseException):
+            text += f" ({str(error.__cause__).splitlines()[0]})"
+    elif isinstance(error, OSError) and error.filename:
+        text = f"{error.filename}: {error.strerror}; hydra.run.dir= and output_root= choose where results and artefacts go"
+    return " ".join(text.split())
 
 
 class ModelSource(Enum):

@@ -5,6 +5,7 @@ transformers' format, and random weights for tests. All give a plain transformer
 """
 
 import logging
+import sys
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,11 +13,14 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from spikellm.config import Device, HardwareConfig, InputError, ModelConfig, ModelSource
-from spikellm.sites import check_architecture
+from spikellm.sites import ARCHITECTURES, check_architecture
 
 log = logging.getLogger(__name__)
+if not sys.stderr.isatty():
+    disable_progress_bar()
 
 
 def load_model(config: ModelConfig, hardware: HardwareConfig) -> PreTrainedModel:
@@ -31,14 +35,14 @@ def load_model(config: ModelConfig, hardware: HardwareConfig) -> PreTrainedModel
     if config.source is ModelSource.random:
         model = _random_model(config).to(dtype).to(device_map or "cpu")
     else:
+        if config.source is ModelSource.hub:  # refuse before gigabytes are fetched
+            _check_type(config, _from_hub(config, AutoConfig, **_location(config)).model_type)
         arguments = {"dtype": dtype, "device_map": device_map, "attn_implementation": "sdpa", **_location(config)}
         model = _from_hub(config, AutoModelForCausalLM, **arguments)
         if config.source is ModelSource.gguf:
             _forget_gguf(model)
-    try:
-        check_architecture(model)
-    except ValueError as error:
-        raise InputError(f"model={config.name} (model.path={config.path}): {error}") from error
+    _check_type(config, model.config.model_type)
+    check_architecture(model)
     model.eval().requires_grad_(False)
     return model
 
@@ -113,6 +117,14 @@ def _device_map(hardware: HardwareConfig) -> str | None:
     if not torch.cuda.is_available():
         raise InputError(f"hardware.device={hardware.device.value}: no CUDA device found; take hardware=cpu")
     return hardware.device.value
+
+
+def _check_type(config: ModelConfig, model_type: str) -> None:
+    if model_type not in ARCHITECTURES:
+        raise InputError(
+            f"model={config.name}, model.path={config.path}: architecture {model_type!r} is not supported; "
+            f"supported: {', '.join(ARCHITECTURES)}"
+        )
 
 
 def _random_config(config: ModelConfig) -> Any:

@@ -6,13 +6,16 @@ Imported by Hydra before every run (the sweep callback), so no torch here.
 import csv
 import json
 import logging
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from spikellm.artifacts import write_json
+from spikellm.artifacts import write_json, write_text
 
 log = logging.getLogger(__name__)
 
@@ -24,18 +27,15 @@ def write_results(folder: Path, results: dict[str, Any], rows: list[dict[str, An
     """Write results.json, and sites.csv where there are rows; the path of results.json."""
     folder.mkdir(parents=True, exist_ok=True)
     if rows:
-        with (folder / SITES).open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-            writer.writeheader()
-            writer.writerows({key: json.dumps(value) if isinstance(value, list) else value for key, value in row.items()} for row in rows)
+        write_text(folder / SITES, _csv_text(rows, tuple(rows[0])))
     write_json(folder / RESULTS, results)
     return folder / RESULTS
 
 
-def write_failure(folder: Path, error: Exception) -> None:
+def write_failure(folder: Path, reason: str) -> None:
     """Leave the reason beside a job that failed, for the sweep's summary."""
     if folder.is_dir():
-        write_json(folder / FAILURE, {"error": " ".join(str(error).split())})
+        write_json(folder / FAILURE, {"error": reason})
 
 
 def objective(results: dict[str, Any], key: str) -> float | None:
@@ -64,15 +64,15 @@ def console_table(results: dict[str, Any], path: Path) -> str:
 
 
 class SweepSummary(Callback):
-    """Hydra callback: summary.csv and summary.md in the sweep's folder when the sweep ends."""
+    """Hydra callback: summary.csv and summary.md in a sweep's folder, brought up to date whenever a job ends.
 
-    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        folder = Path(config.hydra.sweep.dir)
-        rows = summary_rows(folder)
-        if not rows:
-            return
-        write_summary(folder, rows)
-        log.info("summary of %d jobs: %s", len(rows), folder / "summary.md")
+    Not when the sweep ends: Hydra leaves that call out where a job has failed.
+    """
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
+        if config.hydra.mode is RunMode.MULTIRUN:
+            folder = Path(config.hydra.sweep.dir)
+            write_summary(folder, summary_rows(folder))
 
 
 def summary_rows(folder: Path) -> list[dict[str, Any]]:
@@ -93,13 +93,18 @@ def summary_rows(folder: Path) -> list[dict[str, Any]]:
 
 def write_summary(folder: Path, rows: list[dict[str, Any]]) -> None:
     """summary.csv with full precision, summary.md to read."""
-    with (folder / "summary.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=SUMMARY_COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
     lines = ["| " + " | ".join(SUMMARY_COLUMNS) + " |", "|" + " --- |" * len(SUMMARY_COLUMNS)]
     lines += ["| " + " | ".join(_cell(row[column]) for column in SUMMARY_COLUMNS) + " |" for row in rows]
-    (folder / "summary.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(folder / "summary.csv", _csv_text(rows, SUMMARY_COLUMNS))
+    write_text(folder / "summary.md", "\n".join(lines) + "\n")
+
+
+def _csv_text(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> str:
+    table = StringIO(newline="")
+    writer = csv.DictWriter(table, fieldnames=columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({key: json.dumps(value) if isinstance(value, list) else value for key, value in row.items()} for row in rows)
+    return table.getvalue()
 
 
 def _cell(value: Any) -> str:

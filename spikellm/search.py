@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from spikellm.artifacts import write_tensors
 from spikellm.coding import default_v0, even_assignment, phase_amplitudes
 from spikellm.neuron import PhaseTable, fire
 
@@ -84,7 +85,8 @@ def code_quality(table: PhaseTable, centers: Float[Tensor, " bins"], counts: Int
 
 def save_fits(path: Path, fits: dict[str, CodeFit]) -> None:
     """Write the codes of all sites, by site name, to a safetensors file."""
-    save_file({f"{name}.{field.name}": getattr(fit, field.name).contiguous() for name, fit in fits.items() for field in fields(fit)}, path)
+    names = [field.name for field in fields(CodeFit)]
+    write_tensors(path, {f"{site}.{name}": getattr(fit, name).contiguous() for site, fit in fits.items() for name in names})
 
 
 def load_fits(path: Path) -> dict[str, CodeFit]:

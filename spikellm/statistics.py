@@ -102,8 +102,9 @@ class Observer(nn.Module):
         # amax carries NaN and infinity through to `result`
         self.maximum[self.part] = torch.maximum(self.maximum[self.part], magnitude.amax(1))
         index = bin_index(magnitude.contiguous())
-        for group in range(self.groups):
-            self.counts[self.part, group] += torch.bincount(index[group], minlength=BINS)
+        if self.groups > 1:
+            index += torch.arange(0, self.groups * BINS, BINS, dtype=torch.int32, device=x.device)[:, None]
+        self.counts[self.part] += torch.bincount(index.flatten(), minlength=self.groups * BINS).view(self.groups, BINS)
         return x
 
     def result(self) -> SiteStatistics:
