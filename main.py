@@ -35,27 +35,25 @@ def main(composed: DictConfig) -> float | None:
         with suppress(OSError):
             write_failure(folder, explain(error))
         if hydra_config.mode is RunMode.RUN and isinstance(error, INPUT_ERRORS):
-            sys.exit(fail(error))  # Hydra would add lines of its own
+            raise SystemExit(explain(error)) from error  # past Hydra, which would add lines of its own
         log.error("%s", explain(error))
         raise
     log.info("done\n%s", console_table(results, path))
     return objective(results, config.objective)
 
 
-def fail(error: Exception) -> int:
-    """One line on stderr; the exit code for wrong input."""
-    print(f"error: {explain(error)}", file=sys.stderr)
-    return 2
-
-
 def cli() -> None:
     """The command line: wrong input ends with one line and exit code 2, a defect with its traceback."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then raises instead of printing and exiting with 1
+    os.environ.setdefault("TQDM_DISABLE", "" if sys.stderr.isatty() else "1")
     try:
         sys.argv[1:] = quote_numeric_options(sys.argv[1:])
         main()
-    except INPUT_ERRORS as error:
-        sys.exit(fail(error))
+    except (*INPUT_ERRORS, SystemExit) as error:
+        if isinstance(error, SystemExit) and not isinstance(error.code, str):
+            raise
+        print(f"error: {error.code if isinstance(error, SystemExit) else explain(error)}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ transformers' format, and random weights for tests. All give a plain transformer
 """
 
 import logging
-import sys
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,14 +12,11 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils.logging import disable_progress_bar
 
 from spikellm.config import Device, HardwareConfig, InputError, ModelConfig, ModelSource
 from spikellm.sites import ARCHITECTURES, check_architecture
 
 log = logging.getLogger(__name__)
-if not sys.stderr.isatty():
-    disable_progress_bar()
 
 
 def load_model(config: ModelConfig, hardware: HardwareConfig) -> PreTrainedModel:
