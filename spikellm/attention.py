@@ -1,10 +1,20 @@
-"""Attention with neurons on q, k, v and the probabilities, for transformers' attention interface.
+"""Attention with neurons on q, k, v and the softmax, for transformers' attention interface.
 
 Two functions are registered under one name: the attention itself and its mask. Without the mask function transformers
 would pass no mask and the model would silently stop being causal; the attention therefore refuses to run without one.
 
 The neurons, R3 (an online Hadamard transform of q and k after RoPE: scores stay, outliers spread) and the prefix (keys and
 values of a few outlier tokens, before every sequence) belong to the layer: they lie in its submodule `spiking`.
+
+Where the softmax is normalised (`snn.softmax_norm`), with scores s_j, the prefix among the keys:
+
+* before (the authors' network): p_j = exp(s_j) / sum_k exp(s_k), coded; out = sum_j p^_j v^_j. Most of a row's mass can lie in
+  probabilities far below the code's smallest step, and their rounding errors add up over a thousand keys.
+* after (ours): e_j = exp(s_j - m) with m the row's largest score among real keys, coded;
+  out = (c sum_j e^_j v^_j + a V) / (c sum_j e^_j + a), with M the largest score of all, c = exp(m - M) and a = exp(s - M) of
+  the prefix. Every row uses the code's whole range, the bias cancels in the quotient, and the prefix (constants with a
+  sink's share of the mass) does not press real keys below the code's smallest step. Its P columns stay dense:
+  P (E + 1) multiply-adds a query and head, beside the S E of the real keys.
 
 Queries are taken in blocks, and keys that no query of a block may see are left out: half of the work and a fraction of
 the memory of the full [H, L, S] matrix.
@@ -19,6 +29,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from spikellm.hadamard import hadamard_factors
+from spikellm.neuron import PhaseNeuron, encode_plain, fused
 from spikellm.sites import SPIKING_ATTENTION
 
 IMPLEMENTATION = "spiking"
@@ -30,6 +41,7 @@ class SpikingAttention(nn.Module):
     Args:
         head_width: E.
         rotated: apply R3.
+        normalise_after: see the module's text.
         query_block: queries per block [tokens].
     """
 
@@ -37,17 +49,25 @@ class SpikingAttention(nn.Module):
     prefix_key: Tensor | None
     prefix_value: Tensor | None
 
-    def __init__(self, head_width: int, *, rotated: bool, query_block: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        head_width: int,
+        *,
+        rotated: bool,
+        normalise_after: bool,
+        query_block: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
         super().__init__()
         self.query: nn.Module = nn.Identity()
         self.key: nn.Module = nn.Identity()
         self.value: nn.Module = nn.Identity()
         self.softmax: nn.Module = nn.Identity()
-        self.head_width, self.query_block, self.dtype = head_width, query_block, dtype
+        self.head_width, self.normalise_after, self.query_block, self.dtype = head_width, normalise_after, query_block, dtype
         # not in the state dict: the width determines it
-        self.register_buffer(
-            "rotation", torch.empty(head_width, head_width, dtype=dtype, device=device) if rotated else None, persistent=False
-        )
+        rotation = torch.empty(head_width, head_width, dtype=dtype, device=device) if rotated else None
+        self.register_buffer("rotation", rotation, persistent=False)
         self.register_buffer("prefix_key", None)
         self.register_buffer("prefix_value", None)
         self.reset_rotation()
@@ -70,28 +90,71 @@ class SpikingAttention(nn.Module):
         mask: Bool[Tensor, "B 1 L S"],
         scaling: float,
     ) -> Float[Tensor, "B L H E"]:
+        prefix = None
         if self.prefix_key is not None and self.prefix_value is not None:
-            batch, prefix = key.shape[0], self.prefix_key.shape[1]
-            key = torch.cat([self.prefix_key.expand(batch, -1, -1, -1), key], dim=2)
-            value = torch.cat([self.prefix_value.expand(batch, -1, -1, -1), value], dim=2)
-            mask = torch.cat([mask.new_ones(*mask.shape[:-1], prefix), mask], dim=-1)
+            prefix = (self.prefix_key.expand(len(key), -1, -1, -1), self.prefix_value.expand(len(key), -1, -1, -1))
+            if not self.normalise_after:
+                key, value = torch.cat([prefix[0], key], dim=2), torch.cat([prefix[1], value], dim=2)
+                mask = torch.cat([mask.new_ones(*mask.shape[:-1], prefix[0].shape[2]), mask], dim=-1)
         if self.rotation is not None:
             query, key = query @ self.rotation, key @ self.rotation
+            prefix = prefix and (prefix[0] @ self.rotation, prefix[1])
         query, key, value = self.query(query), self.key(key), self.value(value)
+        mix = self._mix_then_normalise if self.normalise_after else self._normalise_then_mix
         blocks = [
-            self._mix(query[:, :, rows], key[:, :, keys], value[:, :, keys], mask[:, :, rows, keys], scaling)
+            mix(query[:, :, rows] * scaling, key[:, :, keys], value[:, :, keys], mask[:, :, rows, keys], prefix)
             for rows, keys in visible_blocks(mask, self.query_block)
         ]
         return torch.cat(blocks, dim=2).transpose(1, 2)
 
-    def _mix(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Float[Tensor, "B H l E"]:
-        """One block of queries. Query heads that share a key head are stacked, so that keys are not repeated."""
-        B, H, L, E = query.shape
-        K = key.shape[1]
-        scores = (query * scaling).reshape(B, K, H // K * L, E) @ key.transpose(-1, -2)
-        scores = scores.view(B, H, L, -1).masked_fill(~mask, torch.finfo(scores.dtype).min)
-        probabilities = self.softmax(scores.softmax(-1, dtype=torch.float32)).to(value.dtype)
-        return (probabilities.view(B, K, H // K * L, -1) @ value).view(B, H, L, E)
+    def _normalise_then_mix(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, _: Any) -> Float[Tensor, "B H l E"]:
+        scores = per_key_head(query, key.mT).masked_fill(~mask, torch.finfo(query.dtype).min)
+        return per_key_head(self.softmax(scores.softmax(-1, dtype=torch.float32)).to(value.dtype), value)
+
+    def _mix_then_normalise(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, prefix: tuple[Tensor, Tensor] | None
+    ) -> Float[Tensor, "B H l E"]:
+        weights, total, top = self._coded_exponentials(per_key_head(query, key.mT), mask)
+        mixed = per_key_head(weights.to(value.dtype), value)
+        if prefix is not None:
+            scores = per_key_head(query, prefix[0].mT).float()
+            highest = torch.maximum(top, scores.amax(-1, keepdim=True))
+            sink, share = (scores - highest).exp(), (top - highest).exp()
+            mixed = share * mixed + per_key_head(sink.to(value.dtype), prefix[1])
+            total = share * total + sink.sum(-1, keepdim=True)
+        return (mixed / total).to(value.dtype)
+
+    def _coded_exponentials(self, scores: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """e^ [B, H, l, s], its row sums and the rows' largest scores [B, H, l, 1]; one pass if the neuron is compiled."""
+        if isinstance(self.softmax, PhaseNeuron) and self.softmax.compiled:
+            table = self.softmax.table
+            return fused(coded_exponentials, scores.device.type)(scores, mask, table.theta, table.h, table.d, table.v0)
+        weights, top = exponentials(scores, mask)
+        weights = self.softmax(weights)
+        return weights, weights.sum(-1, keepdim=True), top
+
+
+def per_key_head(x: Float[Tensor, "B H l m"], y: Float[Tensor, "B K m n"]) -> Float[Tensor, "B H l n"]:
+    """x @ y where H / K query heads share a key head: they are stacked, so that keys are not repeated."""
+    B, H, L, M = x.shape
+    K = y.shape[1]
+    return (x.reshape(B, K, H // K * L, M) @ y).view(B, H, L, y.shape[-1])
+
+
+def exponentials(scores: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """exp(s - m) with m the largest visible score of the row, 0 where masked; and m [B, H, l, 1]; float32."""
+    scores = scores.float().masked_fill(~mask, torch.finfo(torch.float32).min)
+    top = scores.amax(-1, keepdim=True)
+    return (scores - top).exp(), top
+
+
+def coded_exponentials(scores: Tensor, mask: Tensor, theta: Tensor, h: Tensor, d: Tensor, v0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`exponentials` sent through neurons (tables per head, or one for all), their row sums, and m."""
+    weights, top = exponentials(scores, mask)
+    B, H, L, S = weights.shape
+    groups = theta.shape[0]
+    coded = encode_plain(weights.view(B * H // groups, groups, L * S), theta, h, d, v0).view(B, H, L, S)
+    return coded, coded.sum(-1, keepdim=True), top
 
 
 def visible_blocks(mask: Bool[Tensor, "B 1 L S"], size: int) -> list[tuple[slice, slice]]:

@@ -28,6 +28,7 @@ class SpikingModelConfig(QuantizationConfigMixin):
 
     Args:
         rotated: R3 and R4 act online.
+        normalise_after: where the softmax is normalised.
         T: time steps.
         groups: site name -> tables at the site.
         prefix_length: P.
@@ -36,10 +37,19 @@ class SpikingModelConfig(QuantizationConfigMixin):
     """
 
     def __init__(
-        self, *, rotated: bool, T: int, groups: dict[str, int], prefix_length: int, query_block: int, compiled: bool, **_: Any
+        self,
+        *,
+        rotated: bool,
+        normalise_after: bool,
+        T: int,
+        groups: dict[str, int],
+        prefix_length: int,
+        query_block: int,
+        compiled: bool,
+        **_: Any,
     ) -> None:
         self.quant_method: Any = METHOD
-        self.rotated, self.T, self.groups = rotated, T, groups
+        self.rotated, self.normalise_after, self.T, self.groups = rotated, normalise_after, T, groups
         self.prefix_length, self.query_block, self.compiled = prefix_length, query_block, compiled
 
 
@@ -52,7 +62,7 @@ class SpikingModelQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         config = self.quantization_config
-        install(model, rotated=config.rotated, query_block=config.query_block)
+        install(model, rotated=config.rotated, normalise_after=config.normalise_after, query_block=config.query_block)
         tables = {}
         for name, groups in config.groups.items():
             rows = torch.zeros(groups, config.T)
@@ -96,6 +106,7 @@ def save(model: PreTrainedModel, folder: Path) -> None:
     assert isinstance(attention, SpikingAttention)
     config = SpikingModelConfig(
         rotated=attention.rotation is not None,
+        normalise_after=attention.normalise_after,
         T=some.table.T,
         groups={name: neuron.table.groups for name, neuron in neurons.items() if isinstance(neuron, PhaseNeuron)},
         prefix_length=0 if attention.prefix_key is None else attention.prefix_key.shape[1],

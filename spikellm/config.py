@@ -70,6 +70,11 @@ class Execution(Enum):
     folded = "folded"
 
 
+class SoftmaxNorm(Enum):
+    before = "before"  # probabilities are coded: the authors' network
+    after = "after"  # exponentials are coded, the output is divided by their sum
+
+
 class SearchMethod(Enum):
     base2 = "base2"
 
@@ -114,6 +119,7 @@ class SpikingConfig:
     min_grain_length: int = 2  # phases in a grain, at least [steps]
     coding: Coding = Coding.phase
     execution: Execution = Execution.folded
+    softmax_norm: SoftmaxNorm = SoftmaxNorm.after  # where attention's softmax is normalised
 
     def __post_init__(self) -> None:
         _check(1 <= self.T <= MAX_T, "snn.T", self.T, f"takes 1 to {MAX_T} time steps")

@@ -36,11 +36,12 @@ from spikellm.sites import (
 )
 
 
-def install(model: PreTrainedModel, *, rotated: bool, query_block: int) -> None:
+def install(model: PreTrainedModel, *, rotated: bool, normalise_after: bool = True, query_block: int = 256) -> None:
     """Give every site of `model` a transparent neuron slot, in place.
 
     Args:
         rotated: `rotation.rotate` was applied: add the online halves of R3 and R4.
+        normalise_after: divide attention's output by the sum of the coded exponentials (see `attention.py`).
         query_block: queries per block of attention [tokens].
 
     Raises:
@@ -56,7 +57,14 @@ def install(model: PreTrainedModel, *, rotated: bool, query_block: int) -> None:
         layer.set_submodule(ACTIVATION, SpikingActivation(layer.get_submodule(ACTIVATION)))
         layer.set_submodule(OUTPUT, SpikingLinear.adopt(output, hadamard=False))
         layer.set_submodule(DOWN, SpikingLinear.adopt(down, hadamard=rotated))
-        spiking = SpikingAttention(width, rotated=rotated, query_block=query_block, dtype=output.weight.dtype, device=output.weight.device)
+        spiking = SpikingAttention(
+            width,
+            rotated=rotated,
+            normalise_after=normalise_after,
+            query_block=query_block,
+            dtype=output.weight.dtype,
+            device=output.weight.device,
+        )
         layer.get_submodule(ATTENTION).add_module(SPIKING_ATTENTION, spiking)
     model.set_submodule(FINAL_NORM, SpikingRMSNorm.adopt(model.get_submodule(FINAL_NORM)))
     model.set_attn_implementation(IMPLEMENTATION)

@@ -26,7 +26,7 @@ from spikellm import checkpoint, conversion, data, evaluation, rotation
 from spikellm.artifacts import ArtifactStore, artifact_key, read_json, write_json
 from spikellm.calibration import Calibration
 from spikellm.calibration import calibrate as run_calibration
-from spikellm.config import Config, InputError, RotationKind
+from spikellm.config import Config, InputError, RotationKind, SoftmaxNorm
 from spikellm.model import load_model, load_tokenizer, package_version, source_fingerprint
 from spikellm.prefix import attach_prefix
 from spikellm.search import CodeFit, CodeQuality, base2_fit, code_quality, load_fits, save_fits
@@ -65,6 +65,7 @@ class Workspace:
             "model": self.model_inputs,
             "rotation": _plain(config.rotation),
             "prefix": _plain(config.prefix),
+            "softmax_norm": config.snn.softmax_norm.value,
             "text": data.fingerprint(config.dataset.calibration, "dataset.calibration"),
         }
 
@@ -111,7 +112,8 @@ class Workspace:
                     rotation.rotate(model, seed=self.config.rotation.seed)
                 except ValueError as error:
                     raise InputError(f"rotation.kind=hadamard with model={self.config.model.name}: {error}") from error
-            conversion.install(model, rotated=rotated, query_block=self.config.hardware.query_block)
+            after = self.config.snn.softmax_norm is SoftmaxNorm.after
+            conversion.install(model, rotated=rotated, normalise_after=after, query_block=self.config.hardware.query_block)
             self._installed = model
         return self._installed
 
