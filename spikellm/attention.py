@@ -82,6 +82,10 @@ class SpikingAttention(nn.Module):
         """Keys (after RoPE, before R3) and values that stand before every sequence."""
         self.prefix_key, self.prefix_value = key.clone(), value.clone()
 
+    def clear_prefix(self) -> None:
+        """Take the prefix away."""
+        self.prefix_key = self.prefix_value = None
+
     def forward(
         self,
         query: Float[Tensor, "B H L E"],

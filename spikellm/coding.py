@@ -50,7 +50,7 @@ def even_assignment(T: int, G: int, *, min_length: int = 2) -> Int[Tensor, " T"]
 
 
 def phase_amplitudes(
-    tau: Float[Tensor, "*sites"], bases: Float[Tensor, "*sites G"], assignment: Int[Tensor, "*sites T"]
+    tau: Float[Tensor, "*sites"], bases: Float[Tensor, "*sites G"], assignment: Int[Tensor, "*#sites T"]
 ) -> Float[Tensor, "*sites T"]:
     """tau * bases[a(t)]^-(t+1): one row (d, h or theta) of the table, for any number of sites at once."""
     steps = torch.arange(1, assignment.shape[-1] + 1, device=bases.device, dtype=bases.dtype)

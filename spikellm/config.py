@@ -40,8 +40,8 @@ def explain(error: Exception) -> str:
         text = text.partition("Config search path:")[0]
         if isinstance(error.__cause__, OmegaConfBaseException):
             text += f" ({str(error.__cause__).splitlines()[0]})"
-    elif isinstance(error, OSError) and error.filename:
-        text = f"{error.filename}: {error.strerror}; hydra.run.dir= and output_root= choose where results and artefacts go"
+    elif isinstance(error, OSError):
+        text = f"{error.filename or 'output'}: {error.strerror or error}; hydra.run.dir= and output_root= choose where results are written"
     return " ".join(text.split())
 
 
@@ -213,7 +213,7 @@ class Config:
     seed: int = 0
     output_root: str = MISSING  # runs, sweeps and artefacts lie below it
     objective: str = "perplexity.snn"  # key of results.json that main() returns (for optimising sweepers)
-    save_model: bool = False  # write the converted model (transformers format) into the run folder
+    save_model: bool = False  # write the spiking model (transformers format) into the artefact of convert; results.json says where
 
     def __post_init__(self) -> None:
         unknown = [stage for stage in self.stages if stage not in STAGE_NAMES]

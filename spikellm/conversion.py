@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from accelerate.hooks import add_hook_to_module
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -66,7 +67,10 @@ def install(model: PreTrainedModel, *, rotated: bool, normalise_after: bool = Tr
             device=output.weight.device,
         )
         layer.get_submodule(ATTENTION).add_module(SPIKING_ATTENTION, spiking)
-    model.set_submodule(FINAL_NORM, SpikingRMSNorm.adopt(model.get_submodule(FINAL_NORM)))
+    final_norm = model.get_submodule(FINAL_NORM)
+    model.set_submodule(FINAL_NORM, SpikingRMSNorm.adopt(final_norm))
+    if hasattr(final_norm, "_hf_hook"):  # accelerate moves inputs between devices block by block, and this is a block
+        add_hook_to_module(model.get_submodule(FINAL_NORM), final_norm._hf_hook)
     model.set_attn_implementation(IMPLEMENTATION)
 
 

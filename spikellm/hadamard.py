@@ -16,12 +16,16 @@ n (P + R) multiply-adds a row instead of n^2.
 """
 
 from functools import cache
+from importlib.util import find_spec
 from itertools import product
 from math import isqrt, sqrt
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+# Optional CUDA kernel for powers of two (Sylvester's order, as here); imported by the first transform that can use it.
+HAS_CUDA_KERNEL = find_spec("fast_hadamard_transform") is not None
 
 # Up to this width (head widths: 64, 128) one dense product is faster on CPU than two products of tiny factors.
 DENSE = 128
@@ -34,8 +38,15 @@ def hadamard_matrix(n: int) -> Float[Tensor, "n n"]:
     Raises:
         ValueError: no construction of this module reaches order n.
     """
-    if n in (1, 2):
-        return torch.tensor([[1.0]] if n == 1 else [[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
+    with torch.device("cpu"):  # whatever the caller's default device: the matrix is shared
+        return _construct(n)
+
+
+def _construct(n: int) -> Float[Tensor, "n n"]:
+    if n == 1:
+        return torch.ones(1, 1, dtype=torch.float64)
+    if n > 1 and n & (n - 1) == 0:
+        return torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), hadamard_matrix(n // 2))
     if n > 0 and n % 4 == 0:
         for build in (_paley_1, _paley_2):
             if (matrix := build(n)) is not None:
@@ -90,9 +101,18 @@ def hadamard_transform(x: Float[Tensor, "*rows n"], factors: tuple[Float[Tensor,
     left, right = factors
     p, r = left.shape[0], right.shape[0]
     if p == 1:
-        return x @ right
+        return _rows_times(x, right)
     # (x as a P x R matrix X):  vec(X) (H_P (x) H_R) = vec(H_P^T X H_R)
-    return (left.T @ (x.reshape(-1, p, r) @ right)).reshape(x.shape)
+    return (left.T @ _rows_times(x.reshape(-1, p, r), right)).reshape(x.shape)
+
+
+def _rows_times(x: Float[Tensor, "*rows R"], matrix: Float[Tensor, "R R"]) -> Float[Tensor, "*rows R"]:
+    size = matrix.shape[0]
+    if HAS_CUDA_KERNEL and x.is_cuda and size & (size - 1) == 0 and x.dtype is not torch.float64:
+        from fast_hadamard_transform import hadamard_transform as kernel
+
+        return kernel(x.contiguous(), scale=size**-0.5)
+    return x @ matrix
 
 
 def inverse_hadamard_transform(

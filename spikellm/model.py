@@ -124,10 +124,8 @@ def _check_type(config: ModelConfig, model_type: str) -> None:
 
 
 def _random_config(config: ModelConfig) -> Any:
-    try:
-        return AutoConfig.for_model(config.path, **config.options)
-    except (ValueError, KeyError) as error:
-        raise InputError(f"model.path={config.path}: not an architecture that transformers knows") from error
+    _check_type(config, config.path)
+    return AutoConfig.for_model(config.path, **config.options)
 
 
 def _random_model(config: ModelConfig) -> Any:

@@ -51,7 +51,7 @@ def find_prefix_tokens(model: PreTrainedModel, windows: Int[Tensor, "W L"], *, e
     frequent: Counter[int] = Counter()
     everywhere: Counter[int] = Counter()
     try:
-        for window in tqdm(windows, desc="prefix tokens", unit="window", leave=False):
+        for window in tqdm(windows, desc="prefix tokens", unit="window", leave=False, disable=None):
             model.base_model(window[None].to(model.device), use_cache=False)
             found = torch.stack([peak > eta * peak.median() for peak in peaks])  # [layers, L]
             counts += found.sum(1)
@@ -71,12 +71,17 @@ def find_prefix_tokens(model: PreTrainedModel, windows: Int[Tensor, "W L"], *, e
 
 @torch.no_grad()
 def attach_prefix(model: PreTrainedModel, tokens: list[int]) -> None:
-    """Compute keys and values of `tokens` with the model as it is (no neurons yet) and put them before every sequence."""
+    """Compute keys and values of `tokens` with the model as it is (no neurons yet) and put them before every sequence.
+
+    A prefix that was there before is taken away first; no tokens, no prefix.
+    """
+    attentions: list[Any] = [layer.get_submodule(f"{ATTENTION}.{SPIKING_ATTENTION}") for layer in decoder_layers(model)]
+    for attention in attentions:
+        attention.clear_prefix()
     if not tokens:
         return
     ids = torch.tensor([tokens], device=model.device)
     positions = torch.arange(-len(tokens), 0, device=model.device)[None]
     cache = model.base_model(ids, position_ids=positions, use_cache=True).past_key_values
-    for layer, entry in zip(decoder_layers(model), cache.layers, strict=True):
-        spiking: Any = layer.get_submodule(f"{ATTENTION}.{SPIKING_ATTENTION}")
-        spiking.set_prefix(entry.keys[0], entry.values[0])
+    for attention, entry in zip(attentions, cache.layers, strict=True):
+        attention.set_prefix(entry.keys[0], entry.values[0])

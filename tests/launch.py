@@ -1,0 +1,72 @@
+"""`python main.py ...` in a process of its own, without paying the imports of torch and transformers each time.
+
+A server process imports them once and forks for every launch (multiprocessing's forkserver), so that a launch is a real
+process: own command line, output, exit code, and can be killed. `plain` starts an interpreter afresh.
+"""
+
+import multiprocessing
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+MAIN = Path(__file__).resolve().parents[1] / "main.py"
+SERVER = multiprocessing.get_context("forkserver")
+
+
+@dataclass(frozen=True)
+class Finished:
+    code: int | None  # negative: the signal that killed it
+    out: str
+    err: str
+
+
+def launch(*arguments: str, before: Callable[..., None] | None = None, values: tuple = (), timeout: float = 120) -> Finished:
+    """Run main.py; `before(*values)`, a module-level function, is called in the new process first."""
+    SERVER.set_forkserver_preload(["spikellm.stages", "hydra._internal.hydra"])
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder) / "out", Path(folder) / "err"
+        process = SERVER.Process(target=_main, args=(arguments, str(out), str(err), before, values))
+        process.start()
+        process.join(timeout)
+        if process.is_alive():
+            process.kill()
+            process.join()
+        return Finished(process.exitcode, out.read_text(), err.read_text())
+
+
+def plain(*arguments: str, timeout: float = 300) -> Finished:
+    """Run main.py in a fresh interpreter, from a folder that is not the repository's."""
+    done = subprocess.run([sys.executable, MAIN, *arguments], cwd="/", capture_output=True, text=True, timeout=timeout, check=False)
+    return Finished(done.returncode, done.stdout, done.stderr)
+
+
+def die_inside(stage: str) -> None:
+    """SIGKILL this process when `stage` has written its files and before they are put in place: the worst moment."""
+    from spikellm.artifacts import ArtifactStore
+
+    whole = ArtifactStore.load_or_compute
+
+    def load_or_compute(self, name, inputs, compute):
+        def compute_and_die(folder: Path) -> None:
+            compute(folder)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        return whole(self, name, inputs, compute_and_die if name == stage else compute)
+
+    ArtifactStore.load_or_compute = load_or_compute
+
+
+def _main(arguments: tuple[str, ...], out: str, err: str, before: Callable[..., None] | None, values: tuple) -> None:
+    for descriptor, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    os.chdir("/")
+    if before is not None:
+        before(*values)
+    sys.argv = [str(MAIN), *arguments]
+    runpy.run_path(str(MAIN), run_name="__main__")

@@ -1,0 +1,153 @@
+"""Composition: every option of every group, the user's spellings, the checks of values."""
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from spikellm.config import MAX_T, Config, Device, InputError, ModelSource, quote_numeric_options, register
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+GROUPS = ("model", "timesteps", "grain", "dataset", "hardware", "tracking", "experiment")
+OPTIONS = sorted((group, path.stem) for group in GROUPS for path in (CONF / group).glob("*.yaml"))
+# what the contract with the user names
+PROMISED = {
+    "model": {
+        "smollm2_135m", "llama2_7b", "llama2_13b", "llama3_8b", "llama3_2_1b", "llama3_2_3b", "tinyllama_1b", "qwen2_5_0_5b",
+        "qwen3_0_6b", "mistral_7b", "tiny",
+    },
+    "grain": {"1", "2", "3", "auto"},
+    "timesteps": {"4", "6", "8"},
+    "dataset": {"pydocs", "wikitext2", "c4", "pile", "redpajama", "text"},
+    "hardware": {"cpu", "gpu", "multi_gpu"},
+    "tracking": {"none", "wandb"},
+}  # fmt: skip
+
+
+def configure(*arguments: str) -> Config:
+    """The configuration of a command line, as main.py makes it."""
+    register()
+    with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
+        config = OmegaConf.to_object(compose("config", overrides=quote_numeric_options(list(arguments))))
+    assert isinstance(config, Config)
+    return config
+
+
+def test_defaults_are_the_contract():
+    config = configure()
+    assert (config.model.name, config.dataset.name, config.snn.T, config.snn.grain) == ("smollm2_135m", "pydocs", 8, "2")
+    assert config.hardware.device is Device.cpu
+    assert config.stages == ["calibrate", "search", "convert", "evaluate"]
+    assert Path(config.output_root) == CONF.parent / "outputs"
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_option_composes(group, option):
+    config = configure(f"{group}={option}", *(["snn.T=10"] if group == "grain" else []))
+    if group in ("model", "dataset"):
+        assert getattr(config, group).name == option
+    elif group == "grain":
+        assert config.snn.grain == option
+    elif group == "timesteps":
+        assert int(option) == config.snn.T
+
+
+@pytest.mark.parametrize("group", list(PROMISED))
+def test_promised_options_are_there(group):
+    assert PROMISED[group] <= {option for name, option in OPTIONS if name == group}
+
+
+def test_spellings_of_the_user():
+    config = configure("model=llama3_8b", "snn.T=8", "grain=3")
+    assert (config.model.name, config.model.source, config.snn.T, config.snn.grain) == ("llama3_8b", ModelSource.hub, 8, "3")
+    assert configure("stages=[calibrate,search]").stages == ["calibrate", "search"]
+    assert configure("timesteps=6", "grain=auto").snn.grain == "auto"
+    text = configure(
+        "dataset=text", "dataset.calibration.path=A.txt", "dataset.evaluation.path=B.txt", "dataset.evaluation.window=2048",
+        "dataset.evaluation.max_windows=8",
+    ).dataset  # fmt: skip
+    assert (text.calibration.path, text.evaluation.path, text.evaluation.window, text.evaluation.max_windows) == ("A.txt", "B.txt", 2048, 8)
+    assert not configure("prefix.enabled=false").prefix.enabled
+    assert configure("model=llama2_7b", "model.path=/some/folder").model.path == "/some/folder"
+
+
+def test_a_value_wins_over_its_group():
+    assert configure("timesteps=6", "snn.T=7").snn.T == 7
+    assert configure("snn.T=7", "timesteps=6").snn.T == 7
+
+
+@pytest.mark.parametrize(
+    ("argument", "quoted"),
+    [
+        ("grain=3", "grain='3'"),
+        ("grain=1,2,3", "grain='1','2','3'"),
+        ("timesteps=10", "timesteps='10'"),
+        ("timesteps=4,6,8", "timesteps='4','6','8'"),
+        ("grain=1,auto", "grain='1','auto'"),
+        ("grain='2'", "grain='2'"),
+        ("snn.T=4,6", "snn.T=4,6"),
+        ("model.options.grain=3", "model.options.grain=3"),
+        ("+grain=3", "+grain=3"),
+        ("-m", "-m"),
+        ("model=tiny", "model=tiny"),
+    ],
+)
+def test_bare_integers_of_numeric_groups_are_quoted(argument, quoted):
+    assert quote_numeric_options([argument]) == [quoted]
+
+
+@pytest.mark.parametrize("argument", ["grain=range(1,3)", "timesteps=choice(4,6)", "grain=choice(1,2)", "timesteps=range(4,9)"])
+def test_sweep_functions_of_numeric_groups_are_refused_with_the_cure(argument):
+    with pytest.raises(InputError, match=r"1,2,3") as caught:
+        quote_numeric_options([argument])
+    assert argument in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key", "value"),
+    [
+        (["snn.T=0"], "snn.T", "0"),
+        ([f"snn.T={MAX_T + 1}"], "snn.T", str(MAX_T + 1)),
+        (["snn.T=3", "grain=2"], "snn.T", "3 with grain=2"),
+        (["snn.T=5", "grain=3"], "snn.T", "5 with grain=3"),
+        (["snn.T=5", "grain=2", "snn.min_grain_length=3"], "snn.T", "5 with grain=2"),
+        (["snn.min_grain_length=0"], "snn.min_grain_length", "0"),
+        (["snn.grain=many"], "grain", "many"),
+        (["snn.grain='0'"], "grain", "0"),
+        (["prefix.eta=1"], "prefix.eta", "1"),
+        (["prefix.max_tokens=0"], "prefix.max_tokens", "0"),
+        (["dataset.evaluation.window=1"], "window", "1"),
+        (["dataset.calibration.max_windows=0"], "max_windows", "0"),
+        (["hardware.query_block=0"], "hardware.query_block", "0"),
+        (["hardware.threads=0"], "hardware.threads", "0"),
+        (["stages=[calibrate,fly]"], "stages", "fly"),
+        (["stages=[]"], "stages", r"\[\]"),
+    ],
+)
+def test_values_out_of_range_name_their_key_and_value(arguments, key, value):
+    with pytest.raises(InputError, match=rf"{key}.*{value}"):
+        configure(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("argument", "named"),
+    [
+        ("snn.T=eight", "eight"),
+        ("model=llama9", "llama9"),
+        ("nothing.here=1", "nothing"),
+        ("model.dtype=int8", "int8"),
+        ("hardware.compile=perhaps", "perhaps"),
+    ],
+)
+def test_unknown_names_and_wrong_types_are_refused_by_name(argument, named):
+    with pytest.raises((HydraException, OmegaConfBaseException), match=named):
+        configure(argument)
+
+
+def test_the_limits_themselves_are_allowed():
+    assert configure(f"snn.T={MAX_T}", "grain=3").snn.T == MAX_T
+    assert configure("snn.T=4", "grain=2").snn.T == 4
+    assert configure("snn.T=1", "grain=1", "snn.min_grain_length=1").snn.T == 1

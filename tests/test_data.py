@@ -1,0 +1,98 @@
+"""Text to windows."""
+
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import pytest
+
+from spikellm.config import DatasetSource, InputError, TextConfig
+from spikellm.data import fingerprint, token_windows
+
+KEY = "dataset.evaluation"
+
+
+def text_config(path: Path | str | None, **options) -> TextConfig:
+    return TextConfig(source=DatasetSource.text, path=None if path is None else str(path), **options)
+
+
+def pydocs(split: str, **options) -> TextConfig:
+    return TextConfig(source=DatasetSource.pydocs, split=split, **options)
+
+
+@pytest.fixture
+def alphabet(tmp_path) -> Path:
+    path = tmp_path / "alphabet.txt"
+    path.write_text("abcdefghijklmnopqrstuvwxyz", encoding="utf-8")
+    return path
+
+
+def test_windows_are_consecutive_and_the_tail_is_dropped(alphabet):
+    windows = token_windows(text_config(alphabet, window=8), KEY, None)
+    assert ["".join(map(chr, row)) for row in windows.tolist()] == ["abcdefgh", "ijklmnop", "qrstuvwx"]
+    assert token_windows(text_config(alphabet, window=8, max_windows=2), KEY, None).tolist() == windows[:2].tolist()
+    assert token_windows(text_config(alphabet, window=8, max_windows=9), KEY, None).tolist() == windows.tolist()
+    assert token_windows(text_config(alphabet, window=26), KEY, None).shape == (1, 26)
+
+
+def test_tokens_are_the_tokenizers_without_special_ones(alphabet, real_tokenizer):
+    ids = real_tokenizer.encode(alphabet.read_text(), add_special_tokens=False)
+    windows = token_windows(text_config(alphabet, window=3), KEY, real_tokenizer)
+    assert windows.flatten().tolist() == ids[: len(ids) // 3 * 3]
+
+
+def test_parts_of_the_embedded_text_are_fixed_and_do_not_overlap():
+    parts = {split: bytes(token_windows(pydocs(split, window=64), KEY, None).flatten().tolist()) for split in ("calibration", "evaluation")}
+    held = {
+        split: {name for name, text in topics.items() if len(text) > 200 and text[:200].encode() in part} for split, part in parts.items()
+    }
+    assert len(held["calibration"]) > len(held["evaluation"]) > 5
+    # one topic may quote another's beginning: the parts themselves share none
+    shared = {name for name in held["calibration"] & held["evaluation"] if sum(topics[name][:200] in text for text in topics.values()) == 1}
+    assert not shared
+
+
+def test_fingerprint_follows_the_text_and_the_cut_and_not_the_files_place(alphabet, tmp_path):
+    copy = tmp_path / "copy.txt"
+    copy.write_bytes(alphabet.read_bytes())
+    mine = fingerprint(text_config(alphabet, window=8), KEY)
+    assert fingerprint(text_config(copy, window=8), KEY) == mine
+    assert fingerprint(text_config(alphabet, window=4), KEY) != mine
+    assert fingerprint(text_config(alphabet, window=8, max_windows=1), KEY) != mine
+    copy.write_text("another text")
+    assert fingerprint(text_config(copy, window=8), KEY) != mine
+
+
+def test_wrong_texts_name_key_and_value(tmp_path):
+    files = {"empty": b"", "blank": b" \n\t\n", "short": b"abc", "latin1": "caf\xe9 au lait".encode("latin-1")}
+    for name, content in files.items():
+        path = tmp_path / f"{name}.txt"
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=rf"{KEY}\.path=.*{name}\.txt"):
+            token_windows(text_config(path, window=8), KEY, None)
+    with pytest.raises(InputError, match=rf"{KEY}\.path=.*absent"):
+        token_windows(text_config(tmp_path / "absent"), KEY, None)
+    with pytest.raises(InputError, match=rf"{KEY}\.path=.*{tmp_path.name}"):
+        token_windows(text_config(tmp_path), KEY, None)
+    with pytest.raises(InputError, match=rf"{KEY}\.path=null"):
+        token_windows(text_config(None), KEY, None)
+    with pytest.raises(InputError, match=rf"{KEY}\.split=everything"):
+        token_windows(pydocs("everything"), KEY, None)
+
+
+def test_an_unreachable_data_set_of_the_hub_names_itself():
+    config = TextConfig(source=DatasetSource.hub, path="nobody/no-such-set", split="train", max_rows=1)
+    with pytest.raises(InputError, match=rf"{KEY}\.path=nobody/no-such-set"):
+        token_windows(config, KEY, None)
+
+
+def test_rows_of_a_data_set_are_joined_by_blank_lines(monkeypatch):
+    """The hub's half of the protocol, with a data set made on the spot."""
+    import datasets
+
+    made = datasets.Dataset.from_dict({"body": ["one", "", "two", "three"]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: made)
+    config = TextConfig(source=DatasetSource.hub, path="a/set", split="train", field="body", window=15)
+    windows = token_windows(config, KEY, None)
+    assert "".join(map(chr, windows[0].tolist())) == "one\n\n\n\ntwo\n\nthree"[:15]
+    with pytest.raises(InputError, match=rf"{KEY}\.field=wrong"):
+        token_windows(TextConfig(source=DatasetSource.hub, path="a/set", split="train", field="wrong", window=15), KEY, None)

@@ -1,0 +1,85 @@
+"""Loading: sources, errors, fingerprints."""
+
+import pytest
+import torch
+from conftest import SIZES, tiny_model
+
+from spikellm.config import Device, DType, HardwareConfig, InputError, ModelConfig, ModelSource
+from spikellm.model import empty_model, load_model, load_tokenizer, source_fingerprint
+
+CPU = HardwareConfig(device=Device.cpu)
+
+
+def random_config(path: str = "llama", **options) -> ModelConfig:
+    return ModelConfig(name="tiny", source=ModelSource.random, path=path, options=SIZES, **options)
+
+
+def test_random_weights_follow_their_seed_and_leave_the_global_one_alone():
+    torch.manual_seed(5)
+    wanted = torch.rand(1)
+    torch.manual_seed(5)
+    models = [load_model(random_config(seed=seed), CPU) for seed in (0, 0, 1)]
+    assert torch.equal(torch.rand(1), wanted)
+    weights = [model.lm_head.weight for model in models]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+    assert not models[0].training
+    assert not any(parameter.requires_grad for parameter in models[0].parameters())
+
+
+@pytest.mark.parametrize("path", ["llama", "mistral", "qwen2", "qwen3"])
+def test_every_supported_architecture_loads_in_its_dtype(path):
+    model = load_model(random_config(path, dtype=DType.bfloat16), CPU)
+    assert model.config.model_type == path
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+def test_a_local_folder_loads_with_the_same_logits(tmp_path, ids):
+    model = tiny_model("qwen2")
+    model.save_pretrained(tmp_path)
+    config = ModelConfig(name="mine", source=ModelSource.hub, path=str(tmp_path))
+    assert torch.equal(load_model(config, CPU)(ids).logits, model(ids).logits)
+    before = source_fingerprint(config)
+    tiny_model("qwen2", seed=1).save_pretrained(tmp_path)
+    assert source_fingerprint(config) != before
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        (random_config("phi3"), "phi3"),
+        (random_config("no_such_architecture"), "no_such_architecture"),
+        (ModelConfig(name="far", source=ModelSource.hub, path="nobody/no-such-model"), "nobody/no-such-model"),
+        (ModelConfig(name="gone", source=ModelSource.gguf, path="no_such_package:a.gguf"), "no_such_package:a.gguf"),
+    ],
+)
+def test_wrong_models_are_refused_by_name(config, named):
+    if named == "phi3":
+        config.options = SIZES | {"eos_token_id": 2}
+    with pytest.raises(InputError, match=named):
+        load_model(config, CPU)
+
+
+def test_cuda_asked_for_and_absent_is_refused():
+    if torch.cuda.is_available():
+        pytest.skip("CUDA is present")
+    for device in (Device.cuda, Device.auto):
+        with pytest.raises(InputError, match=rf"hardware\.device={device.value}"):
+            load_model(random_config(), HardwareConfig(device=device))
+
+
+def test_an_empty_model_has_the_shapes_and_no_weights():
+    empty, full = empty_model(random_config()), load_model(random_config(), CPU)
+    assert {name: p.shape for name, p in empty.named_parameters()} == {name: p.shape for name, p in full.named_parameters()}
+    assert all(parameter.is_meta for parameter in empty.parameters())
+
+
+def test_the_embedded_model_knows_where_paris_is(real_model, real_tokenizer):
+    config = real_model.config
+    assert (config.hidden_size, config.num_hidden_layers, config.num_key_value_heads, config.vocab_size) == (576, 30, 3, 49152)
+    ids = real_tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
+    assert real_tokenizer.decode(real_model(ids).logits[0, -1].argmax()).strip() == "Paris"
+
+
+def test_random_models_have_no_tokenizer():
+    assert load_tokenizer(random_config()) is None

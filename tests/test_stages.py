@@ -1,0 +1,146 @@
+"""Artefacts across runs: killed, repeated, changed."""
+
+import json
+import resource
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from launch import die_inside, launch
+from test_config import configure
+
+from spikellm.stages import STAGES, run_stages
+
+SMALL = [
+    "model=tiny", "hardware.compile=false", "dataset.calibration.window=64", "dataset.calibration.max_windows=2",
+    "dataset.evaluation.window=64", "dataset.evaluation.max_windows=2",
+]  # fmt: skip
+
+
+def run(root: Path, *arguments: str) -> dict:
+    """One job in this process: the content of results.json."""
+    return run_stages(configure(*SMALL, f"output_root={root}", *arguments))[0]
+
+
+def cached(results: dict) -> dict[str, bool]:
+    return {stage: record["cached"] for stage, record in results["stages"].items()}
+
+
+def artefacts(root: Path, stage: str) -> list[Path]:
+    """Finished artefacts of a stage."""
+    folder = root / "artifacts" / stage
+    return [path for path in folder.glob("*") if path.is_dir() and ".tmp-" not in path.name] if folder.is_dir() else []
+
+
+def test_killed_in_the_middle_of_each_stage_and_run_again(tmp_path):
+    """One store for all: each attempt goes one stage further, and what was there before stays as it was."""
+    arguments = [*SMALL, f"output_root={tmp_path}"]
+    kept: dict[Path, bytes] = {}
+    for stage in STAGES:
+        done = launch(*arguments, before=die_inside, values=(stage,))
+        assert done.code == -signal.SIGKILL, done.err
+        assert not artefacts(tmp_path, stage)
+        assert not list((tmp_path / "runs").rglob("results.json"))
+        for path, content in kept.items():
+            assert path.read_bytes() == content
+        kept = {path: path.read_bytes() for done in STAGES for folder in artefacts(tmp_path, done) for path in folder.iterdir()}
+    first = launch(*arguments, f"hydra.run.dir={tmp_path}/first")
+    assert first.code == 0, first.err
+    second = launch(*arguments, f"hydra.run.dir={tmp_path}/second")
+    assert second.code == 0, second.err
+    results = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("first", "second")]
+    assert cached(results[0]) == {"calibrate": True, "search": True, "convert": True, "evaluate": False}
+    assert all(cached(results[1]).values())
+    assert results[0]["perplexity"] == results[1]["perplexity"]
+    assert not list((tmp_path / "artifacts").rglob("*.tmp-*"))
+
+
+def fill_the_disk(size: int) -> None:
+    """Files cannot grow beyond `size` bytes: writing fails as on a full disk."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def test_a_full_disk_gets_one_line_and_damages_nothing(tmp_path):
+    arguments = [*SMALL, f"output_root={tmp_path}"]
+    done = launch(*arguments, before=fill_the_disk, values=(8192,))
+    assert done.code == 2, done.err
+    assert len(done.err.splitlines()) == 1, done.err
+    assert done.err.startswith("error:")
+    assert not artefacts(tmp_path, "calibrate")
+    assert not cached(run(tmp_path))["calibrate"]
+
+
+def test_what_a_stage_depends_on_decides_what_is_computed_again(tmp_path):
+    first = run(tmp_path)
+    assert not any(cached(first).values())
+    everything = dict.fromkeys(STAGES, True)
+    again = run(tmp_path)
+    assert cached(again) == everything
+    assert again["perplexity"] == first["perplexity"]
+    for change, calibrated in [
+        ("snn.T=6", True),
+        ("grain=1", True),
+        ("rotation.seed=1", False),
+        ("prefix.enabled=false", False),
+        ("dataset.calibration.window=32", False),
+        ("model.seed=1", False),
+    ]:
+        results = cached(run(tmp_path, change))
+        assert results == {"calibrate": calibrated, "search": False, "convert": False, "evaluate": False}, change
+    text = cached(run(tmp_path, "dataset.evaluation.window=32"))
+    assert text == everything | {"evaluate": False}
+
+
+def test_results_do_not_depend_on_what_was_cached(tmp_path):
+    """Stage by stage in several runs gives the numbers of one run."""
+    for stages in ("[calibrate]", "[search]", "[convert]"):
+        run(tmp_path / "parts", f"stages={stages}")
+    parts = run(tmp_path / "parts")
+    whole = run(tmp_path / "whole")
+    assert parts["perplexity"] == whole["perplexity"]
+
+
+def test_a_long_prefix_is_the_same_in_every_stage(tmp_path, monkeypatch):
+    """Several prefix tokens: the numbers of a run that calibrates are those of a run that finds its calibration done."""
+    from spikellm import calibration
+
+    monkeypatch.setattr(calibration, "find_prefix_tokens", lambda *_, **__: [7, 200, 1])
+    loud = "+model.options.initializer_range=0.3"  # weights large enough for the prefix to be felt through the neurons
+    one_go = run(tmp_path / "one", loud)
+    run(tmp_path / "two", loud, "stages=[calibrate,search]")
+    later = run(tmp_path / "two", loud, "stages=[evaluate]")
+    assert one_go["prefix_tokens"] == [7, 200, 1]
+    assert one_go["perplexity"] == later["perplexity"]
+    # base 2 in one grain is the same code under both names
+    same = run(tmp_path / "one", loud, "grain=1")["perplexity"]
+    assert same["snn"] == same["base2"]
+
+
+def test_more_steps_come_closer_to_the_pretrained_model(tmp_path):
+    """At T = 16 base 2 is finer than the difference that shows; the error falls on the way there."""
+    distance = {}
+    for T in (4, 16):
+        perplexity = run(tmp_path, f"snn.T={T}", "grain=1")["perplexity"]
+        distance[T] = abs(perplexity["snn"] / perplexity["ann"] - 1)
+    assert distance[16] < 1e-3 < distance[4]
+
+
+@pytest.mark.parametrize("path", ["llama", "qwen2", "qwen3", "mistral"])
+def test_every_architecture_runs_through(path, tmp_path):
+    results = run(tmp_path, f"model.path={path}", "snn.T=16", "grain=1")
+    assert results["perplexity"]["snn"] == pytest.approx(results["perplexity"]["ann"], rel=1e-2)
+
+
+def test_the_saved_model_is_the_evaluated_one(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    from spikellm.data import token_windows
+    from spikellm.evaluation import perplexity
+
+    results = run(tmp_path, "save_model=true")
+    config = configure(*SMALL)
+    windows = token_windows(config.dataset.evaluation, "dataset.evaluation", None)
+    model = AutoModelForCausalLM.from_pretrained(results["saved_model"], dtype=torch.float32)
+    assert perplexity(model, windows, label="saved").value == pytest.approx(results["perplexity"]["snn"], rel=1e-5)

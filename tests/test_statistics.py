@@ -1,0 +1,108 @@
+"""Calibration statistics against numpy on the same samples."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spikellm.statistics import FIT, HELD_OUT, Observer, SiteStatistics
+
+RELATIVE_WIDTH = 2.0**-8  # of a bin
+
+
+def observe(*batches: torch.Tensor, **options) -> SiteStatistics:
+    observer = Observer("some.site", **options)
+    for batch in batches:
+        assert torch.equal(observer(batch), batch)
+    return observer.result()
+
+
+def spelled_out(counts: torch.Tensor, centers: torch.Tensor) -> np.ndarray:
+    """The histogram as sorted samples."""
+    return np.repeat(centers.numpy(), counts.numpy())
+
+
+@given(seed=st.integers(0, 1 << 30), spread=st.floats(0.1, 3), batches=st.integers(1, 3))
+@settings(deadline=None, max_examples=25, derandomize=True)
+def test_every_sample_lies_in_the_bin_that_counts_it(seed, spread, batches):
+    generator = torch.Generator().manual_seed(seed)
+    samples = [
+        torch.randn(4, 50, generator=generator) * torch.exp(spread * torch.randn(4, 50, generator=generator)) for _ in range(batches)
+    ]
+    found = observe(*samples)
+    magnitude = np.sort(torch.cat(samples).abs().flatten().numpy())
+    counted = spelled_out(found.counts[FIT, 0], found.centers)
+    assert counted.shape == magnitude.shape
+    np.testing.assert_allclose(counted, magnitude, rtol=RELATIVE_WIDTH, atol=2.0**-40)
+    assert found.maximum[FIT, 0].item() == magnitude.max()
+
+
+def test_moments_agree_with_numpy():
+    x = torch.randn(20000, generator=torch.Generator().manual_seed(0))
+    found = observe(x.view(100, 200))
+    counted = spelled_out(found.counts[FIT, 0], found.centers).astype(np.float64)
+    exact = x.abs().numpy().astype(np.float64)
+    for power in (1, 2, 4):
+        assert np.mean(counted**power) == pytest.approx(np.mean(exact**power), rel=1e-3)
+
+
+def test_windows_go_to_the_part_that_is_set():
+    observer = Observer("some.site")
+    for part, scale in ((FIT, 1.0), (HELD_OUT, 4.0), (FIT, 2.0)):
+        observer.part = part
+        observer(torch.full((3, 5), scale))
+    found = observer.result()
+    assert found.counts.sum(-1).flatten().tolist() == [30, 15]
+    assert found.maximum.flatten().tolist() == [2.0, 4.0]
+
+
+def test_groups_are_counted_apart():
+    x = torch.randn(2, 3, 5, 7, generator=torch.Generator().manual_seed(0))
+    heads = observe(x, groups=3, axis=1)
+    assert torch.equal(heads.maximum[FIT], x.abs().amax((0, 2, 3)))
+    assert heads.counts[FIT].sum(-1).tolist() == [70, 70, 70]
+    blocks = observe(x[..., :6], groups=2, axis=-1)
+    assert torch.equal(blocks.maximum[FIT], torch.stack([x[..., :3].abs().amax(), x[..., 3:6].abs().amax()]))
+    for group in range(3):
+        counted = spelled_out(heads.counts[FIT, group], heads.centers)
+        np.testing.assert_allclose(counted, np.sort(x[:, group].abs().flatten().numpy()), rtol=RELATIVE_WIDTH)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e30])
+def test_what_is_no_usable_number_names_its_site(bad):
+    observer = Observer("model.layers.3.mlp.down_proj.input")
+    observer(torch.ones(2, 3))
+    observer(torch.tensor([[1.0, bad]]))
+    observer(torch.ones(2, 3))
+    with pytest.raises(ValueError, match=r"model\.layers\.3\.mlp\.down_proj\.input"):
+        observer.result()
+
+
+def test_a_site_that_saw_nothing_names_itself():
+    with pytest.raises(ValueError, match=r"some\.site"):
+        Observer("some.site").result()
+
+
+def test_zeros_count_as_zeros_and_a_silent_site_is_no_error():
+    found = observe(torch.tensor([[0.0, -0.0, 1.0, -2.0]]))
+    counted = spelled_out(found.counts[FIT, 0], found.centers)
+    assert np.count_nonzero(counted == 0) == 2
+    np.testing.assert_allclose(np.sort(counted)[2:], [1.0, 2.0], rtol=RELATIVE_WIDTH)
+    silent = observe(torch.zeros(3, 4))
+    assert silent.maximum.max() == 0
+    assert spelled_out(silent.counts[FIT, 0], silent.centers).tolist() == [0.0] * 12
+
+
+def test_low_precision_activations_are_counted_exactly():
+    x = torch.randn(8, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    found = observe(x)
+    assert found.maximum[FIT, 0].item() == x.abs().max().item()
+    assert found.counts.sum() == 64
+
+
+def test_tensors_round_trip():
+    found = observe(torch.randn(4, 6, generator=torch.Generator().manual_seed(0)))
+    again = SiteStatistics.from_tensors(found.tensors("a"), "a")
+    for mine, other in ((again.counts, found.counts), (again.maximum, found.maximum), (again.centers, found.centers)):
+        assert torch.equal(mine, other)
