@@ -119,13 +119,15 @@ class SpikingAttention(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, prefix: tuple[Tensor, Tensor] | None
     ) -> Float[Tensor, "B H l E"]:
         weights, total, top = self._coded_exponentials(per_key_head(query, key.mT), mask)
-        mixed = per_key_head(weights.to(value.dtype), value)
+        mixed, share = per_key_head(weights.to(value.dtype), value), torch.ones_like(top)
         if prefix is not None:
             scores = per_key_head(query, prefix[0].mT).float()
             highest = torch.maximum(top, scores.amax(-1, keepdim=True))
             sink, share = (scores - highest).exp(), (top - highest).exp()
             mixed = share * mixed + per_key_head(sink.to(value.dtype), prefix[1])
             total = share * total + sink.sum(-1, keepdim=True)
+        if (weigh := getattr(self.softmax, "weigh", None)) is not None:  # calibration: an error in e moves the output by this factor
+            weigh((share / total).square())
         return (mixed / total).to(value.dtype)
 
     def _coded_exponentials(self, scores: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:

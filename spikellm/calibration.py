@@ -1,14 +1,21 @@
-"""Run calibration text through the model without neurons: prefix tokens, then the statistics of every site."""
+"""Run calibration text through the model without neurons: prefix tokens, then the statistics of every site.
+
+What an error counts. The residual stream r goes through an RMSNorm before anything reads it, which divides an error by the
+stream's size: an error in the MLP's output counts 1 / (|r|^2 + |mlp(r)|^2). That is the importance at down_proj's input (R4 and
+the weight spread errors evenly); at the activation it is multiplied by up^2, the factor on the error there. Without it a few
+tokens with massive residuals, whose errors hardly matter, would set tau at both sites. Errors of the softmax count by the
+row's sum (`attention.py`). Ours.
+"""
 
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from jaxtyping import Int
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -16,7 +23,20 @@ from spikellm.artifacts import read_json, write_json, write_tensors
 from spikellm.config import PrefixConfig
 from spikellm.conversion import clear, model_sites, set_neuron, site_groups
 from spikellm.prefix import attach_prefix, find_prefix_tokens
-from spikellm.sites import GROUP_AXIS, Site, SiteKind
+from spikellm.sites import (
+    ACTIVATION,
+    ATTENTION,
+    DOWN,
+    GROUP_AXIS,
+    LAYERS,
+    MLP,
+    MLP_NORM,
+    SPIKING_ATTENTION,
+    UP,
+    Site,
+    SiteKind,
+    decoder_layers,
+)
 from spikellm.statistics import FIT, HELD_OUT, Observer, SiteStatistics
 
 log = logging.getLogger(__name__)
@@ -25,6 +45,7 @@ log = logging.getLogger(__name__)
 SOFTMAX_ROW_STRIDE = 8
 # Windows on which prefix tokens are looked for: their count per window hardly varies.
 PREFIX_WINDOWS = 4
+WEIGHTED_BY_RESIDUAL = (SiteKind.activation, SiteKind.mlp_product)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,20 +92,52 @@ def calibrate(model: PreTrainedModel, windows: Int[Tensor, "W L"], prefix: Prefi
     observers = {site: _observer(model, site) for site in model_sites(model)}
     for site, observer in observers.items():
         set_neuron(model, site, observer)
+    importances = [MlpImportance(layer) for layer in decoder_layers(model)]
     for index, window in enumerate(tqdm(windows, desc="calibrate", unit="window", disable=None)):
         for observer in observers.values():
             observer.part = HELD_OUT if index % 2 else FIT
         model.base_model(window[None].to(model.device), use_cache=False)
+    for importance in importances:
+        importance.remove()
     clear(model)
     return Calibration(statistics={site.name: observer.result() for site, observer in observers.items()}, prefix_tokens=tokens)
 
 
 def _observer(model: PreTrainedModel, site: Site) -> Observer:
     softmax = site.kind is SiteKind.softmax
+    attention: Any = model.get_submodule(f"{LAYERS}.0.{ATTENTION}.{SPIKING_ATTENTION}")
     return Observer(
         site.name,
         groups=site_groups(model.config, site.kind),
         axis=GROUP_AXIS[site.kind],
         row_stride=SOFTMAX_ROW_STRIDE if softmax else 1,
-        causal=softmax,
+        weighted=attention.normalise_after if softmax else site.kind in WEIGHTED_BY_RESIDUAL,
     )
+
+
+class MlpImportance:
+    """Hooks on one layer that tell the observers at its activation and its product what an error there counts."""
+
+    def __init__(self, layer: Any) -> None:
+        self.activation, self.product = layer.get_submodule(ACTIVATION), layer.get_submodule(DOWN)
+        self.residual_power = self.up_power = torch.empty(0)
+        self.handles = [
+            layer.get_submodule(MLP_NORM).register_forward_pre_hook(self._keep_residual),
+            layer.get_submodule(UP).register_forward_hook(self._keep_up),
+            layer.get_submodule(MLP).register_forward_hook(self._weigh),
+        ]
+
+    def _keep_residual(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self.residual_power = inputs[0].float().square().mean(-1, keepdim=True)
+
+    def _keep_up(self, _module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        self.up_power = output.float().square()
+
+    def _weigh(self, _module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        importance = 1 / (self.residual_power + output.float().square().mean(-1, keepdim=True))
+        self.activation.neuron.weigh(importance * self.up_power)
+        self.product.neuron.weigh(importance)
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()

@@ -92,7 +92,8 @@ def fused(function: Callable, device_type: str) -> Callable:
     if device_type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
         log.warning("no C++ compiler found: neurons run unfused, about 20 times slower; install g++ to cure it")
         return function
-    return torch.compile(function, dynamic=True, fullgraph=True)
+    # a process that sweeps over T compiles once per T and kind of shape; dynamo's default of 8 would end it
+    return torch.compile(function, dynamic=True, fullgraph=True, recompile_limit=128)  # type: ignore[call-overload]
 
 
 def encode(x: Float[Tensor, "A C I"], table: PhaseTable, *, compiled: bool = True) -> Float[Tensor, "A C I"]:

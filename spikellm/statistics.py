@@ -5,10 +5,13 @@ One histogram of |x| per neuron group over bins that need no range in advance: a
 8-bit code, and the fine structure near zero (where most of the mass lies, for probabilities over twenty octaves) is
 resolved as well. Memory does not depend on the number of tokens; nothing leaves the device while observing.
 
+An activation may carry an importance, what a squared error of it counts further down: the weights of the histogram. Where they
+come from: `attention.py` (softmax) and `calibration.py` (MLP).
+
 Windows go alternately to a fitting and a held-out part.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Self
 
 import torch
@@ -28,43 +31,39 @@ def bin_index(magnitude: Float[Tensor, "*any"]) -> Int[Tensor, "*any"]:
     return ((magnitude.view(torch.int32) >> _SHIFT) - _FIRST).clamp_(0, BINS - 1)
 
 
-def bin_centers() -> Float[Tensor, " bins"]:
-    """Middle of every bin (float32); 0 for bin 0."""
-    index = torch.arange(BINS, dtype=torch.int32)
-    low = ((index + _FIRST) << _SHIFT).view(torch.float32)
-    high = ((index + 1 + _FIRST) << _SHIFT).view(torch.float32)
-    centers = (low + high) / 2
-    centers[0] = 0.0
-    return centers
-
-
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class SiteStatistics:
-    """Distribution of |x| at one site: histogram counts of bins `first_bin` .. and maxima, per part and group.
+    """Distribution of |x| at one site: histogram of the bins from `first_bin` on, and maxima, per part and group.
 
-    counts [parts, C, bins] int64, maximum [parts, C] float32; parts are FIT and HELD_OUT.
+    counts [parts, C, bins] int64; weights [parts, C, bins] float64, the summed importance of a bin's activations, None where
+    all count the same; zeros [parts, C] int64, activations of exactly zero or below the smallest bin; maximum [parts, C] float32.
+    Parts are FIT and HELD_OUT.
     """
 
     counts: Int[Tensor, "P C bins"]
+    weights: Float[Tensor, "P C bins"] | None
+    zeros: Int[Tensor, "P C"]
     maximum: Float[Tensor, "P C"]
     first_bin: int
 
     @property
-    def centers(self) -> Float[Tensor, " bins"]:
-        return bin_centers()[self.first_bin : self.first_bin + self.counts.shape[-1]]
+    def edges(self) -> Float[Tensor, " bins+1"]:
+        """Bounds of the bins [units of x]."""
+        index = torch.arange(self.first_bin, self.first_bin + self.counts.shape[-1] + 1, dtype=torch.int32)
+        return ((index + _FIRST) << _SHIFT).view(torch.float32)
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """For safetensors: `from_tensors` reads them back."""
-        return {
-            f"{name}.counts": self.counts,
-            f"{name}.maximum": self.maximum,
-            f"{name}.first_bin": torch.tensor(self.first_bin),
-        }
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        found["first_bin"] = torch.tensor(self.first_bin)
+        return {f"{name}.{key}": value for key, value in found.items() if value is not None}
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], name: str) -> Self:
         return cls(
             counts=tensors[f"{name}.counts"],
+            weights=tensors.get(f"{name}.weights"),
+            zeros=tensors[f"{name}.zeros"],
             maximum=tensors[f"{name}.maximum"],
             first_bin=int(tensors[f"{name}.first_bin"]),
         )
@@ -78,24 +77,34 @@ class Observer(nn.Module):
         groups: C, slices of `axis` that get histograms of their own.
         axis: see `PhaseNeuron`.
         row_stride: look at every n-th index of the last axis but one (attention has L^2 probabilities).
-        causal: exact zeros are masked places, not activations.
+        weighted: hold what passed until `weigh` tells its importance.
     """
 
-    def __init__(self, site: str, *, groups: int = 1, axis: int = -1, row_stride: int = 1, causal: bool = False) -> None:
+    def __init__(self, site: str, *, groups: int = 1, axis: int = -1, row_stride: int = 1, weighted: bool = False) -> None:
         super().__init__()
         self.site = site
-        self.groups, self.axis, self.row_stride, self.causal = groups, axis, row_stride, causal
+        self.groups, self.axis, self.row_stride, self.weighted = groups, axis, row_stride, weighted
         self.part = FIT
         self.counts: Tensor | None = None
+        self.weights: Tensor | None = None
         self.maximum: Tensor | None = None
+        self._held: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        magnitude = x[..., :: self.row_stride, :] if self.row_stride > 1 else x
-        magnitude = magnitude.detach().abs().float()
-        axis = self.axis % x.ndim
-        if self.groups > 1:
-            magnitude = magnitude.unflatten(axis, (self.groups, -1)).movedim(axis, 0)
-        magnitude = magnitude.reshape(self.groups, -1)
+        if self.weighted:
+            self._held = x
+        else:
+            self._count(x, None)
+        return x
+
+    def weigh(self, importance: Float[Tensor, "*x"]) -> None:
+        """What a squared error of the activations that passed last counts; broadcasts against them."""
+        assert self._held is not None
+        self._count(self._held, importance.expand(self._held.shape))
+        self._held = None
+
+    def _count(self, x: Tensor, importance: Tensor | None) -> None:
+        magnitude = self._grouped(x).abs().float()
         if self.counts is None or self.maximum is None:
             self.counts = torch.zeros(2, self.groups, BINS, dtype=torch.int64, device=x.device)
             self.maximum = torch.zeros(2, self.groups, device=x.device)
@@ -104,8 +113,21 @@ class Observer(nn.Module):
         index = bin_index(magnitude.contiguous())
         if self.groups > 1:
             index += torch.arange(0, self.groups * BINS, BINS, dtype=torch.int32, device=x.device)[:, None]
-        self.counts[self.part] += torch.bincount(index.flatten(), minlength=self.groups * BINS).view(self.groups, BINS)
-        return x
+        size = self.groups * BINS
+        self.counts[self.part] += torch.bincount(index.flatten(), minlength=size).view(self.groups, BINS)
+        if importance is not None:
+            if self.weights is None:
+                self.weights = torch.zeros(2, self.groups, BINS, dtype=torch.float64, device=x.device)
+            weights = self._grouped(importance).double().flatten()
+            self.weights[self.part] += torch.bincount(index.flatten(), weights=weights, minlength=size).view(self.groups, BINS)
+
+    def _grouped(self, x: Tensor) -> Tensor:
+        """Every `row_stride`-th row, as [C, n]."""
+        axis = self.axis % x.ndim
+        x = x.detach()[..., :: self.row_stride, :] if self.row_stride > 1 else x.detach()
+        if self.groups > 1:
+            x = x.unflatten(axis, (self.groups, -1)).movedim(axis, 0)
+        return x.reshape(self.groups, -1)
 
     def result(self) -> SiteStatistics:
         """What was seen so far.
@@ -119,9 +141,13 @@ class Observer(nn.Module):
             raise ValueError(f"site {self.site}: NaN or infinite activations; calibrate in another dtype (model.dtype=float32)")
         if self.maximum.max() >= 2.0 ** (LOWEST_EXPONENT + OCTAVES):
             raise ValueError(f"site {self.site}: activations reach {self.maximum.max():.3g}, beyond what the histogram holds")
-        counts = self.counts.cpu().clone()
-        if self.causal:
-            counts[..., 0] = 0
-        used = counts.sum((0, 1)).nonzero().flatten()
-        first, last = (int(used[0]), int(used[-1])) if len(used) else (0, 0)
-        return SiteStatistics(counts=counts[..., first : last + 1].contiguous(), maximum=self.maximum.cpu().clone(), first_bin=first)
+        counts = self.counts.cpu()
+        used = counts[..., 1:].sum((0, 1)).nonzero().flatten() + 1
+        first, last = (int(used[0]), int(used[-1])) if len(used) else (1, 1)
+        return SiteStatistics(
+            counts=counts[..., first : last + 1].clone(),
+            weights=None if self.weights is None else self.weights.cpu()[..., first : last + 1].clone(),
+            zeros=counts[..., 0].clone(),
+            maximum=self.maximum.cpu().clone(),
+            first_bin=first,
+        )
