@@ -76,7 +76,13 @@ class SoftmaxNorm(Enum):
 
 
 class SearchMethod(Enum):
-    base2 = "base2"
+    evolution = "evolution"  # tables fitted to each site's distribution
+    base2 = "base2"  # base 2, tau the largest activation
+
+
+class Groups(Enum):
+    site = "site"  # one table a site
+    head = "head"  # one table an attention head where there are heads
 
 
 class DatasetSource(Enum):
@@ -190,7 +196,12 @@ class HardwareConfig:
 
 @dataclass(kw_only=True, slots=True)
 class SearchConfig:
-    method: SearchMethod = SearchMethod.base2
+    method: SearchMethod = SearchMethod.evolution
+    groups: Groups = Groups.head  # neurons that share a table
+    tolerance: float = 0.02  # grain=auto: relative excess of the objective that a coarser grain may have
+
+    def __post_init__(self) -> None:
+        _check(self.tolerance >= 0, "search.tolerance", self.tolerance, "must not be negative")
 
 
 @dataclass(kw_only=True, slots=True)

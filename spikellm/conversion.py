@@ -95,7 +95,7 @@ def set_neuron(model: PreTrainedModel, site: Site, neuron: nn.Module) -> None:
 
 def site_groups(config: Any, kind: SiteKind) -> int:
     """Attention heads at a site that has them, else 1."""
-    if kind in (SiteKind.query, SiteKind.softmax):
+    if kind in (SiteKind.query, SiteKind.softmax, SiteKind.attention_output):
         return config.num_attention_heads
     return config.num_key_value_heads if kind in (SiteKind.key, SiteKind.value) else 1
 

@@ -1,92 +1,241 @@
-"""From a site's activation statistics to its table: the search.
+"""Distribution-aware search: statistics of every site in, phase tables out.
 
-Here: the base-2 code of METHOD `base2`, whose only free number is the amplitude tau, the largest activation seen. It is the
-baseline of every report: a signed (T+1)-bit uniform quantiser.
+Problem, for each neuron group (a site, or one attention head of it) with density p of |x|, over the code's parameters:
 
-Errors are taken over weighted histograms (bin centers and counts), so that they cost the same for any number of tokens.
+    minimise over tau, v0, a, B, H, Theta      integral of w(x) p(x) (y(x) - x)^2 dx  /  integral of w(x) p(x) x^2 dx
+
+y is the neuron's output (`neuron.py`), tau, v0, the assignment a of phases to grains and the bases spell its table
+(`coding.py`), and w is what an error of that activation counts further down (`calibration.py`, `attention.py`; else 1).
+
+The density stands as weighted points, each an equal share of a mixture of p^(1/3) (the level density of the optimal quantiser,
+Panter & Dite 1951), mass and energy, so that the tail keeps points of its own. Zheng et al. (ICLR 2026) optimise one site at a
+time by surrogate gradients; here all sites evolve together (`evolution.py`).
+
+Ours also: a table may use fewer grains than it may, so that more grains are never worse on the objective; grain=auto takes the
+coarsest G whose objective is within a tolerance of the best; a group whose fitted table is worse than base 2 on held-out data
+keeps base 2.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Self
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from safetensors.torch import load_file
 from torch import Tensor
 
 from spikellm.artifacts import write_tensors
-from spikellm.coding import default_v0, even_assignment, phase_amplitudes
-from spikellm.neuron import PhaseTable, fire
+from spikellm.coding import assignments
+from spikellm.evolution import Codes, Objective, base2_codes, evolve_grains, squared_error
+from spikellm.neuron import PhaseTable, fused
+from spikellm.statistics import FIT, HELD_OUT, SiteStatistics
+
+MAX_GRAINS = 3  # of grain=auto
+SUBDIVISION = 4  # points per bin where errors are reported: a bin at the top is wider than a step at T = 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class CodeFit:
-    """Parameters of one site's code, per neuron group: tau, v0 [C], bases [C, G], assignment [T]."""
+    """The code of one site, per neuron group [C, ..].
 
-    assignment: Int[Tensor, " T"]
+    Bases are padded to the same number of grains by the last grain's. error and error_base2 are weighted squared errors on
+    held-out data, power the weighted mean square there (base 2 with one tau for the site); firing_rate = spikes / (neurons x T)
+    there; fallback: base 2 was kept.
+    """
+
     tau: Float[Tensor, " C"]
     v0: Float[Tensor, " C"]
+    assignment: Int[Tensor, "C T"]
     base_d: Float[Tensor, "C G"]
     base_h: Float[Tensor, "C G"]
     base_theta: Float[Tensor, "C G"]
-
-    @property
-    def grains(self) -> int:
-        return int(self.assignment.max()) + 1
+    theta: Float[Tensor, "C T"]
+    h: Float[Tensor, "C T"]
+    d: Float[Tensor, "C T"]
+    objective: Float[Tensor, " C"]
+    error: Float[Tensor, " C"]
+    error_base2: Float[Tensor, " C"]
+    power: Float[Tensor, " C"]
+    firing_rate: Float[Tensor, " C"]
+    fallback: Bool[Tensor, " C"]
 
     @property
     def table(self) -> PhaseTable:
-        return PhaseTable(
-            theta=phase_amplitudes(self.tau, self.base_theta, self.assignment),
-            h=phase_amplitudes(self.tau, self.base_h, self.assignment),
-            d=phase_amplitudes(self.tau, self.base_d, self.assignment),
-            v0=self.v0,
-        )
+        return PhaseTable(theta=self.theta, h=self.h, d=self.d, v0=self.v0)
 
-
-def base2_fit(maximum: Float[Tensor, " C"], T: int, G: int = 1, *, min_length: int = 2) -> CodeFit:
-    """Base 2 in every grain, tau the largest activation of each group.
-
-    A site that is constant zero gets tau = 1: its neurons never fire.
-    """
-    tau = torch.where(maximum > 0, maximum, 1.0)
-    bases = torch.full((len(tau), G), 2.0)
-    assignment = even_assignment(T, G, min_length=min_length)
-    return CodeFit(assignment=assignment, tau=tau, v0=default_v0(tau, T), base_d=bases, base_h=bases.clone(), base_theta=bases.clone())
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CodeQuality:
-    """What a table does to a distribution."""
-
-    squared_error: float  # sum of (y - x)^2
-    energy: float  # sum of x^2
-    firing_rate: float  # spikes / (neurons x T)
+    @property
+    def grain(self) -> Int[Tensor, " C"]:
+        """Grains that each group uses."""
+        return self.assignment.amax(-1) + 1
 
     @property
     def relative_error(self) -> float:
-        """Mean squared error over mean square; 0 for a site without any activation."""
-        return self.squared_error / self.energy if self.energy else 0.0
+        """Of the site, on held-out data; 0 for a site without any activation."""
+        return _ratio(self.error, self.power)
+
+    @property
+    def relative_error_base2(self) -> float:
+        return _ratio(self.error_base2, self.power)
+
+    @classmethod
+    def assess(cls, statistics: SiteStatistics, codes: Codes, objective: Float[Tensor, " C"]) -> Self:
+        """Choose per group between the found code and base 2, on held-out data."""
+        T, G = codes.assignment.shape[-1], (codes.values.shape[-1] - 2) // 3
+        maximum = statistics.maximum.amax(0)
+        site = torch.where(maximum.amax() > 0, maximum.amax(), 1.0).expand_as(maximum)
+        x, weight, count = held_out_points(statistics)
+        per_site, per_group = base2_codes(site, T, G), base2_codes(torch.where(maximum > 0, maximum, site), T, G)
+        errors = torch.stack([weighted_error(x, weight, each) for each in (per_site, per_group, codes)])
+        best = errors.argmin(0)  # the first of equals: base 2 where nothing is gained, or nothing passed
+        chosen = per_site.where(best == 0, per_group.where(best == 1, codes))
+        theta, h, d, v0 = chosen.spell()
+        base_d, base_h, base_theta = (part.exp2() for part in chosen.bases())
+        neurons = (count.sum(-1) + statistics.zeros[HELD_OUT]) * T
+        return cls(
+            tau=chosen.tau,
+            v0=v0,
+            assignment=chosen.assignment,
+            base_d=base_d,
+            base_h=base_h,
+            base_theta=base_theta,
+            theta=theta,
+            h=h,
+            d=d,
+            objective=objective,
+            error=errors.amin(0),
+            error_base2=errors[0],
+            power=(weight * x.square()).sum(-1),
+            firing_rate=(count * spike_count(x, theta, h, v0)).sum(-1) / neurons.clamp_min(1),
+            fallback=best < 2,
+        )
 
 
-def code_quality(table: PhaseTable, centers: Float[Tensor, " bins"], counts: Int[Tensor, "C bins"]) -> CodeQuality:
-    """Error and firing rate of `table` on histograms of |x|, one per group (a table with one group serves all)."""
-    spikes = fire(centers.expand(1, table.groups, -1), table).double()  # [T, 1, C, bins]
-    coded = (spikes * table.d.double().T[:, None, :, None]).sum(0)[0]
-    weights = counts.double()
-    x = centers.double()
-    total = weights.sum().item()
-    return CodeQuality(
-        squared_error=((coded - x).square() * weights).sum().item(),
-        energy=(x.square() * weights).sum().item(),
-        firing_rate=(spikes.sum(0)[0] * weights).sum().item() / (total * table.T) if total else 0.0,
-    )
+def _ratio(part: Tensor, whole: Tensor) -> float:
+    total = whole.double().sum().item()
+    return part.double().sum().item() / total if total > 0 else 0.0
 
 
-def save_fits(path: Path, fits: dict[str, CodeFit]) -> None:
+def search(
+    statistics: Mapping[str, SiteStatistics],
+    *,
+    T: int,
+    G: int | None,
+    seed: int,
+    min_length: int = 2,
+    tolerance: float = 0.02,
+    compiled: bool = True,
+    progress: Callable[[int], None] = lambda grains: None,
+) -> dict[str, CodeFit]:
+    """Fit a table to every neuron group of every site.
+
+    Args:
+        statistics: by site name; all on one device.
+        T: time steps.
+        G: grains, at most; None: per group the coarsest G <= MAX_GRAINS within `tolerance` of the best objective.
+        seed: of the evolution; the result is the same for the same seed and statistics.
+        min_length: phases of a grain, at least [steps].
+        tolerance: relative. Excess perplexity moves about as the coding error does: 0.02 of it is 0.02 of the excess.
+        compiled: fuse the evaluation of candidates.
+        progress: called with the number of grains after each round.
+
+    Raises:
+        ValueError: T phases cannot hold G grains.
+    """
+    most = G or min(MAX_GRAINS, max(1, T // min_length))
+    assignments(T, most, min_length=min_length)  # refuses early
+    kernel = fused(squared_error, next(iter(statistics.values())).counts.device.type) if compiled else squared_error
+    points = [
+        weighted_points(site, group, min(2048, max(256, 2 ** (T + 2))))  # four points per level up to T = 9
+        for site in statistics.values()
+        for group in range(site.counts.shape[1])
+    ]
+    x, weight = (torch.stack(part)[:, None] for part in zip(*points, strict=True))
+    maximum = torch.cat([site.maximum.amax(0) for site in statistics.values()])
+    maximum = torch.where(maximum > 0, maximum, 1.0)
+    objective = Objective(x=x, weight=weight, kernel=kernel)
+    rounds = evolve_grains(objective, maximum, T=T, G=most, seed=seed, min_length=min_length, progress=progress)
+    codes, found = rounds[-1] if G else coarsest(rounds, tolerance)
+    fits, start = {}, 0
+    for name, site in statistics.items():
+        rows = slice(start, start + site.counts.shape[1])
+        start = rows.stop
+        fits[name] = CodeFit.assess(site, codes.at(rows), found[rows])
+    return fits
+
+
+def base2_search(statistics: Mapping[str, SiteStatistics], T: int) -> dict[str, CodeFit]:
+    """The baseline: base 2 at every site, tau the largest activation of the site."""
+    fits = {}
+    for name, site in statistics.items():
+        merged = site.merged()
+        maximum = merged.maximum.amax(0)
+        codes = base2_codes(torch.where(maximum > 0, maximum, 1.0), T)
+        fits[name] = CodeFit.assess(merged, codes, torch.full_like(maximum, torch.nan))
+    return fits
+
+
+def coarsest(rounds: list[tuple[Codes, Tensor]], tolerance: float) -> tuple[Codes, Float[Tensor, " N"]]:
+    """Per group the codes of the fewest grains whose objective is at most (1 + tolerance) times that of the most."""
+    codes, found = rounds[-1]
+    limit = (1 + tolerance) * found
+    for fewer, error in reversed(rounds[:-1]):
+        enough = error <= limit
+        codes, found = fewer.where(enough, codes), torch.where(enough, error, found)
+    return codes, found
+
+
+def weighted_points(statistics: SiteStatistics, group: int, count: int) -> tuple[Float[Tensor, " points"], Float[Tensor, " points"]]:
+    """One group's fitting part in `count` points, their weights scaled so that sum weight x^2 = 1; an unused point weighs 0."""
+    weights = (statistics.counts if statistics.weights is None else statistics.weights)[FIT, group].double()
+    x, share = torch.zeros(count, device=weights.device), torch.zeros(count, device=weights.device)
+    used = weights > 0
+    if not used.any():
+        return x, share
+    mass = weights[used]
+    edges = statistics.edges.double()
+    width = edges.diff()[used]
+    center = (edges[:-1] + edges[1:])[used] / 2
+    parts = ((mass / width).pow(1 / 3) * width, mass, mass * center.square())
+    # most points where levels belong, some for mass and energy
+    measure = torch.stack([factor * part / part.sum() for factor, part in zip((0.7, 0.2, 0.1), parts, strict=True)]).sum(0)
+    cell = ((measure.cumsum(0) - measure / 2) * count).long().clamp_(0, count - 1)
+    total = torch.zeros(count, dtype=torch.float64, device=x.device).index_add_(0, cell, mass)
+    first = torch.zeros_like(total).index_add_(0, cell, mass * center)
+    x = torch.where(total > 0, first / total.clamp_min(1e-300), 0.0)
+    return x.float(), (total / (total * x.square()).sum()).float()
+
+
+def held_out_points(statistics: SiteStatistics) -> tuple[Float[Tensor, "C points"], Float[Tensor, "C points"], Float[Tensor, "C points"]]:
+    """Positions, error weights (all groups' together scaled to sum 1) and counts: every bin as SUBDIVISION points."""
+    edges = statistics.edges
+    inside = (torch.arange(SUBDIVISION, device=edges.device) + 0.5) / SUBDIVISION
+    counts = statistics.counts[HELD_OUT].float().repeat_interleave(SUBDIVISION, -1) / SUBDIVISION
+    weight = (statistics.counts if statistics.weights is None else statistics.weights)[HELD_OUT].double()
+    weight = (weight / weight.sum().clamp_min(1e-300)).float().repeat_interleave(SUBDIVISION, -1) / SUBDIVISION
+    x = (edges[:-1, None] + edges.diff()[:, None] * inside).flatten().expand_as(weight)
+    return x.contiguous(), weight, counts
+
+
+def weighted_error(x: Float[Tensor, "C points"], weight: Float[Tensor, "C points"], codes: Codes) -> Float[Tensor, " C"]:
+    """Squared error of one code per group."""
+    return squared_error(x[:, None], weight[:, None], *(part[:, None] for part in codes.spell()))[:, 0]
+
+
+def spike_count(x: Float[Tensor, "C points"], theta: Tensor, h: Tensor, v0: Tensor) -> Float[Tensor, "C points"]:
+    """Spikes that a neuron with input x > 0 fires, 0 .. T."""
+    v, spikes = x + v0[:, None], torch.zeros_like(x)
+    for t in range(theta.shape[-1]):
+        z = v > theta[:, t, None]
+        v, spikes = v - h[:, t, None] * z, spikes + z
+    return spikes
+
+
+def save_fits(path: Path, fits: Mapping[str, CodeFit]) -> None:
     """Write the codes of all sites, by site name, to a safetensors file."""
     names = [field.name for field in fields(CodeFit)]
-    write_tensors(path, {f"{site}.{name}": getattr(fit, name).contiguous() for site, fit in fits.items() for name in names})
+    write_tensors(path, {f"{site}.{name}": getattr(fit, name).cpu().contiguous() for site, fit in fits.items() for name in names})
 
 
 def load_fits(path: Path) -> dict[str, CodeFit]:

@@ -20,17 +20,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spikellm import checkpoint, conversion, data, evaluation, rotation
 from spikellm.artifacts import ArtifactStore, artifact_key, read_json, write_json
 from spikellm.calibration import Calibration
 from spikellm.calibration import calibrate as run_calibration
-from spikellm.config import Config, InputError, RotationKind, SoftmaxNorm
+from spikellm.config import Config, Groups, InputError, RotationKind, SearchMethod, SoftmaxNorm
 from spikellm.model import load_model, load_tokenizer, package_version, source_fingerprint
 from spikellm.prefix import attach_prefix
-from spikellm.search import CodeFit, CodeQuality, base2_fit, code_quality, load_fits, save_fits
-from spikellm.statistics import HELD_OUT, SiteStatistics
+from spikellm.search import MAX_GRAINS, CodeFit, base2_search, load_fits, save_fits
+from spikellm.search import search as find_codes
 
 log = logging.getLogger(__name__)
 
@@ -152,54 +153,55 @@ def _calibrate(work: Workspace, folder: Path) -> None:
     run_calibration(work.installed(), work.windows("calibration"), work.config.prefix).save(folder)
 
 
-def base2_fits(statistics: dict[str, SiteStatistics], T: int, G: int = 1, *, min_length: int = 2) -> dict[str, CodeFit]:
-    """The base-2 code of every site, one table a site, tau from both parts of the statistics."""
-    return {name: base2_fit(site.maximum.amax().view(1), T, G, min_length=min_length) for name, site in statistics.items()}
-
-
 def _search(work: Workspace, folder: Path) -> None:
-    snn = work.config.snn
+    config, snn = work.config.search, work.config.snn
     statistics = work.calibration()[0].statistics
     start = time.perf_counter()
-    grains = 1 if snn.grain == "auto" else int(snn.grain)
-    fits = base2_fits(statistics, snn.T, grains, min_length=snn.min_grain_length)
-    baseline = base2_fits(statistics, snn.T)
-    seconds = time.perf_counter() - start
-    rows, qualities, base2_qualities = [], [], []
-    for name, site in statistics.items():
-        held_out = site.counts[HELD_OUT].sum(0, keepdim=True)
-        quality = code_quality(fits[name].table, site.centers, held_out)
-        base2 = code_quality(baseline[name].table, site.centers, held_out)
-        qualities.append(quality)
-        base2_qualities.append(base2)
-        rows.append(_site_row(name, fits[name], quality, base2))
+    if config.method is SearchMethod.base2:
+        fits = base2_search(statistics, snn.T)
+    else:
+        if config.groups is Groups.site:
+            statistics = {name: site.merged() for name, site in statistics.items()}
+        G = None if snn.grain == "auto" else int(snn.grain)
+        with tqdm(total=G or MAX_GRAINS, desc="search", unit="grain", disable=None) as bar:
+            fits = find_codes(
+                statistics,
+                T=snn.T,
+                G=G,
+                seed=work.config.seed,
+                min_length=snn.min_grain_length,
+                tolerance=config.tolerance,
+                compiled=work.config.hardware.compile,
+                progress=lambda _: bar.update(),
+            )
+    every = list(fits.values())
     summary = {
-        "seconds": seconds,
-        "relative_mse": _mean_relative_error(qualities),
-        "relative_mse_base2": _mean_relative_error(base2_qualities),
-        "worse_than_base2": sum(q.squared_error > b.squared_error for q, b in zip(qualities, base2_qualities, strict=True)),
+        "seconds": round(time.perf_counter() - start, 3),
+        "relative_mse": sum(fit.relative_error for fit in every) / len(every),
+        "relative_mse_base2": sum(fit.relative_error_base2 for fit in every) / len(every),
+        "worse_than_base2": sum(fit.relative_error > fit.relative_error_base2 for fit in every),
+        "groups": sum(len(fit.tau) for fit in every),
+        "groups_by_grain": torch.cat([fit.grain for fit in every]).bincount()[1:].tolist(),
+        "groups_at_base2": sum(int(fit.fallback.sum()) for fit in every),
     }
     save_fits(folder / "codes.safetensors", fits)
-    write_json(folder / "search.json", {"summary": summary, "rows": rows})
+    write_json(folder / "search.json", summary)
 
 
-def _mean_relative_error(qualities: list[CodeQuality]) -> float:
-    return sum(quality.relative_error for quality in qualities) / len(qualities)
-
-
-def _site_row(name: str, fit: CodeFit, quality: CodeQuality, base2: CodeQuality) -> dict[str, Any]:
+def site_row(name: str, fit: CodeFit) -> dict[str, Any]:
+    """One line of sites.csv; lists have one entry per neuron group."""
     return {
         "name": name,
         "tau": fit.tau.tolist(),
-        "grain": fit.grains,
+        "grain": fit.grain.tolist(),
         "assignment": fit.assignment.tolist(),
         "base_d": fit.base_d.tolist(),
         "base_h": fit.base_h.tolist(),
         "base_theta": fit.base_theta.tolist(),
         "v0": fit.v0.tolist(),
-        "relative_error_base2": base2.relative_error,
-        "relative_error": quality.relative_error,
-        "firing_rate": quality.firing_rate,
+        "relative_error_base2": fit.relative_error_base2,
+        "relative_error": fit.relative_error,
+        "firing_rate": fit.firing_rate.mean().item(),
     }
 
 
@@ -219,9 +221,9 @@ def calibrate(work: Workspace) -> StageOutcome:
 
 
 def search(work: Workspace) -> StageOutcome:
-    _, folder, cached = work.fits()
-    found = read_json(folder / "search.json")
-    return StageOutcome(cached=cached, results={"search": found["summary"]}, site_rows=found["rows"])
+    fits, folder, cached = work.fits()
+    rows = [site_row(name, fit) for name, fit in fits.items()]
+    return StageOutcome(cached=cached, results={"search": read_json(folder / "search.json")}, site_rows=rows)
 
 
 def convert(work: Workspace) -> StageOutcome:
@@ -251,7 +253,7 @@ def evaluate(work: Workspace) -> StageOutcome:
 
     builders: dict[str, Callable[[], PreTrainedModel]] = {
         "snn": lambda: work.spiking(work.fits()[0]),
-        "base2": lambda: work.spiking(base2_fits(work.calibration()[0].statistics, work.config.snn.T)),
+        "base2": lambda: work.spiking(base2_search(work.calibration()[0].statistics, work.config.snn.T)),
         "ann": ann,
     }
     values: dict[str, Any] = {}

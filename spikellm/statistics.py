@@ -11,7 +11,7 @@ come from: `attention.py` (softmax) and `calibration.py` (MLP).
 Windows go alternately to a fitting and a held-out part.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Self
 
 import torch
@@ -51,6 +51,16 @@ class SiteStatistics:
         """Bounds of the bins [units of x]."""
         index = torch.arange(self.first_bin, self.first_bin + self.counts.shape[-1] + 1, dtype=torch.int32)
         return ((index + _FIRST) << _SHIFT).view(torch.float32)
+
+    def merged(self) -> Self:
+        """The same statistics with all groups in one."""
+        return replace(
+            self,
+            counts=self.counts.sum(1, keepdim=True),
+            weights=None if self.weights is None else self.weights.sum(1, keepdim=True),
+            zeros=self.zeros.sum(1, keepdim=True),
+            maximum=self.maximum.amax(1, keepdim=True),
+        )
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """For safetensors: `from_tensors` reads them back."""

