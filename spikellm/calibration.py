@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from spikellm.artifacts import read_json, write_json, write_tensors
 from spikellm.config import PrefixConfig
 from spikellm.conversion import clear, model_sites, set_neuron, site_groups
-from spikellm.prefix import attach_prefix, find_prefix_tokens
+from spikellm.prefix import attach_prefix, find_prefix_tokens, keep_what_helps
 from spikellm.sites import (
     ACTIVATION,
     ATTENTION,
@@ -87,6 +87,7 @@ def calibrate(model: PreTrainedModel, windows: Int[Tensor, "W L"], prefix: Prefi
     if prefix.enabled:
         bos = model.config.bos_token_id
         tokens = find_prefix_tokens(model, windows[:PREFIX_WINDOWS], eta=prefix.eta, max_tokens=prefix.max_tokens, bos=bos)
+        tokens = keep_what_helps(model, windows[:PREFIX_WINDOWS], tokens, eta=prefix.eta)
         attach_prefix(model, tokens)
         log.info("calibrate: prefix tokens %s", tokens)
     observers = {site: _observer(model, site) for site in model_sites(model)}

@@ -194,9 +194,8 @@ def weighted_points(statistics: SiteStatistics, group: int, count: int) -> tuple
     if not used.any():
         return x, share
     mass = weights[used]
-    edges = statistics.edges.double()
-    width = edges.diff()[used]
-    center = (edges[:-1] + edges[1:])[used] / 2
+    width = statistics.edges.double().diff()[used]
+    center = statistics.centers.double()[used]
     parts = ((mass / width).pow(1 / 3) * width, mass, mass * center.square())
     # most points where levels belong, some for mass and energy
     measure = torch.stack([factor * part / part.sum() for factor, part in zip((0.7, 0.2, 0.1), parts, strict=True)]).sum(0)

@@ -47,10 +47,16 @@ class SiteStatistics:
     first_bin: int
 
     @property
-    def edges(self) -> Float[Tensor, " bins+1"]:
-        """Bounds of the bins [units of x]."""
+    def edges(self) -> Float[Tensor, " edges"]:
+        """Bounds of the bins, one more than bins [units of x]."""
         index = torch.arange(self.first_bin, self.first_bin + self.counts.shape[-1] + 1, dtype=torch.int32)
         return ((index + _FIRST) << _SHIFT).view(torch.float32)
+
+    @property
+    def centers(self) -> Float[Tensor, " bins"]:
+        """Middles of the bins [units of x]."""
+        edges = self.edges
+        return (edges[:-1] + edges[1:]) / 2
 
     def merged(self) -> Self:
         """The same statistics with all groups in one."""

@@ -12,7 +12,7 @@ from launch import MAIN, Finished, launch, plain
 
 SMALL = [
     "model=tiny", "hardware.compile=false", "dataset.calibration.window=64", "dataset.calibration.max_windows=2",
-    "dataset.evaluation.window=64", "dataset.evaluation.max_windows=2",
+    "dataset.evaluation.window=64", "dataset.evaluation.max_windows=2", "search.method=base2",
 ]  # fmt: skip
 RESULT_KEYS = {
     "schema", "model", "T", "grain", "coding", "execution", "seed", "perplexity", "sites", "prefix_tokens", "rotation", "search",

@@ -5,7 +5,7 @@ import torch
 from conftest import norm_ratio, tiny_model
 
 from spikellm.conversion import install
-from spikellm.prefix import attach_prefix, find_prefix_tokens
+from spikellm.prefix import attach_prefix, find_prefix_tokens, keep_what_helps
 
 BOS, LOUD, LOUDER = 1, 7, 9
 QUIET = 20  # tokens from here on
@@ -107,3 +107,12 @@ def test_a_second_prefix_replaces_the_first():
     assert norm_ratio(model(text).logits, other(text).logits) <= 1e-6
     attach_prefix(model, [])
     assert norm_ratio(model(text).logits, tiny_model()(text).logits) <= 1e-5
+
+
+def test_tokens_that_stay_outliers_wherever_they_stand_are_dropped():
+    model = model_with_loud_tokens(LOUD)  # loud by its embedding: no prefix makes it quiet
+    text = windows({3: LOUD, 8: LOUD}, {4: LOUD, 9: LOUD})
+    assert find(model, text) == [LOUD, BOS]
+    assert keep_what_helps(model, text, [LOUD, BOS], eta=64.0) == [BOS]
+    assert keep_what_helps(model, text, [BOS], eta=64.0) == [BOS]
+    assert keep_what_helps(model, windows({}, {}), [LOUD, BOS], eta=64.0) == [BOS]  # nothing left to help with

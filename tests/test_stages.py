@@ -14,7 +14,7 @@ from spikellm.stages import STAGES, run_stages
 
 SMALL = [
     "model=tiny", "hardware.compile=false", "dataset.calibration.window=64", "dataset.calibration.max_windows=2",
-    "dataset.evaluation.window=64", "dataset.evaluation.max_windows=2",
+    "dataset.evaluation.window=64", "dataset.evaluation.max_windows=2", "search.method=base2",
 ]  # fmt: skip
 
 
@@ -107,6 +107,7 @@ def test_a_long_prefix_is_the_same_in_every_stage(tmp_path, monkeypatch):
     from spikellm import calibration
 
     monkeypatch.setattr(calibration, "find_prefix_tokens", lambda *_, **__: [7, 200, 1])
+    monkeypatch.setattr(calibration, "keep_what_helps", lambda _model, _windows, tokens, **_: tokens)
     loud = "+model.options.initializer_range=0.3"  # weights large enough for the prefix to be felt through the neurons
     one_go = run(tmp_path / "one", loud)
     run(tmp_path / "two", loud, "stages=[calibrate,search]")
@@ -144,3 +145,13 @@ def test_the_saved_model_is_the_evaluated_one(tmp_path):
     windows = token_windows(config.dataset.evaluation, "dataset.evaluation", None)
     model = AutoModelForCausalLM.from_pretrained(results["saved_model"], dtype=torch.float32)
     assert perplexity(model, windows, label="saved").value == pytest.approx(results["perplexity"]["snn"], rel=1e-5)
+
+
+def test_the_fitted_network_is_the_better_one(tmp_path):
+    """The default search on a network of one layer; a repeated search gives the same codes."""
+    options = ["search.method=evolution", "model.options.num_hidden_layers=1", "snn.T=4", "grain=1"]
+    results = run(tmp_path / "one", *options)
+    assert results["search"]["worse_than_base2"] == 0
+    assert results["search"]["relative_mse"] < results["search"]["relative_mse_base2"]
+    assert results["search"]["groups"] == sum(results["search"]["groups_by_grain"])
+    assert run(tmp_path / "two", *options)["perplexity"] == results["perplexity"]

@@ -18,9 +18,9 @@ def observe(*batches: torch.Tensor, **options) -> SiteStatistics:
     return observer.result()
 
 
-def spelled_out(counts: torch.Tensor, centers: torch.Tensor) -> np.ndarray:
-    """The histogram as sorted samples."""
-    return np.repeat(centers.numpy(), counts.numpy())
+def spelled_out(found: SiteStatistics, group: int = 0) -> np.ndarray:
+    """The fitting part's histogram as sorted samples."""
+    return np.repeat(np.append(0.0, found.centers.numpy()), np.append(found.zeros[FIT, group], found.counts[FIT, group].numpy()))
 
 
 @given(seed=st.integers(0, 1 << 30), spread=st.floats(0.1, 3), batches=st.integers(1, 3))
@@ -32,7 +32,7 @@ def test_every_sample_lies_in_the_bin_that_counts_it(seed, spread, batches):
     ]
     found = observe(*samples)
     magnitude = np.sort(torch.cat(samples).abs().flatten().numpy())
-    counted = spelled_out(found.counts[FIT, 0], found.centers)
+    counted = spelled_out(found)
     assert counted.shape == magnitude.shape
     np.testing.assert_allclose(counted, magnitude, rtol=RELATIVE_WIDTH, atol=2.0**-40)
     assert found.maximum[FIT, 0].item() == magnitude.max()
@@ -41,7 +41,7 @@ def test_every_sample_lies_in_the_bin_that_counts_it(seed, spread, batches):
 def test_moments_agree_with_numpy():
     x = torch.randn(20000, generator=torch.Generator().manual_seed(0))
     found = observe(x.view(100, 200))
-    counted = spelled_out(found.counts[FIT, 0], found.centers).astype(np.float64)
+    counted = spelled_out(found).astype(np.float64)
     exact = x.abs().numpy().astype(np.float64)
     for power in (1, 2, 4):
         assert np.mean(counted**power) == pytest.approx(np.mean(exact**power), rel=1e-3)
@@ -65,7 +65,7 @@ def test_groups_are_counted_apart():
     blocks = observe(x[..., :6], groups=2, axis=-1)
     assert torch.equal(blocks.maximum[FIT], torch.stack([x[..., :3].abs().amax(), x[..., 3:6].abs().amax()]))
     for group in range(3):
-        counted = spelled_out(heads.counts[FIT, group], heads.centers)
+        counted = spelled_out(heads, group)
         np.testing.assert_allclose(counted, np.sort(x[:, group].abs().flatten().numpy()), rtol=RELATIVE_WIDTH)
 
 
@@ -86,12 +86,12 @@ def test_a_site_that_saw_nothing_names_itself():
 
 def test_zeros_count_as_zeros_and_a_silent_site_is_no_error():
     found = observe(torch.tensor([[0.0, -0.0, 1.0, -2.0]]))
-    counted = spelled_out(found.counts[FIT, 0], found.centers)
+    counted = spelled_out(found)
     assert np.count_nonzero(counted == 0) == 2
     np.testing.assert_allclose(np.sort(counted)[2:], [1.0, 2.0], rtol=RELATIVE_WIDTH)
     silent = observe(torch.zeros(3, 4))
     assert silent.maximum.max() == 0
-    assert spelled_out(silent.counts[FIT, 0], silent.centers).tolist() == [0.0] * 12
+    assert spelled_out(silent).tolist() == [0.0] * 12
 
 
 def test_low_precision_activations_are_counted_exactly():
@@ -102,7 +102,28 @@ def test_low_precision_activations_are_counted_exactly():
 
 
 def test_tensors_round_trip():
-    found = observe(torch.randn(4, 6, generator=torch.Generator().manual_seed(0)))
-    again = SiteStatistics.from_tensors(found.tensors("a"), "a")
-    for mine, other in ((again.counts, found.counts), (again.maximum, found.maximum), (again.centers, found.centers)):
-        assert torch.equal(mine, other)
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    weighted = Observer("some.site", weighted=True)
+    weighted(x)
+    weighted.weigh(x.square())
+    for found in (observe(x), weighted.result()):
+        again = SiteStatistics.from_tensors(found.tensors("a"), "a")
+        assert (again.weights is None) == (found.weights is None)
+        for name in ("counts", "zeros", "maximum", "edges"):
+            assert torch.equal(getattr(again, name), getattr(found, name))
+
+
+def test_weights_are_the_summed_importance_of_a_bins_activations():
+    generator = torch.Generator().manual_seed(0)
+    x, importance = torch.randn(2, 3, 4, 5, generator=generator), torch.rand(2, 3, 4, 1, generator=generator)
+    observer = Observer("some.site", groups=3, axis=1, weighted=True)
+    observer(x)
+    observer.weigh(importance)
+    found = observer.result()
+    assert found.weights is not None
+    for group in range(3):
+        exact = (importance * x.square())[:, group].double().sum().item()
+        counted = (found.weights[FIT, group] * found.centers.double().square()).sum().item()
+        assert counted == pytest.approx(exact, rel=2 * RELATIVE_WIDTH)
+    assert found.merged().weights.sum() == pytest.approx(importance.sum().item() * 5)
+    assert found.merged().counts.sum() == x.numel()
