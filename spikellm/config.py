@@ -30,7 +30,7 @@ class InputError(ValueError):
 
 
 # What main.py reports as one line with exit code 2; anything else is a defect and keeps its traceback.
-INPUT_ERRORS = (InputError, HydraException, OmegaConfBaseException, OSError)
+INPUT_ERRORS = (InputError, HydraException, OmegaConfBaseException, OSError, FloatingPointError)
 
 
 def explain(error: Exception) -> str:

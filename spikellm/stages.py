@@ -27,7 +27,7 @@ from spikellm import checkpoint, conversion, data, evaluation, rotation
 from spikellm.artifacts import ArtifactStore, artifact_key, read_json, write_json
 from spikellm.calibration import Calibration
 from spikellm.calibration import calibrate as run_calibration
-from spikellm.config import Config, Groups, InputError, RotationKind, SearchMethod, SoftmaxNorm
+from spikellm.config import Config, Groups, InputError, RotationKind, SearchMethod, SoftmaxNorm, Tracker
 from spikellm.model import load_model, load_tokenizer, package_version, source_fingerprint
 from spikellm.prefix import attach_prefix
 from spikellm.search import MAX_GRAINS, CodeFit, base2_search, load_fits, save_fits
@@ -150,7 +150,12 @@ def _plain(node: Any) -> dict[str, Any]:
 
 
 def _calibrate(work: Workspace, folder: Path) -> None:
-    run_calibration(work.installed(), work.windows("calibration"), work.config.prefix).save(folder)
+    windows, model = work.windows("calibration"), work.installed()
+    try:
+        found = run_calibration(model, windows, work.config.prefix)
+    except ValueError as error:
+        raise InputError(f"calibrate with model={work.config.model.name}, dataset={work.config.dataset.name}: {error}") from error
+    found.save(folder)
 
 
 def _search(work: Workspace, folder: Path) -> None:
@@ -283,6 +288,8 @@ STAGES: dict[str, Callable[[Workspace], StageOutcome]] = {
 def run_stages(config: Config) -> tuple[dict[str, Any], list[dict[str, Any]] | None]:
     """Run `config.stages` in the order of `STAGES`; the content of results.json, and the rows of sites.csv if known."""
     work = Workspace(config)
+    if config.tracking.kind is not Tracker.none:
+        log.warning("tracking=%s has no effect in this version: results.json and sites.csv hold the results", config.tracking.kind.value)
     results: dict[str, Any] = {
         "schema": RESULTS_SCHEMA,
         "model": config.model.name,

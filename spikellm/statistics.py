@@ -35,12 +35,12 @@ def bin_index(magnitude: Float[Tensor, "*any"]) -> Int[Tensor, "*any"]:
 class SiteStatistics:
     """Distribution of |x| at one site: histogram of the bins from `first_bin` on, and maxima, per part and group.
 
-    counts [parts, C, bins] int64; weights [parts, C, bins] float64, the summed importance of a bin's activations, None where
+    counts [parts, C, bins] float32; weights [parts, C, bins] float32, the summed importance of a bin's activations, None where
     all count the same; zeros [parts, C] int64, activations of exactly zero or below the smallest bin; maximum [parts, C] float32.
     Parts are FIT and HELD_OUT.
     """
 
-    counts: Int[Tensor, "P C bins"]
+    counts: Float[Tensor, "P C bins"]
     weights: Float[Tensor, "P C bins"] | None
     zeros: Int[Tensor, "P C"]
     maximum: Float[Tensor, "P C"]
@@ -161,8 +161,8 @@ class Observer(nn.Module):
         used = counts[..., 1:].sum((0, 1)).nonzero().flatten() + 1
         first, last = (int(used[0]), int(used[-1])) if len(used) else (1, 1)
         return SiteStatistics(
-            counts=counts[..., first : last + 1].clone(),
-            weights=None if self.weights is None else self.weights.cpu()[..., first : last + 1].clone(),
+            counts=counts[..., first : last + 1].float(),
+            weights=None if self.weights is None else self.weights.cpu()[..., first : last + 1].float(),
             zeros=counts[..., 0].clone(),
             maximum=self.maximum.cpu().clone(),
             first_bin=first,

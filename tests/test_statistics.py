@@ -20,7 +20,7 @@ def observe(*batches: torch.Tensor, **options) -> SiteStatistics:
 
 def spelled_out(found: SiteStatistics, group: int = 0) -> np.ndarray:
     """The fitting part's histogram as sorted samples."""
-    return np.repeat(np.append(0.0, found.centers.numpy()), np.append(found.zeros[FIT, group], found.counts[FIT, group].numpy()))
+    return np.repeat(np.append(0.0, found.centers.numpy()), np.append(found.zeros[FIT, group], found.counts[FIT, group].long().numpy()))
 
 
 @given(seed=st.integers(0, 1 << 30), spread=st.floats(0.1, 3), batches=st.integers(1, 3))
