@@ -129,5 +129,10 @@ def import_fits(path: Path, statistics: Mapping[str, SiteStatistics], *, T: int,
     """
     codes = read_neurons(path, T=T, G=G, stored_v0=stored_v0)
     _check_names(path, codes.keys(), statistics.keys())
-    nothing = torch.full((1,), torch.nan)
-    return {name: CodeFit.assess(site.merged(), codes[name], nothing, fall_back=False) for name, site in statistics.items()}
+    fits = {}
+    for name, site in statistics.items():
+        merged = site.merged()  # the files have one code per site
+        device = merged.counts.device
+        code = Codes(values=codes[name].values.to(device), assignment=codes[name].assignment.to(device))
+        fits[name] = CodeFit.assess(merged, code, torch.full((1,), torch.nan, device=device), fall_back=False)
+    return fits

@@ -47,8 +47,8 @@ class SiteStatistics:
     first_bin: int
 
     @property
-    def edges(self) -> Float[Tensor, " bins+1"]:
-        """Bounds of the bins [units of x]."""
+    def edges(self) -> Float[Tensor, " edges"]:
+        """Bounds of the bins, one more than bins [units of x]."""
         index = torch.arange(self.first_bin, self.first_bin + self.counts.shape[-1] + 1, dtype=torch.int32)
         return ((index + _FIRST) << _SHIFT).view(torch.float32)
 

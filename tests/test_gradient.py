@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_config import configure
 
-from spikellm.gradient import Schedule, SurrogateSpike, descend_grains, differentiable_encode, draw_samples
+from spikellm.gradient import BATCH, Schedule, SurrogateSpike, descend_grains, differentiable_encode, draw_samples
 from spikellm.neuron import PhaseTable, encode
 from spikellm.search import gradient_search
 from spikellm.statistics import HELD_OUT, Observer
@@ -79,7 +79,7 @@ def test_samples_follow_the_importance():
 
 
 def test_a_heavy_tail_at_few_steps_gains_and_the_objective_is_that_of_the_codes():
-    samples = laplacian(1, 2, 1500) * torch.tensor([[1.0], [30.0]])
+    samples = laplacian(1, 2, 1000).square() * torch.tensor([[1.0], [30.0]])
     maximum = samples.amax(1)
     codes, found = descend_grains(samples, maximum, T=4, G=2, seed=0, min_length=2, schedule=QUICK)
     torch.testing.assert_close(codes.tau, maximum)
@@ -92,7 +92,7 @@ def test_a_heavy_tail_at_few_steps_gains_and_the_objective_is_that_of_the_codes(
             return sum((reference(value, tau, bases, codes.assignment[site].tolist()) - value) ** 2 for value in x) / power
 
         assert error(bases) == pytest.approx(found[site].item(), rel=2e-3)
-        assert found[site] < 0.97 * error(torch.full((3, 2), 2.0))
+        assert found[site] < 0.95 * error(torch.full((3, 2), 2.0))
 
 
 def test_never_worse_than_the_start_even_where_every_step_hurts():
@@ -110,7 +110,7 @@ def test_sites_of_a_batch_do_not_feel_each_other(monkeypatch):
     samples = laplacian(2, 3, 400)
     arguments = {"T": 5, "G": 2, "seed": 3, "min_length": 2, "schedule": QUICK}
     together = descend_grains(samples, samples.amax(1), **arguments)
-    monkeypatch.setitem(__import__("spikellm.gradient", fromlist=["BATCH"]).BATCH, "cpu", 1)
+    monkeypatch.setitem(BATCH, "cpu", 1)
     rounds: list[int] = []
     apart = descend_grains(samples, samples.amax(1), progress=rounds.append, **arguments)
     assert rounds == [1] * 3 * QUICK.outer

@@ -100,7 +100,7 @@ def test_all_published_files_are_read(shared_data):
     assert len(files) == 8
     for path in files:
         T, G = map(int, re.search(r"T-(\d+)-grains-(\d)", path.name).groups())
-        raw = torch.load(path, weights_only=True)
+        raw = torch.load(path, map_location="cpu", weights_only=True)
         codes = read_neurons(path, T=T, G=G)
         assert len(codes) == 32 * 9 + 1
         for name in list(raw)[::40]:

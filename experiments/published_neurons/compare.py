@@ -64,7 +64,7 @@ def errors(x: Tensor, weight: Tensor, codes: Codes) -> Tensor:
 
 def best_tau(site: SiteStatistics, codes: Codes) -> Tensor:
     """tau [K] of least squared error on the fitting part."""
-    x, weight = weighted_points(site, 0, 1024)
+    x, weight = weighted_points(site, 0, 2 ** (codes.assignment.shape[-1] + 3))  # eight points per level
     tau = AMPLITUDES * site.maximum.max()
     candidates = [errors(x, weight, with_tau(codes, each.expand(len(codes.values)))) for each in tau]
     return tau[torch.stack(candidates).argmin(0)]
