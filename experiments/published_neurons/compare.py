@@ -53,6 +53,12 @@ def with_tau(codes: Codes, tau: Tensor) -> Codes:
     return replace(codes, values=values)
 
 
+def without_v0(codes: Codes) -> Codes:
+    values = codes.values.clone()
+    values[..., 1] = 0
+    return replace(codes, values=values)
+
+
 def errors(x: Tensor, weight: Tensor, codes: Codes) -> Tensor:
     """Squared errors [K] of K codes on weighted points [P], relative to the points' mean square."""
     rows = max(1, CHUNK // len(x))
@@ -116,21 +122,23 @@ def main() -> None:
             x, weight, _ = (part[0] for part in held_out_points(site))
             maximum = site.maximum.max()
             base2 = base2_codes(maximum[None], T)
+            largest = with_tau(codes, maximum.expand(len(codes.values)))
             fitted = errors(x, weight, with_tau(codes, best_tau(site, codes)))
             values = [
                 errors(x, weight, base2).item(),
-                errors(x, weight, with_tau(codes, maximum.expand(len(codes.values)))).median().item(),
+                errors(x, weight, largest).median().item(),
+                errors(x, weight, without_v0(largest)).median().item(),
                 errors(x, weight, with_tau(base2, best_tau(site, base2))).item(),
                 fitted.median().item(),
                 fitted.min().item(),
                 fits[name].relative_error,
             ]
             cells = " | ".join(f"{value:.3g}" for value in values)
-            comparison.append(f"| {model} | {T} | {G} | {name} | {cells} | {values[4] / values[5]:.2f} |")
+            comparison.append(f"| {model} | {T} | {G} | {name} | {cells} | {values[-3] / values[-1]:.2f} | {values[-2] / values[-1]:.2f} |")
     print("\n| model | T | G | codes | max abs(base - 2) | equal outputs | rms difference | largest |\n|" + "---|" * 8)
     print("\n".join(likeness))
-    head = "| model | T | G | input | base 2 | published | base 2, best tau | published, best tau | best of 289 | ours | best / ours |"
-    print(f"\n{head}\n|" + "---|" * 11)
+    tau = "| base 2, best tau | published, best tau | best of them | ours | published / ours | best / ours |"
+    print(f"\n| model | T | G | input | base 2 | published | published, v0 = 0 {tau}\n|" + "---|" * 13)
     print("\n".join(comparison))
 
 
