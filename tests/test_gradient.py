@@ -78,11 +78,13 @@ def test_samples_follow_the_importance():
     assert not draw_samples(statistics(torch.zeros(1, 4)), 0, 3, torch.Generator()).any()
 
 
-def test_a_heavy_tail_at_few_steps_gains_and_the_objective_is_that_of_the_codes():
+# T = 2 leaves much to gain; several grains at T = 4 a little
+@pytest.mark.parametrize(("T", "G", "rate", "gain"), [(2, 1, 1e-2, 0.9), (4, 2, 1e-3, 1.0)])
+def test_few_steps_gain_and_the_objective_is_that_of_the_codes(T, G, rate, gain):
     samples = laplacian(1, 2, 1000) * torch.tensor([[1.0], [30.0]])
     maximum = samples.amax(1)
-    quick = Schedule(outer=6, inner=20, samples=1000, rate=1e-3)
-    codes, found = descend_grains(samples, maximum, T=4, G=2, seed=0, min_length=2, schedule=quick)
+    quick = Schedule(outer=6, inner=20, samples=1000, rate=rate)
+    codes, found = descend_grains(samples, maximum, T=T, G=G, seed=0, min_length=2, schedule=quick)
     torch.testing.assert_close(codes.tau, maximum)
     for site in range(2):
         tau, x = maximum[site].item(), samples[site].tolist()
@@ -93,7 +95,7 @@ def test_a_heavy_tail_at_few_steps_gains_and_the_objective_is_that_of_the_codes(
             return sum((reference(value, tau, bases, codes.assignment[site].tolist()) - value) ** 2 for value in x) / power
 
         assert error(bases) == pytest.approx(found[site].item(), rel=2e-3)
-        assert found[site] < 0.985 * error(torch.full((3, 2), 2.0))
+        assert found[site] < gain * error(torch.full((3, G), 2.0))
 
 
 def test_never_worse_than_the_start_even_where_every_step_hurts():
