@@ -38,6 +38,7 @@ type: setup  ## mypy
 
 bench: setup  ## speed and memory, as ratios measured side by side
 	$(BIN)/python experiments/bench/bench.py
+	$(BIN)/python experiments/bench/bench_search.py
 
 clean:  ## remove the virtual environment and caches; outputs/ stays
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

@@ -77,7 +77,13 @@ class SoftmaxNorm(Enum):
 
 class SearchMethod(Enum):
     evolution = "evolution"  # tables fitted to each site's distribution
+    gradient = "gradient"  # the authors' search: surrogate gradients, tau the largest activation; minutes per site
     base2 = "base2"  # base 2, tau the largest activation
+
+
+class ImportV0(Enum):
+    stored = "stored"  # the file's initial potential where it has one, the rule elsewhere
+    rule = "rule"  # tau 2^-T / 2 at every site, as the authors' own loader
 
 
 class Groups(Enum):
@@ -199,9 +205,18 @@ class SearchConfig:
     method: SearchMethod = SearchMethod.evolution
     groups: Groups = Groups.head  # neurons that share a table
     tolerance: float = 0.02  # grain=auto: relative excess of the objective that a coarser grain may have
+    gradient_outer: int = 20  # method=gradient: rounds; this and the next three as the authors have them
+    gradient_inner: int = 50  # method=gradient: steps of (h, theta), and as many of d, in a round
+    gradient_samples: int = 100_000  # method=gradient: activations drawn for each neuron group
+    gradient_rate: float = 1e-3  # method=gradient: Adam's learning rate of the bases
+    import_file: str | None = None  # neuron file of the authors (.pth): its codes instead of a search
+    import_v0: ImportV0 = ImportV0.stored  # initial potentials of import_file
 
     def __post_init__(self) -> None:
         _check(self.tolerance >= 0, "search.tolerance", self.tolerance, "must not be negative")
+        for key in ("gradient_outer", "gradient_inner", "gradient_samples"):
+            _check(getattr(self, key) >= 1, f"search.{key}", getattr(self, key), "must be at least 1")
+        _check(self.gradient_rate > 0, "search.gradient_rate", self.gradient_rate, "must be positive")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -9,7 +9,7 @@ y is the neuron's output (`neuron.py`), tau, v0, the assignment a of phases to g
 
 The density stands as weighted points, each an equal share of a mixture of p^(1/3) (the level density of the optimal quantiser,
 Panter & Dite 1951), mass and energy, so that the tail keeps points of its own. Zheng et al. (ICLR 2026) optimise one site at a
-time by surrogate gradients; here all sites evolve together (`evolution.py`).
+time by surrogate gradients (`gradient.py`); here all sites evolve together (`evolution.py`).
 
 Ours also: a table may use fewer grains than it may, so that more grains are never worse on the objective; grain=auto takes the
 coarsest G whose objective is within a tolerance of the best; a group whose fitted table is worse than base 2 on held-out data
@@ -29,6 +29,7 @@ from torch import Tensor
 from spikellm.artifacts import write_tensors
 from spikellm.coding import assignments
 from spikellm.evolution import Codes, Objective, base2_codes, evolve_grains, squared_error
+from spikellm.gradient import Schedule, descend_grains, draw_samples
 from spikellm.neuron import PhaseTable, fused
 from spikellm.statistics import FIT, HELD_OUT, SiteStatistics
 
@@ -80,15 +81,16 @@ class CodeFit:
         return _ratio(self.error_base2, self.power)
 
     @classmethod
-    def assess(cls, statistics: SiteStatistics, codes: Codes, objective: Float[Tensor, " C"]) -> Self:
-        """Choose per group between the found code and base 2, on held-out data."""
+    def assess(cls, statistics: SiteStatistics, codes: Codes, objective: Float[Tensor, " C"], *, fall_back: bool = True) -> Self:
+        """Choose per group between the found code and base 2, on held-out data; fall_back=False keeps the found code."""
         T, G = codes.assignment.shape[-1], (codes.values.shape[-1] - 2) // 3
         maximum = statistics.maximum.amax(0)
         site = torch.where(maximum.amax() > 0, maximum.amax(), 1.0).expand_as(maximum)
         x, weight, count = held_out_points(statistics)
         per_site, per_group = base2_codes(site, T, G), base2_codes(torch.where(maximum > 0, maximum, site), T, G)
         errors = torch.stack([weighted_error(x, weight, each) for each in (per_site, per_group, codes)])
-        best = errors.argmin(0)  # the first of equals: base 2 where nothing is gained, or nothing passed
+        # the first of equals: base 2 where nothing is gained, or nothing passed
+        best = errors.argmin(0) if fall_back else torch.full_like(errors[0], 2, dtype=torch.int64)
         chosen = per_site.where(best == 0, per_group.where(best == 1, codes))
         theta, h, d, v0 = chosen.spell()
         base_d, base_h, base_theta = (part.exp2() for part in chosen.bases())
@@ -104,7 +106,7 @@ class CodeFit:
             h=h,
             d=d,
             objective=objective,
-            error=errors.amin(0),
+            error=errors.gather(0, best[None])[0],
             error_base2=errors[0],
             power=(weight * x.square()).sum(-1),
             firing_rate=(count * spike_count(x, theta, h, v0)).sum(-1) / neurons.clamp_min(1),
@@ -152,11 +154,53 @@ def search(
         for group in range(site.counts.shape[1])
     ]
     x, weight = (torch.stack(part)[:, None] for part in zip(*points, strict=True))
-    maximum = torch.cat([site.maximum.amax(0) for site in statistics.values()])
-    maximum = torch.where(maximum > 0, maximum, 1.0)
+    maximum = group_maxima(statistics)
     objective = Objective(x=x, weight=weight, kernel=kernel)
     rounds = evolve_grains(objective, maximum, T=T, G=most, seed=seed, min_length=min_length, progress=progress)
-    codes, found = rounds[-1] if G else coarsest(rounds, tolerance)
+    return assess_all(statistics, *(rounds[-1] if G else coarsest(rounds, tolerance)))
+
+
+def gradient_search(
+    statistics: Mapping[str, SiteStatistics],
+    *,
+    T: int,
+    G: int | None,
+    seed: int,
+    schedule: Schedule,
+    min_length: int = 2,
+    tolerance: float = 0.02,
+    progress: Callable[[int], None] = lambda groups: None,
+) -> dict[str, CodeFit]:
+    """The published search: arguments as for `search`, but exactly G grains, and `progress` as in `descend_grains`."""
+    most = G or min(MAX_GRAINS, max(1, T // min_length))
+    assignments(T, most, min_length=min_length)  # refuses early
+    generator = torch.Generator().manual_seed(seed)
+    groups = [(site, group) for site in statistics.values() for group in range(site.counts.shape[1])]
+    samples = torch.stack([draw_samples(site, group, schedule.samples, generator) for site, group in groups])
+    rounds = []
+    for grains in (G,) if G else range(1, most + 1):
+        codes, found = descend_grains(
+            samples,
+            group_maxima(statistics),
+            T=T,
+            G=grains,
+            seed=seed,
+            min_length=min_length,
+            schedule=schedule,
+            progress=progress,
+        )
+        rounds.append((codes.widened(most), found))
+    return assess_all(statistics, *coarsest(rounds, tolerance))
+
+
+def group_maxima(statistics: Mapping[str, SiteStatistics]) -> Float[Tensor, " N"]:
+    """Largest activation of every neuron group, 1 where nothing but zeros passed."""
+    maximum = torch.cat([site.maximum.amax(0) for site in statistics.values()])
+    return torch.where(maximum > 0, maximum, 1.0)
+
+
+def assess_all(statistics: Mapping[str, SiteStatistics], codes: Codes, found: Float[Tensor, " N"]) -> dict[str, CodeFit]:
+    """Codes and objectives of all groups in a row as one fit per site."""
     fits, start = {}, 0
     for name, site in statistics.items():
         rows = slice(start, start + site.counts.shape[1])

@@ -27,11 +27,14 @@ from spikellm import checkpoint, conversion, data, evaluation, rotation
 from spikellm.artifacts import ArtifactStore, artifact_key, read_json, write_json
 from spikellm.calibration import Calibration
 from spikellm.calibration import calibrate as run_calibration
-from spikellm.config import Config, Groups, InputError, RotationKind, SearchMethod, SoftmaxNorm, Tracker
+from spikellm.config import Config, Groups, ImportV0, InputError, RotationKind, SearchMethod, SoftmaxNorm, Tracker
+from spikellm.gradient import Schedule
 from spikellm.model import load_model, load_tokenizer, package_version, source_fingerprint
 from spikellm.prefix import attach_prefix
-from spikellm.search import MAX_GRAINS, CodeFit, base2_search, load_fits, save_fits
+from spikellm.published import file_hash, import_fits
+from spikellm.search import MAX_GRAINS, CodeFit, base2_search, gradient_search, load_fits, save_fits
 from spikellm.search import search as find_codes
+from spikellm.statistics import SiteStatistics
 
 log = logging.getLogger(__name__)
 
@@ -72,12 +75,14 @@ class Workspace:
 
     @cached_property
     def search_inputs(self) -> dict[str, Any]:
-        snn = self.config.snn
+        snn, options = self.config.snn, _plain(self.config.search)
+        if options["import_file"] is not None:  # what is in the file, not where it lies
+            options["import_file"] = file_hash(Path(options["import_file"]))
         return {
             "schema": ARTIFACT_SCHEMA,
             "calibrate": artifact_key(self.calibrate_inputs),
             "snn": {"T": snn.T, "grain": snn.grain, "min_grain_length": snn.min_grain_length, "coding": snn.coding.value},
-            "search": _plain(self.config.search),
+            "search": options,
             "seed": self.config.seed,
         }
 
@@ -159,26 +164,9 @@ def _calibrate(work: Workspace, folder: Path) -> None:
 
 
 def _search(work: Workspace, folder: Path) -> None:
-    config, snn = work.config.search, work.config.snn
     statistics = work.calibration()[0].statistics
     start = time.perf_counter()
-    if config.method is SearchMethod.base2:
-        fits = base2_search(statistics, snn.T)
-    else:
-        if config.groups is Groups.site:
-            statistics = {name: site.merged() for name, site in statistics.items()}
-        G = None if snn.grain == "auto" else int(snn.grain)
-        with tqdm(total=G or MAX_GRAINS, desc="search", unit="grain", disable=None) as bar:
-            fits = find_codes(
-                statistics,
-                T=snn.T,
-                G=G,
-                seed=work.config.seed,
-                min_length=snn.min_grain_length,
-                tolerance=config.tolerance,
-                compiled=work.config.hardware.compile,
-                progress=lambda _: bar.update(),
-            )
+    fits = _find(work.config, statistics)
     every = list(fits.values())
     summary = {
         "seconds": round(time.perf_counter() - start, 3),
@@ -191,6 +179,42 @@ def _search(work: Workspace, folder: Path) -> None:
     }
     save_fits(folder / "codes.safetensors", fits)
     write_json(folder / "search.json", summary)
+
+
+def _find(config: Config, statistics: dict[str, SiteStatistics]) -> dict[str, CodeFit]:
+    """One code per site by the configured way."""
+    options, snn = config.search, config.snn
+    G = None if snn.grain == "auto" else int(snn.grain)
+    if options.import_file is not None:
+        if options.method is not SearchMethod.evolution:
+            log.warning("search.method=%s has no effect: the codes come from search.import_file", options.method.value)
+        return import_fits(Path(options.import_file), statistics, T=snn.T, G=G, stored_v0=options.import_v0 is ImportV0.stored)
+    if options.import_v0 is not ImportV0.stored:
+        log.warning("search.import_v0=%s has no effect without search.import_file", options.import_v0.value)
+    if options.method is SearchMethod.base2:
+        return base2_search(statistics, snn.T)
+    if options.groups is Groups.site:
+        statistics = {name: site.merged() for name, site in statistics.items()}
+    common: dict[str, Any] = {
+        "T": snn.T,
+        "G": G,
+        "seed": config.seed,
+        "min_length": snn.min_grain_length,
+        "tolerance": options.tolerance,
+    }
+    if options.method is SearchMethod.gradient:
+        schedule = Schedule(
+            outer=options.gradient_outer,
+            inner=options.gradient_inner,
+            samples=options.gradient_samples,
+            rate=options.gradient_rate,
+        )
+        searches = 1 if G else min(MAX_GRAINS, max(1, snn.T // snn.min_grain_length))
+        groups = sum(site.counts.shape[1] for site in statistics.values())
+        with tqdm(total=searches * groups * schedule.outer, desc="search", unit="round", disable=None) as bar:
+            return gradient_search(statistics, schedule=schedule, progress=bar.update, **common)
+    with tqdm(total=G or MAX_GRAINS, desc="search", unit="grain", disable=None) as bar:
+        return find_codes(statistics, compiled=config.hardware.compile, progress=lambda _: bar.update(), **common)
 
 
 def site_row(name: str, fit: CodeFit) -> dict[str, Any]:

@@ -12,8 +12,9 @@ LAYERS = (
     {"sites", "data", "artifacts", "tracking"},
     {"model"},
     {"rotation", "prefix", "attention", "modules", "statistics", "evolution"},
-    {"conversion", "evaluation", "search"},
-    {"calibration", "checkpoint"},
+    {"conversion", "evaluation", "gradient"},
+    {"calibration", "checkpoint", "search"},
+    {"published"},
     {"stages", "report"},
     {"main"},
 )
