@@ -43,8 +43,8 @@ log = logging.getLogger(__name__)
 
 # Attention has L^2 probabilities a head: every eighth query suffices for their distribution.
 SOFTMAX_ROW_STRIDE = 8
-# Windows on which prefix tokens are looked for: their count per window hardly varies.
-PREFIX_WINDOWS = 4
+# Where prefix tokens are looked for, windows and tokens of each: sinks arise at the start, and their number hardly varies.
+PREFIX_WINDOWS, PREFIX_LENGTH = 4, 512
 WEIGHTED_BY_RESIDUAL = (SiteKind.activation, SiteKind.mlp_product)
 
 
@@ -86,8 +86,9 @@ def calibrate(model: PreTrainedModel, windows: Int[Tensor, "W L"], prefix: Prefi
     tokens: list[int] = []
     if prefix.enabled:
         bos = model.config.bos_token_id
-        tokens = find_prefix_tokens(model, windows[:PREFIX_WINDOWS], eta=prefix.eta, max_tokens=prefix.max_tokens, bos=bos)
-        tokens = keep_what_helps(model, windows[:PREFIX_WINDOWS], tokens, eta=prefix.eta)
+        starts = windows[:PREFIX_WINDOWS, :PREFIX_LENGTH]
+        tokens = find_prefix_tokens(model, starts, eta=prefix.eta, max_tokens=prefix.max_tokens, bos=bos)
+        tokens = keep_what_helps(model, starts, tokens, eta=prefix.eta)
         attach_prefix(model, tokens)
         log.info("calibrate: prefix tokens %s", tokens)
     observers = {site: _observer(model, site) for site in model_sites(model)}

@@ -24,11 +24,7 @@ BINS = OCTAVES << MANTISSA_BITS
 FIT, HELD_OUT = 0, 1
 _SHIFT = 23 - MANTISSA_BITS
 _FIRST = (127 + LOWEST_EXPONENT) << MANTISSA_BITS
-
-
-def bin_index(magnitude: Float[Tensor, "*any"]) -> Int[Tensor, "*any"]:
-    """Bin of a non-negative float32; bin 0 also holds zero and everything below the first bin."""
-    return ((magnitude.view(torch.int32) >> _SHIFT) - _FIRST).clamp_(0, BINS - 1)
+_CODES = 1 << (8 + MANTISSA_BITS)  # of a non-negative float32, exponent and leading mantissa bits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -126,16 +122,21 @@ class Observer(nn.Module):
             self.maximum = torch.zeros(2, self.groups, device=x.device)
         # amax carries NaN and infinity through to `result`
         self.maximum[self.part] = torch.maximum(self.maximum[self.part], magnitude.amax(1))
-        index = bin_index(magnitude.contiguous())
+        index = magnitude.contiguous().view(torch.int32) >> _SHIFT
         if self.groups > 1:
-            index += torch.arange(0, self.groups * BINS, BINS, dtype=torch.int32, device=x.device)[:, None]
-        size = self.groups * BINS
-        self.counts[self.part] += torch.bincount(index.flatten(), minlength=size).view(self.groups, BINS)
+            index += torch.arange(0, self.groups * _CODES, _CODES, dtype=torch.int32, device=x.device)[:, None]
+        self.counts[self.part] += self._histogram(index, None)
         if importance is not None:
             if self.weights is None:
                 self.weights = torch.zeros(2, self.groups, BINS, dtype=torch.float64, device=x.device)
-            weights = self._grouped(importance).double().flatten()
-            self.weights[self.part] += torch.bincount(index.flatten(), weights=weights, minlength=size).view(self.groups, BINS)
+            self.weights[self.part] += self._histogram(index, self._grouped(importance).double().flatten())
+
+    def _histogram(self, index: Tensor, weights: Tensor | None) -> Tensor:
+        """Counts or summed weights of the bins [C, BINS]; bin 0 takes in everything below it."""
+        every = torch.bincount(index.flatten(), weights=weights, minlength=self.groups * _CODES).view(self.groups, _CODES)
+        found = every[:, _FIRST : _FIRST + BINS].clone()
+        found[:, 0] += every[:, :_FIRST].sum(1)
+        return found
 
     def _grouped(self, x: Tensor) -> Tensor:
         """Every `row_stride`-th row, as [C, n]."""
