@@ -14,6 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from spikellm.config import Device, HardwareConfig, InputError, ModelConfig, ModelSource
+from spikellm.data import settle_for_cache_if_unreachable
 from spikellm.sites import ARCHITECTURES, check_architecture
 
 log = logging.getLogger(__name__)
@@ -95,6 +96,8 @@ def _packaged_file(config: ModelConfig) -> tuple[Path, str]:
 
 
 def _from_hub(config: ModelConfig, loader: Any, **arguments: Any) -> Any:
+    if config.source is ModelSource.hub and not Path(config.path).is_dir():
+        settle_for_cache_if_unreachable()
     try:
         return loader.from_pretrained(**arguments)
     except (OSError, ValueError) as error:

@@ -29,6 +29,7 @@ from spikellm.calibration import Calibration
 from spikellm.calibration import calibrate as run_calibration
 from spikellm.config import Config, Groups, ImportV0, InputError, RotationKind, SearchMethod, SoftmaxNorm, Tracker
 from spikellm.gradient import Schedule
+from spikellm.hadamard import HAS_CUDA_KERNEL
 from spikellm.model import load_model, load_tokenizer, package_version, source_fingerprint
 from spikellm.prefix import attach_prefix
 from spikellm.published import file_hash, import_fits
@@ -118,6 +119,8 @@ class Workspace:
                     rotation.rotate(model, seed=self.config.rotation.seed)
                 except ValueError as error:
                     raise InputError(f"rotation.kind=hadamard with model={self.config.model.name}: {error}") from error
+            if rotated:
+                log.info("rotation: online transforms by %s", "fast-hadamard-transform" if HAS_CUDA_KERNEL else "matrix products")
             after = self.config.snn.softmax_norm is SoftmaxNorm.after
             conversion.install(model, rotated=rotated, normalise_after=after, query_block=self.config.hardware.query_block)
             self._installed = model
