@@ -57,7 +57,7 @@ def find_prefix_tokens(model: PreTrainedModel, windows: Int[Tensor, "W L"], *, e
 
 
 def keep_what_helps(model: PreTrainedModel, windows: Int[Tensor, "W L"], tokens: list[int], *, eta: float) -> list[int]:
-    """`tokens`, or the last of them alone where the others do not halve the outliers that it leaves.
+    """`tokens`, or the last of them alone: the others stay if it leaves an outlier a window and they take three quarters away.
 
     Args:
         model: installed (`conversion.install`), without neurons; its prefix is changed.
@@ -68,7 +68,7 @@ def keep_what_helps(model: PreTrainedModel, windows: Int[Tensor, "W L"], tokens:
     for candidate in (tokens[-1:], tokens):
         attach_prefix(model, candidate)
         remaining.append(torch.stack([found.sum(1) for found in _outliers(model, windows, eta)]).sum(0).max().item())
-    return tokens if 0 < remaining[0] >= 2 * remaining[1] else tokens[-1:]
+    return tokens if len(windows) <= remaining[0] >= 4 * remaining[1] else tokens[-1:]
 
 
 @torch.no_grad()
