@@ -34,6 +34,7 @@ class SpikingModelConfig(QuantizationConfigMixin):
         prefix_length: P.
         query_block: queries per block of attention [tokens].
         compiled: neurons run fused.
+        max_spikes: bound on the spikes of a neuron, None without.
     """
 
     def __init__(
@@ -46,11 +47,13 @@ class SpikingModelConfig(QuantizationConfigMixin):
         prefix_length: int,
         query_block: int,
         compiled: bool,
+        max_spikes: int | None = None,
         **_: Any,
     ) -> None:
         self.quant_method: Any = METHOD
         self.rotated, self.normalise_after, self.T, self.groups = rotated, normalise_after, T, groups
         self.prefix_length, self.query_block, self.compiled = prefix_length, query_block, compiled
+        self.max_spikes = max_spikes
 
 
 @register_quantizer(METHOD)
@@ -66,7 +69,7 @@ class SpikingModelQuantizer(HfQuantizer):
         tables = {}
         for name, groups in config.groups.items():
             rows = torch.zeros(groups, config.T)
-            tables[name] = PhaseTable(theta=rows, h=rows, d=rows, v0=torch.zeros(groups))
+            tables[name] = PhaseTable(theta=rows, h=rows, d=rows, v0=torch.zeros(groups), max_spikes=config.max_spikes)
         convert(model, tables, compiled=config.compiled)
         if config.prefix_length:
             for module in model.modules():
@@ -112,6 +115,7 @@ def save(model: PreTrainedModel, folder: Path) -> None:
         prefix_length=0 if attention.prefix_key is None else attention.prefix_key.shape[1],
         query_block=attention.query_block,
         compiled=some.compiled,
+        max_spikes=some.max_spikes,
     )
     model.config.quantization_config = config
     vars(model)["hf_quantizer"] = SpikingModelQuantizer(config, pre_quantized=True)

@@ -11,39 +11,45 @@ two spikes", Nature Machine Intelligence 2021, eq. 1-3; the sign and v0 as in Zh
 
 Ours: the T steps are fused into one pass over memory by `torch.compile` ("encode"), 20 times faster on a CPU than T
 passes; the plain form is the fallback and the specification. Both take groups: every group of neurons (an attention
-head, a block of channels) may have its own table.
+head, a block of channels) may have its own table. A table may bound the number of spikes: a neuron then rests after its
+k-th spike (k = 1: time to first spike).
 """
 
 import logging
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Self
 
 import torch
-from jaxtyping import Float, Int8
+from jaxtyping import Float, Int8, Int64
 from torch import Tensor, nn
 
 log = logging.getLogger(__name__)
+
+ROWS = ("theta", "h", "d", "v0")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PhaseTable:
     """One table per neuron group: thresholds, resets, output weights [C, T] and initial potentials [C], float32.
 
-    C is 1 for a site with one table. Units: those of the activation.
+    C is 1 for a site with one table. Units: those of the activation. max_spikes: a neuron rests after so many; None: no bound.
     """
 
     theta: Float[Tensor, "C T"]
     h: Float[Tensor, "C T"]
     d: Float[Tensor, "C T"]
     v0: Float[Tensor, " C"]
+    max_spikes: int | None = None
 
     def __post_init__(self) -> None:
         if not (self.theta.shape == self.h.shape == self.d.shape and self.theta.shape[:1] == self.v0.shape):
-            shapes = {field.name: tuple(getattr(self, field.name).shape) for field in fields(self)}
+            shapes = {name: tuple(getattr(self, name).shape) for name in ROWS}
             raise ValueError(f"a phase table needs theta, h, d [C, T] and v0 [C], got {shapes}")
+        if self.max_spikes is not None and self.max_spikes < 1:
+            raise ValueError(f"max_spikes={self.max_spikes}: a neuron must be allowed at least one spike")
 
     @property
     def T(self) -> int:
@@ -54,7 +60,7 @@ class PhaseTable:
         return self.theta.shape[0]
 
     def to(self, *args, **kwargs) -> Self:
-        return type(self)(**{field.name: getattr(self, field.name).to(*args, **kwargs) for field in fields(self)})
+        return replace(self, **{name: getattr(self, name).to(*args, **kwargs) for name in ROWS})
 
 
 def fire(x: Float[Tensor, "A C I"], table: PhaseTable) -> Int8[Tensor, "T A C I"]:
@@ -62,11 +68,20 @@ def fire(x: Float[Tensor, "A C I"], table: PhaseTable) -> Int8[Tensor, "T A C I"
     v = x.abs().to(table.theta.dtype) + table.v0[:, None]
     sign = x.sign().to(torch.int8)
     spikes = []
+    fired = torch.zeros_like(sign)
     for t in range(table.T):
-        z = v > table.theta[:, t, None]
+        z, fired = bounded(v > table.theta[:, t, None], fired, table.max_spikes)
         v = v - table.h[:, t, None] * z
         spikes.append(sign * z)
     return torch.stack(spikes)
+
+
+def bounded(z: Tensor, fired: Tensor, max_spikes: int | None) -> tuple[Tensor, Tensor]:
+    """The spikes z that neurons still may fire, and how many each has fired then."""
+    if max_spikes is None:
+        return z, fired
+    z = z & (fired < max_spikes)
+    return z, fired + z
 
 
 def decode(spikes: Int8[Tensor, "T A C I"], table: PhaseTable) -> Float[Tensor, "A C I"]:
@@ -74,16 +89,30 @@ def decode(spikes: Int8[Tensor, "T A C I"], table: PhaseTable) -> Float[Tensor, 
     return (spikes * table.d.T[:, None, :, None]).sum(0)
 
 
-def encode_plain(x: Tensor, theta: Tensor, h: Tensor, d: Tensor, v0: Tensor) -> Tensor:
+def encode_plain(x: Tensor, theta: Tensor, h: Tensor, d: Tensor, v0: Tensor, max_spikes: int | None = None) -> Tensor:
     """decode(fire(x)) without the train: y in x's dtype; x [A, C, I], tables [C, T], v0 [C]. The specification."""
     v = x.abs().to(theta.dtype) + v0[:, None]
     y = torch.zeros_like(v)
+    fired = torch.zeros_like(v, dtype=torch.int8)
     for t in range(theta.shape[1]):
-        z = v > theta[:, t, None]
+        z, fired = bounded(v > theta[:, t, None], fired, max_spikes)
         v = torch.where(z, v - h[:, t, None], v)
         y = torch.where(z, y + d[:, t, None], y)
     # a neuron whose input is exactly 0 has no sign to send, whatever v0 makes it do
     return torch.where(x == 0, 0.0, torch.copysign(y, x.to(theta.dtype))).to(x.dtype)
+
+
+def count_plain(x: Tensor, theta: Tensor, h: Tensor, v0: Tensor, max_spikes: int | None = None) -> Tensor:
+    """abs(fire(x)) summed over the last axis, without the train: x [C, I, J] -> [T, C, I]."""
+    v = x.abs().to(theta.dtype) + v0[:, None, None]
+    awake = x != 0
+    fired = torch.zeros_like(v, dtype=torch.int8)
+    counts = []
+    for t in range(theta.shape[1]):
+        z, fired = bounded(v > theta[:, t, None, None], fired, max_spikes)
+        v = torch.where(z, v - h[:, t, None, None], v)
+        counts.append((z & awake).sum(-1))
+    return torch.stack(counts)
 
 
 @cache
@@ -105,7 +134,13 @@ def encode(x: Float[Tensor, "A C I"], table: PhaseTable, *, compiled: bool = Tru
         compiled: one fused pass (first call per T compiles for some seconds) or T plain ones.
     """
     kernel = fused(encode_plain, x.device.type) if compiled else encode_plain
-    return kernel(x, table.theta, table.h, table.d, table.v0)
+    return kernel(x, table.theta, table.h, table.d, table.v0, table.max_spikes)
+
+
+def count_spikes(x: Float[Tensor, "C I J"], table: PhaseTable, *, compiled: bool = True) -> Int64[Tensor, "T C I"]:
+    """Spikes that the inputs fire at every step, summed over J: what a train would be counted for, in one pass and no memory."""
+    kernel = fused(count_plain, x.device.type) if compiled else count_plain
+    return kernel(x, table.theta, table.h, table.v0, table.max_spikes)
 
 
 class PhaseNeuron(nn.Module):
@@ -124,14 +159,15 @@ class PhaseNeuron(nn.Module):
 
     def __init__(self, table: PhaseTable, *, axis: int = -1, compiled: bool = True) -> None:
         super().__init__()
-        for field in fields(table):
-            self.register_buffer(field.name, getattr(table, field.name).detach().clone())
+        for name in ROWS:
+            self.register_buffer(name, getattr(table, name).detach().clone())
+        self.max_spikes = table.max_spikes
         self.axis = axis
         self.compiled = compiled
 
     @property
     def table(self) -> PhaseTable:
-        return PhaseTable(theta=self.theta, h=self.h, d=self.d, v0=self.v0)
+        return PhaseTable(theta=self.theta, h=self.h, d=self.d, v0=self.v0, max_spikes=self.max_spikes)
 
     def grouped(self, x: Tensor) -> Float[Tensor, "A C I"]:
         """x as [A, C, I] with one index of the middle axis per group."""
@@ -146,4 +182,5 @@ class PhaseNeuron(nn.Module):
         return encode(self.grouped(x), self.table, compiled=self.compiled).reshape(x.shape)
 
     def extra_repr(self) -> str:
-        return f"T={self.theta.shape[1]}, groups={self.theta.shape[0]}"
+        bound = "" if self.max_spikes is None else f", max_spikes={self.max_spikes}"
+        return f"T={self.theta.shape[1]}, groups={self.theta.shape[0]}{bound}"

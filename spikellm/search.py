@@ -19,7 +19,7 @@ keeps base 2.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -30,7 +30,7 @@ from spikellm.artifacts import write_tensors
 from spikellm.coding import assignments
 from spikellm.evolution import Codes, Objective, base2_codes, evolve_grains, squared_error
 from spikellm.gradient import Schedule, descend_grains, draw_samples
-from spikellm.neuron import PhaseTable, fused
+from spikellm.neuron import PhaseTable, bounded, fused
 from spikellm.statistics import FIT, HELD_OUT, SiteStatistics
 
 MAX_GRAINS = 3  # of grain=auto
@@ -43,7 +43,7 @@ class CodeFit:
 
     Bases are padded to the same number of grains by the last grain's. error and error_base2 are weighted squared errors on
     held-out data, power the weighted mean square there (base 2 with one tau for the site); firing_rate = spikes / (neurons x T)
-    there; fallback: base 2 was kept.
+    there; fallback: base 2 was kept; max_spikes: of the neurons (`PhaseTable`).
     """
 
     tau: Float[Tensor, " C"]
@@ -61,10 +61,11 @@ class CodeFit:
     power: Float[Tensor, " C"]
     firing_rate: Float[Tensor, " C"]
     fallback: Bool[Tensor, " C"]
+    max_spikes: int | None = None
 
     @property
     def table(self) -> PhaseTable:
-        return PhaseTable(theta=self.theta, h=self.h, d=self.d, v0=self.v0)
+        return PhaseTable(theta=self.theta, h=self.h, d=self.d, v0=self.v0, max_spikes=self.max_spikes)
 
     @property
     def grain(self) -> Int[Tensor, " C"]:
@@ -266,11 +267,13 @@ def weighted_error(x: Float[Tensor, "C points"], weight: Float[Tensor, "C points
     return squared_error(x[:, None], weight[:, None], *(part[:, None] for part in codes.spell()))[:, 0]
 
 
-def spike_count(x: Float[Tensor, "C points"], theta: Tensor, h: Tensor, v0: Tensor) -> Float[Tensor, "C points"]:
+def spike_count(
+    x: Float[Tensor, "C points"], theta: Tensor, h: Tensor, v0: Tensor, max_spikes: int | None = None
+) -> Float[Tensor, "C points"]:
     """Spikes that a neuron with input x > 0 fires, 0 .. T."""
     v, spikes = x + v0[:, None], torch.zeros_like(x)
     for t in range(theta.shape[-1]):
-        z = v > theta[:, t, None]
+        z, _ = bounded(v > theta[:, t, None], spikes, max_spikes)
         v, spikes = v - h[:, t, None] * z, spikes + z
     return spikes
 
@@ -278,13 +281,14 @@ def spike_count(x: Float[Tensor, "C points"], theta: Tensor, h: Tensor, v0: Tens
 def save_fits(path: Path, fits: Mapping[str, CodeFit]) -> None:
     """Write the codes of all sites, by site name, to a safetensors file."""
     names = [field.name for field in fields(CodeFit)]
-    write_tensors(path, {f"{site}.{name}": getattr(fit, name).cpu().contiguous() for site, fit in fits.items() for name in names})
+    values = {f"{site}.{name}": getattr(fit, name) for site, fit in fits.items() for name in names}
+    write_tensors(path, {key: torch.as_tensor(value).cpu().contiguous() for key, value in values.items() if value is not None})
 
 
 def load_fits(path: Path) -> dict[str, CodeFit]:
     """Read what `save_fits` wrote."""
-    found: dict[str, dict[str, Tensor]] = {}
+    found: dict[str, dict[str, Any]] = {}
     for key, value in load_file(path).items():
         name, _, field = key.rpartition(".")
-        found.setdefault(name, {})[field] = value
+        found.setdefault(name, {})[field] = int(value) if field == "max_spikes" else value
     return {name: CodeFit(**values) for name, values in found.items()}
