@@ -69,9 +69,7 @@ def base2_codes(tau: Float[Tensor, " N"], T: int, G: int = 1) -> Codes:
     return Codes(values=values, assignment=torch.zeros(len(tau), T, dtype=torch.int64, device=tau.device))
 
 
-def squared_error(
-    x: Tensor, weight: Tensor, theta: Tensor, h: Tensor, d: Tensor, v0: Tensor, max_spikes: int | None = None
-) -> Tensor:
+def squared_error(x: Tensor, weight: Tensor, theta: Tensor, h: Tensor, d: Tensor, v0: Tensor, max_spikes: int | None = None) -> Tensor:
     """Sum over points of weight (y - x)^2 [N, K]; x, weight [N, 1, points] of N groups, K codes each: tables [N, K, T], v0 [N, K]."""
     v = x + v0[..., None]
     y = torch.zeros_like(v)

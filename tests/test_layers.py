@@ -13,7 +13,7 @@ LAYERS = (
     {"model"},
     {"rotation", "prefix", "attention", "modules", "statistics", "evolution"},
     {"conversion", "evaluation", "gradient"},
-    {"calibration", "checkpoint", "search"},
+    {"calibration", "checkpoint", "search", "ledger"},
     {"published"},
     {"stages", "report"},
     {"main"},

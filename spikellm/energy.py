@@ -1,0 +1,236 @@
+"""What a network's arithmetic costs: operations of a decoder from its shape, picojoules from a cost table.
+
+A multiply-accumulate (MAC) costs e_mac, an accumulate (AC) e_ac, and
+
+    E = e_mac MAC + e_ac AC        [pJ]
+
+counts arithmetic alone: no memory traffic, no leakage. Three networks stand side by side:
+
+    ANN      every matrix product a MAC
+    integer  the same MACs on signed integers of T + 1 bits, the accuracy of base-2 phase coding in T steps
+    SNN      every spike that arrives at a synapse an AC (a synaptic operation, SOP; `ledger.py` counts them), and MACs or ACs
+             for whatever stays dense
+
+Sources: Horowitz, "Computing's energy problem", ISSCC 2014, 45 nm, 0.9 V; that energy is the one of spiking papers' tables
+(Zheng et al., ICLR 2026: 4.6 and 0.9 pJ). Ours: the list of what stays dense, and integers of other widths than 8 bits.
+"""
+
+from dataclasses import dataclass
+
+HOROWITZ = "Horowitz, ISSCC 2014, 45 nm"
+# Multiplication and addition of 8-bit integers [pJ] (Horowitz). Array multipliers grow with the square of the width, adders
+# linearly: the law gives 3.32 pJ for a MAC of 32 bits where the source has 3.1 + 0.1.
+INT8_MULTIPLY_PJ, INT8_ADD_PJ = 0.2, 0.03
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CostTable:
+    """Energy of an operation [pJ] and where the numbers are from.
+
+    Raises:
+        ValueError: a cost that is not positive.
+    """
+
+    name: str
+    mac_pj: float
+    ac_pj: float
+    source: str
+
+    def __post_init__(self) -> None:
+        if not (self.mac_pj > 0 and self.ac_pj > 0):
+            raise ValueError(f"a MAC and an AC need positive costs, got {self.mac_pj} and {self.ac_pj} pJ")
+
+    def joule(self, *, mac: float | int, ac: float | int) -> float:
+        """Energy of so many operations [J]."""
+        return (mac * self.mac_pj + ac * self.ac_pj) * 1e-12
+
+
+COST_TABLES = {
+    table.name: table
+    for table in (
+        CostTable(name="fp32", mac_pj=4.6, ac_pj=0.9, source=HOROWITZ),
+        CostTable(name="fp16", mac_pj=1.5, ac_pj=0.4, source=HOROWITZ),
+        CostTable(name="int8", mac_pj=0.23, ac_pj=0.03, source=HOROWITZ),
+    )
+}
+
+
+def integer_mac_pj(bits: int) -> float:
+    """A MAC of signed integers [pJ]: INT8_MULTIPLY_PJ (bits / 8)^2 + INT8_ADD_PJ bits / 8."""
+    return INT8_MULTIPLY_PJ * (bits / 8) ** 2 + INT8_ADD_PJ * bits / 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderShape:
+    """The numbers of a LLaMA-family decoder that decide what it computes."""
+
+    layers: int
+    D: int  # width
+    F: int  # MLP width
+    H: int  # query heads
+    K: int  # key heads
+    E: int  # head width
+    V: int  # vocabulary
+    biases: int = 0  # elements of all biases of a layer's Linears
+    head_norms: bool = False  # RMSNorm on every query and key head (Qwen3)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Operation:
+    """A kind of work and how much of it: multiplications (with or without an accumulate) and lone additions."""
+
+    name: str
+    mac: int
+    ac: int = 0
+
+
+def causal_pairs(tokens: int) -> int:
+    """(query, key) pairs of one sequence in one layer, every query seeing itself and the keys before it."""
+    return tokens * (tokens + 1) // 2
+
+
+def matrix_products(shape: DecoderShape, *, tokens: int, pairs: int) -> list[Operation]:
+    """MACs of every matrix product and of the gate, the work that spikes take over.
+
+    Args:
+        tokens: tokens of all sequences.
+        pairs: (query, key) pairs, over all sequences and layers; `layers * tokens**2` if masked pairs are computed too.
+    """
+    D, F, H, K, E = shape.D, shape.F, shape.H, shape.K, shape.E
+    per_layer = {
+        "query": D * H * E,
+        "key": D * K * E,
+        "value": D * K * E,
+        "attention output": H * E * D,
+        "gate": D * F,
+        "up": D * F,
+        "gate product": F,
+        "down": F * D,
+    }
+    linear = [Operation(name=name, mac=tokens * shape.layers * each) for name, each in per_layer.items()]
+    attention = [Operation(name=name, mac=pairs * H * E) for name in ("query x key", "probabilities x value")]
+    return [*linear, *attention, Operation(name="language model head", mac=tokens * D * shape.V)]
+
+
+def pointwise_operations(shape: DecoderShape, *, tokens: int, pairs: int) -> list[Operation]:
+    """What the ANN and the SNN both compute beside matrix products.
+
+    A multiplication, an exponential, a quotient and a root count one MAC each: low for hardware that has no unit for them, and
+    the same for both networks.
+    """
+    layers, D, F, H, K, E = shape.layers, shape.D, shape.F, shape.H, shape.K, shape.E
+    normed = (2 * layers + 1) * D + (layers * (H + K) * E if shape.head_norms else 0)
+    operations = [
+        Operation(name="embedding", mac=0),  # a row is read
+        Operation(name="RMSNorm", mac=2 * tokens * normed),  # square and sum, scale; the weight is folded
+        Operation(name="RoPE", mac=2 * tokens * layers * (H + K) * E),
+        Operation(name="softmax exponential", mac=pairs * H),
+        Operation(name="SiLU", mac=2 * tokens * layers * F),  # exponential, quotient
+        Operation(name="residual stream", mac=0, ac=2 * tokens * layers * D),
+    ]
+    return operations + ([Operation(name="biases", mac=0, ac=tokens * layers * shape.biases)] if shape.biases else [])
+
+
+def softmax_quotients(shape: DecoderShape, *, tokens: int, pairs: int, after: bool) -> Operation:
+    """Normalising the softmax: one quotient a channel of the output (`after`), or one a probability, and the row sums' addends."""
+    if after:
+        return Operation(name="softmax quotient", mac=tokens * shape.layers * shape.H * shape.E)
+    return Operation(name="softmax quotient", mac=pairs * shape.H, ac=pairs * shape.H)
+
+
+def fast_hadamard_additions(width: int) -> int:
+    """Additions of one element of an online transform of `width` = odd part x 2^k: k butterflies, and the odd part times 4 densely.
+
+    Hadamard matrices of orders that are no power of two exist from 4 on (12, 20, 28, ..), so that an odd part above 1 takes two
+    of the factors of two with it.
+    """
+    power = (width & -width).bit_length() - 1
+    odd = width >> power
+    return power if odd == 1 else 4 * odd + power - 2
+
+
+def spiking_operations(
+    shape: DecoderShape,
+    *,
+    T: int,
+    tokens: int,
+    neurons: int,
+    spikes: int,
+    linear_groups: int,
+    rotated: bool,
+    prefix: int,
+) -> list[Operation]:
+    """What the SNN computes beside its spikes and `pointwise_operations`.
+
+    Args:
+        neurons, spikes: of all sites, over the same tokens.
+        linear_groups: code tables of attention's output neurons; each takes an output weight d_t of its own after the weights.
+        rotated: R3 and R4 act online.
+        prefix: exact prefix keys and values beside the coded ones; 0 where they pass neurons or there are none.
+    """
+    layers, D, F, H, K, E = shape.layers, shape.D, shape.F, shape.H, shape.K, shape.E
+    # receivers of d_t, per token and step: outputs of Linears, the gate, and attention's accumulators (q and k scaled per query
+    # head, the mixture), which takes fewer multiplications than scaling scores
+    receivers = layers * ((H + 2 * K) * E + linear_groups * D + 2 * F + F + D + 3 * H * E) + shape.V
+    operations = [
+        Operation(name="output weights d_t", mac=tokens * T * receivers),
+        Operation(name="neurons: comparison a step, reset a spike", mac=0, ac=T * neurons + spikes),
+    ]
+    if rotated:  # additions alone, counted as dearly as MACs: what stays dense must not look cheap
+        additions = (H + K) * E * fast_hadamard_additions(E) + F * fast_hadamard_additions(F)
+        operations.append(Operation(name="online Hadamard R3, R4", mac=tokens * layers * additions))
+    if prefix:
+        # exponentials, mixture and sum of P columns; the scores come from query spikes
+        operations.append(Operation(name="exact prefix", mac=tokens * layers * H * prefix * (E + 2)))
+    return operations
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Energy:
+    """Energy of three networks for the same tokens [pJ per token] and the firing rates at which they would meet.
+
+    The firing rate is that of synapses: SOPs / (synapses x T), with spikes weighted by their fan-out. Below the break-even rate
+    the SNN takes less energy than the ANN (than the integer network); a rate of 0 says that it never does.
+    """
+
+    ann_pj_per_token: float
+    int_pj_per_token: float
+    snn_pj_per_token: float
+    break_even_firing_rate: float
+    break_even_firing_rate_int: float
+
+
+def compare(
+    table: CostTable, *, T: int, matrices: list[Operation], pointwise: list[Operation], dense: list[Operation], sops: int, synapses: int,
+    tokens: int,
+) -> Energy:  # fmt: skip
+    """Energy of ANN, integer ANN and SNN.
+
+    Args:
+        matrices, pointwise: of the ANN.
+        dense: all that the SNN computes beside its spikes.
+        sops, synapses: spikes and neurons, each times its fan-out, over the same tokens.
+    """
+
+    def cost(operations: list[Operation]) -> float:
+        return table.joule(mac=sum(each.mac for each in operations), ac=sum(each.ac for each in operations)) * 1e12
+
+    ann = cost(matrices + pointwise)
+    integer = integer_mac_pj(T + 1) * sum(each.mac for each in matrices) + cost(pointwise)
+    overhead = cost(dense)
+    full = table.ac_pj * T * synapses  # every neuron fires at every step
+    return Energy(
+        ann_pj_per_token=ann / tokens,
+        int_pj_per_token=integer / tokens,
+        snn_pj_per_token=(overhead + table.ac_pj * sops) / tokens,
+        break_even_firing_rate=max(0.0, (ann - overhead) / full),
+        break_even_firing_rate_int=max(0.0, (integer - overhead) / full),
+    )
+
+
+def uniform_sops(macs: int, *, T: int, firing_rate: float) -> float:
+    """SOPs as spiking papers estimate them: every MAC of the dense network once a spike, spikes at one rate everywhere.
+
+    A real run has two spiking operands in the product of queries and keys, so `ledger.py` counts more there.
+    """
+    return macs * T * firing_rate
