@@ -57,16 +57,25 @@ class PhaseTable:
         return type(self)(**{field.name: getattr(self, field.name).to(*args, **kwargs) for field in fields(self)})
 
 
-def fire(x: Float[Tensor, "A C I"], table: PhaseTable) -> Int8[Tensor, "T A C I"]:
-    """The spike train s z_t of every neuron, time first."""
-    v = x.abs().to(table.theta.dtype) + table.v0[:, None]
-    sign = x.sign().to(torch.int8)
+def fire_plain(x: Tensor, theta: Tensor, h: Tensor, v0: Tensor) -> list[Tensor]:
+    """The spikes s z_t of every neuron, one tensor [A, C, I] a step; x [A, C, I], tables [C, T], v0 [C]. The specification.
+
+    In arithmetic, not `torch.where` on integers: the compiler then makes one vectorised pass of it, 25 times faster on a CPU.
+    """
+    v = x.abs().to(theta.dtype) + v0[:, None]
+    sign = x.sign().to(theta.dtype)
     spikes = []
-    for t in range(table.T):
-        z = v > table.theta[:, t, None]
-        v = v - table.h[:, t, None] * z
-        spikes.append(sign * z)
-    return torch.stack(spikes)
+    for t in range(theta.shape[1]):
+        z = (v > theta[:, t, None]).to(v.dtype)
+        v = v - h[:, t, None] * z
+        spikes.append((sign * z).to(torch.int8))
+    return spikes
+
+
+def fire(x: Float[Tensor, "A C I"], table: PhaseTable, *, compiled: bool = False) -> Int8[Tensor, "T A C I"]:
+    """The spike train s z_t of every neuron, time first; arguments as in `encode`."""
+    kernel = fused(fire_plain, x.device.type) if compiled else fire_plain
+    return torch.stack(kernel(x, table.theta, table.h, table.v0))
 
 
 def decode(spikes: Int8[Tensor, "T A C I"], table: PhaseTable) -> Float[Tensor, "A C I"]:
