@@ -94,6 +94,19 @@ class SpikingAttention(nn.Module):
         mask: Bool[Tensor, "B 1 L S"],
         scaling: float,
     ) -> Float[Tensor, "B L H E"]:
+        query, key, value, mask, prefix = self.operands(query, key, value, mask)
+        query, key, value = self.query(query), self.key(key), self.value(value)
+        mix = self._mix_then_normalise if self.normalise_after else self._normalise_then_mix
+        blocks = [
+            mix(query[:, :, rows] * scaling, key[:, :, keys], value[:, :, keys], mask[:, :, rows, keys], prefix)
+            for rows, keys in visible_blocks(mask, self.query_block)
+        ]
+        return torch.cat(blocks, dim=2).transpose(1, 2)
+
+    def operands(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+        """What the neurons of q, k and v read, after R3, and the mask; the prefix among the keys, or apart from them."""
         prefix = None
         if self.prefix_key is not None and self.prefix_value is not None:
             prefix = (self.prefix_key.expand(len(key), -1, -1, -1), self.prefix_value.expand(len(key), -1, -1, -1))
@@ -103,17 +116,11 @@ class SpikingAttention(nn.Module):
         if self.rotation is not None:
             query, key = query @ self.rotation, key @ self.rotation
             prefix = prefix and (prefix[0] @ self.rotation, prefix[1])
-        query, key, value = self.query(query), self.key(key), self.value(value)
-        mix = self._mix_then_normalise if self.normalise_after else self._normalise_then_mix
-        blocks = [
-            mix(query[:, :, rows] * scaling, key[:, :, keys], value[:, :, keys], mask[:, :, rows, keys], prefix)
-            for rows, keys in visible_blocks(mask, self.query_block)
-        ]
-        return torch.cat(blocks, dim=2).transpose(1, 2)
+        return query, key, value, mask, prefix
 
     def _normalise_then_mix(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, _: Any) -> Float[Tensor, "B H l E"]:
-        scores = per_key_head(query, key.mT).masked_fill(~mask, torch.finfo(query.dtype).min)
-        return per_key_head(self.softmax(scores.softmax(-1, dtype=torch.float32)).to(value.dtype), value)
+        weights = self.softmax(probabilities(per_key_head(query, key.mT), mask))
+        return per_key_head(weights.to(value.dtype), value)
 
     def _mix_then_normalise(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, prefix: tuple[Tensor, Tensor] | None
@@ -121,9 +128,7 @@ class SpikingAttention(nn.Module):
         weights, total, top = self._coded_exponentials(per_key_head(query, key.mT), mask)
         mixed, share = per_key_head(weights.to(value.dtype), value), torch.ones_like(top)
         if prefix is not None:
-            scores = per_key_head(query, prefix[0].mT).float()
-            highest = torch.maximum(top, scores.amax(-1, keepdim=True))
-            sink, share = (scores - highest).exp(), (top - highest).exp()
+            sink, share = prefix_weights(per_key_head(query, prefix[0].mT), top)
             mixed = share * mixed + per_key_head(sink.to(value.dtype), prefix[1])
             total = share * total + sink.sum(-1, keepdim=True)
         if (weigh := getattr(self.softmax, "weigh", None)) is not None:  # calibration: an error in e moves the output by this factor
@@ -147,9 +152,23 @@ def per_key_head(x: Float[Tensor, "B H l m"], y: Float[Tensor, "B K m n"]) -> Fl
     return (x.reshape(B, K, H // K * L, M) @ y).view(B, H, L, y.shape[-1])
 
 
+def probabilities(scores: Tensor, mask: Tensor) -> Tensor:
+    """softmax of the visible scores, in float32 at least."""
+    hidden = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    return hidden.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+
+
+def prefix_weights(scores: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
+    """exp(s - M) of the prefix [B, H, l, P] and c = exp(m - M) [B, H, l, 1], with m = `top` and M the largest score of all."""
+    scores = scores.to(top.dtype)
+    highest = torch.maximum(top, scores.amax(-1, keepdim=True))
+    return (scores - highest).exp(), (top - highest).exp()
+
+
 def exponentials(scores: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """exp(s - m) with m the largest visible score of the row, 0 where masked; and m [B, H, l, 1]; float32."""
-    scores = scores.float().masked_fill(~mask, torch.finfo(torch.float32).min)
+    """exp(s - m) with m the largest visible score of the row, 0 where masked; and m [B, H, l, 1]; in float32 at least."""
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    scores = scores.to(wide).masked_fill(~mask, torch.finfo(wide).min)
     top = scores.amax(-1, keepdim=True)
     return (scores - top).exp(), top
 

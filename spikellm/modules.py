@@ -27,9 +27,14 @@ class SpikingRMSNorm(nn.Module):
         """Take over the weight of a transformers RMSNorm."""
         return cls(norm.weight, norm.variance_epsilon)
 
+    def normalise(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
+        """weight * x / rms(x), the division in float32 at least."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * scaled.to(x.dtype)
+
     def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
-        scaled = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
-        return self.neuron(self.weight * scaled.to(x.dtype))
+        return self.neuron(self.normalise(x))
 
 
 class SpikingActivation(nn.Module):
@@ -72,7 +77,11 @@ class SpikingLinear(nn.Linear):
             self.hadamard_left.copy_(left)
             self.hadamard_right.copy_(right)
 
+    def transform(self, x: Float[Tensor, "*batch I"]) -> Float[Tensor, "*batch I"]:
+        """R4, if it is there."""
+        if self.hadamard_left is None or self.hadamard_right is None:
+            return x
+        return hadamard_transform(x, (self.hadamard_left, self.hadamard_right))
+
     def forward(self, x: Float[Tensor, "*batch I"]) -> Float[Tensor, "*batch O"]:
-        if self.hadamard_left is not None and self.hadamard_right is not None:
-            x = hadamard_transform(x, (self.hadamard_left, self.hadamard_right))
-        return super().forward(self.neuron(x))
+        return super().forward(self.neuron(self.transform(x)))

@@ -21,6 +21,7 @@ ATTENTION, MLP = "self_attn", "mlp"
 ATTENTION_NORM, MLP_NORM = "input_layernorm", "post_attention_layernorm"
 QUERY, KEY, VALUE, OUTPUT = "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"
 GATE, UP, DOWN, ACTIVATION = "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "mlp.act_fn"
+HEAD_NORMS = ("q_norm", "k_norm")  # of the attention module, between projection and RoPE; Qwen3 only
 LAYER_PARTS = (ATTENTION_NORM, MLP_NORM, QUERY, KEY, VALUE, OUTPUT, GATE, UP, DOWN, ACTIVATION)
 
 

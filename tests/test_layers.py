@@ -12,9 +12,9 @@ LAYERS = (
     {"sites", "data", "artifacts", "tracking"},
     {"model"},
     {"rotation", "prefix", "attention", "modules", "statistics", "evolution"},
-    {"conversion", "evaluation", "gradient"},
-    {"calibration", "checkpoint", "search", "ledger"},
-    {"published"},
+    {"conversion", "evaluation", "gradient", "stepped_modules"},
+    {"calibration", "checkpoint", "search", "stepped_attention", "ledger"},
+    {"published", "stepped"},
     {"stages", "report"},
     {"main"},
 )

@@ -1,0 +1,119 @@
+"""Attention step by step: the stepped sibling of `SpikingAttention`.
+
+q, k and v integrate over T steps and fire together. Scores: the spikes of one side against what the other has accumulated
+(`temporal.spike_pairs`). The softmax's activations change from step to step; their differences are integrated by its
+neuron, which then fires. By then the values are complete, and its spikes add up rows of them. The output goes to o_proj's
+neuron as currents: with `snn.softmax_norm=after` the temporal differences of the quotient.
+
+R3 is linear and acts on the integrated q and k. The prefix is what it is in folded execution: keys among others that fire
+(`before`), or constants beside the spikes (`after`), whose share of each row is dense.
+"""
+
+from collections.abc import Iterator
+from typing import Self
+
+import torch
+from jaxtyping import Float, Int8
+from torch import Tensor
+
+from spikellm.attention import SpikingAttention, exponentials, per_key_head, prefix_weights, probabilities, visible_blocks
+from spikellm.stepped_modules import SteppedNeuron, neuron_of, unbatch
+from spikellm.temporal import differences, integrate, spike_mixture, spike_pairs, step_weights
+
+
+class SteppedAttention(SpikingAttention):
+    """Attention on currents [T * B, H, L, E]: see the module's text, and `attention.py` for the two ways to normalise."""
+
+    query: SteppedNeuron
+    key: SteppedNeuron
+    value: SteppedNeuron
+    softmax: SteppedNeuron
+
+    @classmethod
+    def of(cls, attention: SpikingAttention) -> Self:
+        """The same tables, R3 and prefix."""
+        module = cls(
+            attention.head_width,
+            rotated=False,
+            normalise_after=attention.normalise_after,
+            query_block=attention.query_block,
+            dtype=attention.dtype,
+            device=torch.device("meta"),
+        )
+        for slot in ("query", "key", "value", "softmax"):
+            setattr(module, slot, SteppedNeuron.adopt(neuron_of(attention, slot)))
+        module.rotation, module.prefix_key, module.prefix_value = attention.rotation, attention.prefix_key, attention.prefix_value
+        return module
+
+    def forward(
+        self,
+        query: Float[Tensor, "TB H L E"],
+        key: Float[Tensor, "TB K S E"],
+        value: Float[Tensor, "TB K S E"],
+        mask: Tensor,
+        scaling: float,
+    ) -> Float[Tensor, "TB L H E"]:
+        T = self.query.T
+        sums = (integrate(unbatch(x, T)) for x in (query, key, value))
+        q, k, v, mask, prefix = self.operands(*sums, mask[: len(query) // T])
+        if prefix is not None:
+            prefix = (prefix[0].to(q.dtype), prefix[1].to(q.dtype))
+        q_spikes, k_spikes, v_spikes = self.query(q), self.key(k), self.value(v)
+        v = integrate(v_spikes * self._weights(self.value, v.shape[1]).to(v.dtype))
+        if self.normalise_after:  # one more column: its accumulator is the row's sum of coded exponentials
+            v = torch.cat([v, v.new_ones(*v.shape[:-1], 1)], dim=-1)
+        out = query.new_empty(T, *q.shape)
+        for rows, keys in visible_blocks(mask, self.query_block):
+            block = self._block(q_spikes[:, :, :, rows], k_spikes[:, :, :, keys], v[:, :, keys], mask[:, :, rows, keys], prefix, scaling)
+            for step, current in zip(out, block, strict=True):
+                step[:, :, rows] = current
+        return out.flatten(0, 1).transpose(1, 2)
+
+    @staticmethod
+    def _weights(neuron: SteppedNeuron, heads: int) -> Float[Tensor, "T 1 heads 1 1"]:
+        return step_weights(neuron.d, heads)[:, None, :, None, None]
+
+    def _block(
+        self,
+        query: Int8[Tensor, "T B H l E"],
+        key: Int8[Tensor, "T B K s E"],
+        value: Float[Tensor, "B K s W"],
+        mask: Tensor,
+        prefix: tuple[Tensor, Tensor] | None,
+        scaling: float,
+    ) -> Iterator[Float[Tensor, "B H l E"]]:
+        """Currents of a block of queries, step by step."""
+        T, B, H, L, E = query.shape
+        K = key.shape[2]
+        dtype = value.dtype
+        q_weights = self._weights(self.query, H).to(dtype).expand(T, 1, H, L, 1).reshape(T, 1, K, -1, 1)
+        stacked = query.reshape(T, B, K, -1, E)  # heads that share a key head, as in `per_key_head`
+        pairs = spike_pairs(stacked, key, q_weights * scaling, self._weights(self.key, K).to(dtype))
+        scores = torch.zeros(B, H, L, key.shape[3], dtype=dtype, device=value.device)
+        top = scores.new_zeros(())
+
+        def activations(cumulated: Tensor) -> Tensor:
+            nonlocal top
+            if not self.normalise_after:
+                return probabilities(cumulated, mask)
+            weights, top = exponentials(cumulated, mask)
+            return weights
+
+        spikes = self.softmax(integrate(differences(activations, (pair.view_as(scores) for pair in pairs))))
+        weights = self._weights(self.softmax, H).to(dtype).expand(T, 1, H, L, 1).reshape(T, 1, K, -1, 1)
+        mixtures = (part.view(B, H, L, -1) for part in spike_mixture(spikes.reshape(T, B, K, -1, key.shape[3]), value, weights))
+        if not self.normalise_after:
+            return mixtures
+        share, sink = torch.ones_like(top), None
+        if prefix is not None:
+            q = integrate(query * (self._weights(self.query, H).to(dtype) * scaling))
+            exact, share = prefix_weights(per_key_head(q, prefix[0].mT), top)
+            sink = torch.cat([per_key_head(exact, prefix[1]), exact.sum(-1, keepdim=True)], dim=-1)
+
+        def quotient(cumulated: Tensor) -> Tensor:
+            """sum_j e_j v_j / sum_j e_j of what has been sent so far; nothing where that is nothing."""
+            parts = cumulated * share if sink is None else cumulated * share + sink
+            total = parts[..., -1:]
+            return parts[..., :-1] / torch.where(total == 0, 1, total)
+
+        return differences(quotient, mixtures)
