@@ -138,8 +138,9 @@ class SpikingAttention(nn.Module):
     def _coded_exponentials(self, scores: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """e^ [B, H, l, s], its row sums and the rows' largest scores [B, H, l, 1]; one pass if the neuron is compiled."""
         if isinstance(self.softmax, PhaseNeuron) and self.softmax.compiled:
-            table = self.softmax.table
-            return fused(coded_exponentials, scores.device.type)(scores, mask, table.theta, table.h, table.d, table.v0, table.max_spikes)
+            table, _ = self.softmax.table.halves()  # exponentials are positive
+            rows = table.theta, table.h, table.d, table.v0
+            return fused(coded_exponentials, scores.device.type)(scores, mask, *rows, table.max_spikes, table.signed)
         weights, top = exponentials(scores, mask)
         weights = self.softmax(weights)
         return weights, weights.sum(-1, keepdim=True), top
@@ -174,13 +175,20 @@ def exponentials(scores: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def coded_exponentials(
-    scores: Tensor, mask: Tensor, theta: Tensor, h: Tensor, d: Tensor, v0: Tensor, max_spikes: int | None = None
+    scores: Tensor,
+    mask: Tensor,
+    theta: Tensor,
+    h: Tensor,
+    d: Tensor,
+    v0: Tensor,
+    max_spikes: int | None = None,
+    signed: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`exponentials` sent through neurons (tables per head, or one for all), their row sums, and m."""
     weights, top = exponentials(scores, mask)
     B, H, L, S = weights.shape
     groups = theta.shape[0]
-    coded = encode_plain(weights.view(B * H // groups, groups, L * S), theta, h, d, v0, max_spikes).view(B, H, L, S)
+    coded = encode_plain(weights.view(B * H // groups, groups, L * S), theta, h, d, v0, max_spikes, signed).view(B, H, L, S)
     return coded, coded.sum(-1, keepdim=True), top
 
 

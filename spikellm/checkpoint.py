@@ -35,6 +35,8 @@ class SpikingModelConfig(QuantizationConfigMixin):
         query_block: queries per block of attention [tokens].
         compiled: neurons run fused.
         max_spikes: bound on the spikes of a neuron, None without.
+        two_sided: sites with tables for either sign.
+        signed: digits may be negative.
     """
 
     def __init__(
@@ -48,12 +50,14 @@ class SpikingModelConfig(QuantizationConfigMixin):
         query_block: int,
         compiled: bool,
         max_spikes: int | None = None,
+        two_sided: tuple[str, ...] | list[str] = (),
+        signed: bool = False,
         **_: Any,
     ) -> None:
         self.quant_method: Any = METHOD
         self.rotated, self.normalise_after, self.T, self.groups = rotated, normalise_after, T, groups
         self.prefix_length, self.query_block, self.compiled = prefix_length, query_block, compiled
-        self.max_spikes = max_spikes
+        self.max_spikes, self.two_sided, self.signed = max_spikes, list(two_sided), signed
 
 
 @register_quantizer(METHOD)
@@ -68,8 +72,17 @@ class SpikingModelQuantizer(HfQuantizer):
         install(model, rotated=config.rotated, normalise_after=config.normalise_after, query_block=config.query_block)
         tables = {}
         for name, groups in config.groups.items():
-            rows = torch.zeros(groups, config.T)
-            tables[name] = PhaseTable(theta=rows, h=rows, d=rows, v0=torch.zeros(groups), max_spikes=config.max_spikes)
+            two_sided = name in config.two_sided
+            rows = torch.zeros(groups * (1 + two_sided), config.T)
+            tables[name] = PhaseTable(
+                theta=rows,
+                h=rows,
+                d=rows,
+                v0=rows[:, 0],
+                max_spikes=config.max_spikes,
+                two_sided=two_sided,
+                signed=config.signed,
+            )
         convert(model, tables, compiled=config.compiled)
         if config.prefix_length:
             for module in model.modules():
@@ -116,6 +129,8 @@ def save(model: PreTrainedModel, folder: Path) -> None:
         query_block=attention.query_block,
         compiled=some.compiled,
         max_spikes=some.max_spikes,
+        two_sided=[name for name, neuron in neurons.items() if isinstance(neuron, PhaseNeuron) and neuron.two_sided],
+        signed=some.signed,
     )
     model.config.quantization_config = config
     vars(model)["hf_quantizer"] = SpikingModelQuantizer(config, pre_quantized=True)

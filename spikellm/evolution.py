@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from spikellm.coding import assignments, phase_amplitudes
-from spikellm.neuron import bounded
+from spikellm.neuron import emit
 
 MEMBERS = 32  # population per group
 GENERATIONS = (50, 60, 60)  # per number of grains; the last entry for more
@@ -69,16 +69,31 @@ def base2_codes(tau: Float[Tensor, " N"], T: int, G: int = 1) -> Codes:
     return Codes(values=values, assignment=torch.zeros(len(tau), T, dtype=torch.int64, device=tau.device))
 
 
-def squared_error(x: Tensor, weight: Tensor, theta: Tensor, h: Tensor, d: Tensor, v0: Tensor, max_spikes: int | None = None) -> Tensor:
-    """Sum over points of weight (y - x)^2 [N, K]; x, weight [N, 1, points] of N groups, K codes each: tables [N, K, T], v0 [N, K]."""
+def squared_error(
+    x: Tensor,
+    weight: Tensor,
+    theta: Tensor,
+    h: Tensor,
+    d: Tensor,
+    v0: Tensor,
+    max_spikes: int | None = None,
+    signed: bool = False,
+    spike_weight: Tensor | None = None,
+) -> Tensor:
+    """Sum over points of weight (y - x)^2 [N, K]; x, weight [N, 1, points] of N groups, K codes each: tables [N, K, T], v0 [N, K].
+
+    spike_weight [N, 1, points]: what a spike at a point costs, added to the error.
+    """
     v = x + v0[..., None]
-    y = torch.zeros_like(v)
-    fired = torch.zeros_like(v, dtype=torch.int8)
+    y, fired, spikes = torch.zeros_like(v), torch.zeros_like(v), torch.zeros_like(v)
     for t in range(theta.shape[-1]):
-        z, fired = bounded(v > theta[..., t, None], fired, max_spikes)
-        v = torch.where(z, v - h[..., t, None], v)
-        y = torch.where(z, y + d[..., t, None], y)
-    return (weight * (y - x).square()).sum(-1)
+        z, fired = emit(v, theta[..., t, None], fired, max_spikes, signed)
+        v = v - h[..., t, None] * z
+        y = y + d[..., t, None] * z
+        if spike_weight is not None:
+            spikes = spikes + z.abs()
+    error = (weight * (y - x).square()).sum(-1)
+    return error if spike_weight is None else error + (spike_weight * spikes).sum(-1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

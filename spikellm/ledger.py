@@ -26,7 +26,7 @@ Counters sit around neurons only while `count` runs. What stays dense is in `ene
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -39,7 +39,7 @@ from spikellm.attention import SpikingAttention
 from spikellm.conversion import get_neuron, model_sites, set_neuron, site_groups
 from spikellm.energy import DecoderShape
 from spikellm.modules import SpikingLinear
-from spikellm.neuron import PhaseNeuron, PhaseTable, count_spikes
+from spikellm.neuron import ROWS, PhaseNeuron, count_spikes
 from spikellm.sites import (
     ATTENTION,
     DOWN,
@@ -104,11 +104,12 @@ class SpikeCounter(nn.Module):
 
     def add_values(self, x: Tensor) -> None:
         """Count what the neuron would fire for x, in folded execution."""
-        table = self.neuron.table
-        slices = math.lcm(table.groups, self.columns)
-        rows = {name: getattr(table, name).repeat_interleave(slices // table.groups, 0) for name in ("theta", "h", "d", "v0")}
-        fine = PhaseTable(**rows, max_spikes=table.max_spikes)
-        self._add(count_spikes(self._arranged(x, slices), fine, compiled=self.neuron.compiled), x.numel())
+        counts = []
+        for part, table in self.neuron.table.sides(x):
+            slices = math.lcm(table.groups, self.columns)
+            rows = {name: getattr(table, name).repeat_interleave(slices // table.groups, 0) for name in ROWS}
+            counts.append(count_spikes(self._arranged(part, slices), replace(table, **rows), compiled=self.neuron.compiled))
+        self._add(sum(counts[1:], start=counts[0]), x.numel())
 
     def add_train(self, train: Int[Tensor, "T *x"]) -> None:
         """Count a spike train, in time-stepped execution."""

@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from accelerate.hooks import add_hook_to_module
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -87,13 +88,17 @@ def _siblings(model: PreTrainedModel, chunk: int | None) -> dict[str, nn.Module]
             found[layer + norm] = SteppedRMSNorm.of(module(layer + norm), last=False)
         for reader, norm in READERS.items():
             found[layer + reader] = SteppedLinear.of(module(layer + reader), weights(layer + norm), chunk)
-        found[layer + UP] = SteppedUp.of(module(layer + UP), weights(layer + MLP_NORM), chunk)
+        table = module(layer + ACTIVATION).neuron.table
+        gate = torch.cat([half.d for half in table.halves()], 1) if table.two_sided else table.d
+        up = SteppedUp.of(module(layer + UP), weights(layer + MLP_NORM), chunk)
+        up.held = gate.shape[1]
+        found[layer + UP] = up
         for name in HEAD_NORMS:
             if (norm := getattr(module(layer + ATTENTION), name, None)) is not None:
                 found[f"{layer}{ATTENTION}.{name}"] = SteppedHeadNorm(norm, T)
         found[layer + ACTIVATION] = SteppedActivation.of(module(layer + ACTIVATION))
         found[layer + OUTPUT] = SteppedSpikingLinear.of(module(layer + OUTPUT), incoming=None, chunk=chunk)
-        found[layer + DOWN] = SteppedSpikingLinear.of(module(layer + DOWN), incoming=weights(layer + ACTIVATION), chunk=chunk)
+        found[layer + DOWN] = SteppedSpikingLinear.of(module(layer + DOWN), incoming=gate, chunk=chunk)
         attention = f"{layer}{ATTENTION}.{SPIKING_ATTENTION}"
         found[attention] = SteppedAttention.of(module(attention))
     return found

@@ -98,7 +98,11 @@ class SteppedHeadNorm(nn.Module):
 
 
 class SteppedActivation(SpikingActivation):
-    """Currents [T * B, L, F] to spikes of SiLU's neuron."""
+    """Currents [T * B, L, F] to spikes of SiLU's neuron.
+
+    A two-sided neuron sends two trains, the ON spikes in T steps and after them the OFF spikes, which have weights of their own:
+    [2 T * B, L, F].
+    """
 
     neuron: SteppedNeuron
 
@@ -109,8 +113,11 @@ class SteppedActivation(SpikingActivation):
         module.neuron = SteppedNeuron.adopt(neuron_of(activation))
         return module
 
-    def forward(self, x: Float[Tensor, "TB L F"]) -> Int8[Tensor, "TB L F"]:
-        return self.neuron(integrate(differences(self.function, unbatch(x, self.neuron.T)))).flatten(0, 1)
+    def forward(self, x: Float[Tensor, "TB L F"]) -> Int8[Tensor, "SB L F"]:
+        spikes = self.neuron(integrate(differences(self.function, unbatch(x, self.neuron.T))))
+        if self.neuron.two_sided:
+            spikes = torch.cat([spikes.clamp_min(0), spikes.clamp_max(0)])
+        return spikes.flatten(0, 1)
 
 
 class SteppedLinear(nn.Linear):
@@ -140,12 +147,13 @@ class SteppedLinear(nn.Linear):
 
 
 class SteppedUp(SteppedLinear):
-    """up_proj: what it has summed up after its T steps, held while SiLU's spikes gate it."""
+    """up_proj: what it has summed up after its T steps, held for as many steps as SiLU's spikes gate it."""
 
-    def forward(self, input: Int8[Tensor, "TB L I"]) -> Float[Tensor, "TB L O"]:
-        T = self.d.shape[1]
-        total = integrate(part.sum(0) for part in self.parts(unbatch(input, T)))
-        return total.expand(T, *total.shape).flatten(0, 1)  # a view for batch 1
+    held: int
+
+    def forward(self, input: Int8[Tensor, "TB L I"]) -> Float[Tensor, "SB L O"]:
+        total = integrate(part.sum(0) for part in self.parts(unbatch(input, self.d.shape[1])))
+        return total.expand(self.held, *total.shape).flatten(0, 1)  # a view for batch 1
 
 
 class SteppedHead(SteppedLinear):
@@ -166,7 +174,7 @@ class SteppedHead(SteppedLinear):
 class SteppedSpikingLinear(SpikingLinear):
     """o_proj or down_proj: integrates its input currents, applies R4, fires, and sends on d_t (W s_t).
 
-    `incoming` [C, T]: output weights of the neuron whose spikes have made the input (SiLU's, before down_proj); None: currents.
+    `incoming` [C, S]: output weights of the S trains whose spikes have made the input (SiLU's, before down_proj); None: currents.
     """
 
     neuron: SteppedNeuron
@@ -174,7 +182,7 @@ class SteppedSpikingLinear(SpikingLinear):
     chunk: int | None
 
     @classmethod
-    def of(cls, linear: SpikingLinear, *, incoming: Float[Tensor, "C T"] | None, chunk: int | None) -> Self:
+    def of(cls, linear: SpikingLinear, *, incoming: Float[Tensor, "C S"] | None, chunk: int | None) -> Self:
         """The same weight, bias, table and R4."""
         module = cls.adopt(linear, hadamard=False)
         module.neuron, module.chunk = SteppedNeuron.adopt(neuron_of(linear)), chunk
@@ -182,12 +190,12 @@ class SteppedSpikingLinear(SpikingLinear):
         module.register_buffer("incoming", incoming, persistent=False)
         return module
 
-    def forward(self, x: Float[Tensor, "TB L I"]) -> Float[Tensor, "TB L O"]:
+    def forward(self, x: Float[Tensor, "SB L I"]) -> Float[Tensor, "TB L O"]:
         T = self.neuron.T
-        currents = unbatch(x, T)
         if self.incoming is None:
-            total = integrate(currents)
+            total = integrate(unbatch(x, T))
         else:
+            currents = unbatch(x, self.incoming.shape[1])
             weights = step_weights(self.incoming, x.shape[-1]).to(x.dtype)
             total = currents[0] * weights[0]
             for current, weight in zip(currents[1:], weights[1:], strict=True):
