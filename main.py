@@ -21,7 +21,7 @@ register()
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(composed: DictConfig) -> float | None:
-    """One job: run the stages, write results.json and sites.csv, return the objective."""
+    """One job: run the stages, write results.json and the tables, return the objective."""
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
     try:
@@ -29,8 +29,8 @@ def main(composed: DictConfig) -> float | None:
         assert isinstance(config, Config)
         from spikellm.stages import run_stages  # imports torch: not before the input is known to be right
 
-        results, rows = run_stages(config)
-        path = write_results(folder, results, rows)
+        results, tables = run_stages(config)
+        path = write_results(folder, results, tables)
     except Exception as error:
         with suppress(OSError):
             write_failure(folder, explain(error))

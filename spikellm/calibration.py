@@ -46,6 +46,7 @@ SOFTMAX_ROW_STRIDE = 8
 # Where prefix tokens are looked for, windows and tokens of each: sinks arise at the start, and their number hardly varies.
 PREFIX_WINDOWS, PREFIX_LENGTH = 4, 512
 WEIGHTED_BY_RESIDUAL = (SiteKind.activation, SiteKind.mlp_product)
+TWO_SIDED = (SiteKind.activation,)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,6 +115,7 @@ def _observer(model: PreTrainedModel, site: Site) -> Observer:
         axis=GROUP_AXIS[site.kind],
         row_stride=SOFTMAX_ROW_STRIDE if softmax else 1,
         weighted=attention.normalise_after if softmax else site.kind in WEIGHTED_BY_RESIDUAL,
+        two_sided=site.kind in TWO_SIDED,
     )
 
 

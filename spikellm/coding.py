@@ -11,6 +11,12 @@ tau is the amplitude of the site (its largest activation, or what the search mak
 
 Base 2 in all three places with v0 = tau 2^-T / 2 is a signed (T+1)-bit uniform quantiser with one scale:
 |y - |x|| <= tau 2^-(T+1) for |x| <= tau (1 - 2^-T). Every report shows it beside the fitted code.
+
+The codes of traditional conversion are tables of the same kind, with one base b and thresholds in one ratio to the weights:
+
+    rate        d_t = h_t = theta_t = tau / T (b = 1), v0 = tau / 2T: the number of spikes is the value, rounded
+    TTFS        one spike at most; d_t = h_t = tau b^-t, theta_t = (d_t + d_t+1) / 2, v0 = 0: its time is the value, rounded
+    few-spike   base 2, at most k spikes; theta_t = ratio d_t, ratio <= 1: below 1 the k-th spike rounds instead of truncating
 """
 
 from itertools import combinations, pairwise
@@ -67,3 +73,11 @@ def base2_amplitudes(tau: Float[Tensor, "*sites"], T: int) -> Float[Tensor, "*si
     """tau 2^-(t+1): d, h and theta of base-2 phase coding."""
     steps = torch.arange(1, T + 1, device=tau.device, dtype=tau.dtype)
     return tau.unsqueeze(-1) * 2.0**-steps
+
+
+def uniform_table(
+    tau: Float[Tensor, "*sites"], T: int, *, base: float, ratio: float, v0: float
+) -> tuple[Float[Tensor, "*sites T"], Float[Tensor, "*sites T"], Float[Tensor, "*sites T"], Float[Tensor, "*sites"]]:
+    """theta, h, d and v0 of a code with one base: d_t = h_t = tau base^-t, theta_t = ratio d_t, v0 in units of the last d."""
+    d = tau.unsqueeze(-1) * float(base) ** -torch.arange(T, device=tau.device, dtype=tau.dtype)
+    return ratio * d, d, d, v0 * d[..., -1]

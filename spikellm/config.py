@@ -64,6 +64,9 @@ class RotationKind(Enum):
 
 class Coding(Enum):
     phase = "phase"
+    rate = "rate"  # traditional conversion: T equal spikes at most, their number is the value
+    ttfs = "ttfs"  # traditional conversion: one spike, its time is the value
+    few_spike = "few_spike"  # base 2, at most snn.max_spikes spikes
 
 
 class Execution(Enum):
@@ -103,6 +106,13 @@ class Device(Enum):
     auto = "auto"  # accelerate's device map over all GPUs
 
 
+class EnergyTable(Enum):
+    fp32 = "fp32"
+    fp16 = "fp16"
+    int8 = "int8"
+    custom = "custom"  # energy.mac_pj and energy.ac_pj
+
+
 class Tracker(Enum):
     none = "none"
     wandb = "wandb"
@@ -130,12 +140,18 @@ class SpikingConfig:
     grain: str = MISSING  # number of grains G: 1, 2, 3, .. or auto; set by the group `grain`
     min_grain_length: int = 2  # phases in a grain, at least [steps]
     coding: Coding = Coding.phase
+    max_spikes: int | None = None  # spikes of a neuron, at most; coding=few_spike only
     execution: Execution = Execution.folded
     softmax_norm: SoftmaxNorm = SoftmaxNorm.after  # where attention's softmax is normalised
 
     def __post_init__(self) -> None:
         _check(1 <= self.T <= MAX_T, "snn.T", self.T, f"takes 1 to {MAX_T} time steps")
         _check(self.min_grain_length >= 1, "snn.min_grain_length", self.min_grain_length, "must be at least 1")
+        if self.coding is Coding.few_spike:
+            given = "null" if self.max_spikes is None else self.max_spikes
+            _check(1 <= (self.max_spikes or 0) <= self.T, "snn.max_spikes", given, f"snn.coding=few_spike takes 1 to snn.T={self.T} spikes")
+        else:
+            _check(self.max_spikes is None, "snn.max_spikes", self.max_spikes, "goes with snn.coding=few_spike; leave it out otherwise")
         _check(self.grain == "auto" or (self.grain.isdigit() and int(self.grain) > 0), "grain", self.grain, "takes 1, 2, 3 or auto")
         if self.grain != "auto":
             needed = self.min_grain_length * int(self.grain)
@@ -220,6 +236,31 @@ class SearchConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class SpikesConfig:
+    enabled: bool = True  # count the spikes and synaptic operations of the spiking model while evaluating it
+    windows: int = 1  # of the evaluation text, the first ones; each costs about two forwards
+
+    def __post_init__(self) -> None:
+        _check(self.windows >= 1, "spikes.windows", self.windows, "must be at least 1; spikes.enabled=false counts none")
+
+
+@dataclass(kw_only=True, slots=True)
+class EnergyConfig:
+    table: EnergyTable = EnergyTable.fp32  # what an operation costs (see energy.py for the numbers and their source)
+    mac_pj: float | None = None  # a multiply-accumulate; table=custom only [pJ]
+    ac_pj: float | None = None  # an accumulate; table=custom only [pJ]
+
+    def __post_init__(self) -> None:
+        custom = self.table is EnergyTable.custom
+        for key, value in (("energy.mac_pj", self.mac_pj), ("energy.ac_pj", self.ac_pj)):
+            cure = "energy.table=custom needs a positive cost in pJ, as in energy.mac_pj=4.6 energy.ac_pj=0.9"
+            if custom:
+                _check(value is not None and 0 < value < float("inf"), key, "null" if value is None else value, cure)
+            else:
+                _check(value is None, key, value, f"goes with energy.table=custom; energy.table={self.table.value} has its own")
+
+
+@dataclass(kw_only=True, slots=True)
 class TrackingConfig:
     kind: Tracker = MISSING
     project: str = "spikellm"
@@ -235,6 +276,8 @@ class Config:
     rotation: RotationConfig = field(default_factory=RotationConfig)
     prefix: PrefixConfig = field(default_factory=PrefixConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
+    spikes: SpikesConfig = field(default_factory=SpikesConfig)
+    energy: EnergyConfig = field(default_factory=EnergyConfig)
     stages: list[str] = field(default_factory=lambda: list(STAGE_NAMES))
     seed: int = 0
     output_root: str = MISSING  # runs, sweeps and artefacts lie below it

@@ -21,30 +21,42 @@ from spikellm.neuron import emit
 MEMBERS = 32  # population per group
 GENERATIONS = (50, 60, 60)  # per number of grains; the last entry for more
 CHUNK = 2**19  # elements of a buffer: 2 MiB stay in the cache, page faults took half of the time without
+FIXED = 3  # parameters that do not multiply with the number of grains
 # Bounds of log tau around the maximum's, of v0 in units of tau 2^-(T+1), and of log2 of a base.
 LOG_TAU_BELOW, LOG_TAU_ABOVE, LOWEST_V0, LOWEST_BASE, HIGHEST_BASE = 8.0, 4.0, -4.0, 0.05, 4.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Codes:
-    """Parameters of many codes, any leading shape: log tau, v0 in units of tau 2^-(T+1), log2 of B, H, Theta."""
+    """Parameters of many codes, any leading shape: log tau, v0 in units of tau 2^-(T+1), log2 of rho, B, H, Theta.
 
-    values: Float[Tensor, "*n P"]  # P = 2 + 3 G
+    theta_t = rho tau Theta^-(t+1): rho = 1 for digits 0 and 1, as published; signed digits want thresholds below the reset.
+    """
+
+    values: Float[Tensor, "*n P"]  # P = FIXED + 3 G
     assignment: Int[Tensor, "*n T"]
 
     @property
     def tau(self) -> Float[Tensor, "*n"]:
         return self.values[..., 0].exp()
 
+    @property
+    def rho(self) -> Float[Tensor, "*n"]:
+        return self.values[..., 2].exp2()
+
+    @property
+    def G(self) -> int:
+        return (self.values.shape[-1] - FIXED) // 3
+
     def bases(self) -> tuple[Tensor, ...]:
         """log2 of B, H and Theta, each [*n, G]."""
-        return self.values[..., 2:].chunk(3, dim=-1)
+        return self.values[..., FIXED:].chunk(3, dim=-1)
 
     def spell(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """theta, h, d [*n, T] and v0 [*n]."""
         v0 = self.tau * self.values[..., 1] * 2.0 ** -(self.assignment.shape[-1] + 1)
         d, h, theta = (phase_amplitudes(self.tau, part.exp2(), self.assignment) for part in self.bases())
-        return theta, h, d, v0
+        return self.rho[..., None] * theta, h, d, v0
 
     def where(self, condition: Bool[Tensor, "*n"], other: "Codes") -> "Codes":
         """These codes where the condition holds, the others elsewhere."""
@@ -56,7 +68,7 @@ class Codes:
     def widened(self, G: int) -> "Codes":
         """The same codes in the parameter space of G grains: the last base repeated, never used."""
         parts = [torch.cat([part, part[..., -1:].expand(*part.shape[:-1], G - part.shape[-1])], -1) for part in self.bases()]
-        return Codes(values=torch.cat([self.values[..., :2], *parts], -1), assignment=self.assignment)
+        return Codes(values=torch.cat([self.values[..., :FIXED], *parts], -1), assignment=self.assignment)
 
     def at(self, index: tuple[Tensor, ...] | slice) -> "Codes":
         return Codes(values=self.values[index], assignment=self.assignment[index])
@@ -64,8 +76,8 @@ class Codes:
 
 def base2_codes(tau: Float[Tensor, " N"], T: int, G: int = 1) -> Codes:
     """Base 2 in all phases, in the parameter space of G grains."""
-    values = torch.ones(len(tau), 2 + 3 * G, device=tau.device)
-    values[:, 0] = tau.log()
+    values = torch.ones(len(tau), FIXED + 3 * G, device=tau.device)
+    values[:, 0], values[:, 2] = tau.log(), 0.0
     return Codes(values=values, assignment=torch.zeros(len(tau), T, dtype=torch.int64, device=tau.device))
 
 

@@ -226,7 +226,8 @@ def decoder_shape(model: PreTrainedModel) -> DecoderShape:
 def site_fan_out(model: PreTrainedModel, site: Site) -> int:
     """Synapses of a spike at `site`; 0 at queries and keys, where it depends on what the mask lets see."""
     if site.kind is SiteKind.head_input:
-        return model.get_submodule(HEAD).out_features
+        head: Any = model.get_submodule(HEAD)
+        return head.out_features
     layer: Any = decoder_layers(model)[site.layer or 0]
     if site.kind in READERS:
         return sum(layer.get_submodule(name).out_features for name in READERS[site.kind])

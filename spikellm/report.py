@@ -1,4 +1,4 @@
-"""What a person reads: results.json and sites.csv of a run, its table on the console, the summary of a sweep.
+"""What a person reads: results.json, sites.csv and spikes.csv of a run, its table on the console, the summary of a sweep.
 
 Imported by Hydra before every run (the sweep callback), so no torch here.
 """
@@ -19,16 +19,20 @@ from spikellm.artifacts import write_json, write_text
 
 log = logging.getLogger(__name__)
 
-RESULTS, SITES, FAILURE = "results.json", "sites.csv", "error.json"
+RESULTS, SPIKES, FAILURE = "results.json", "spikes.csv", "error.json"
 SUMMARY_COLUMNS = ("model", "T", "grain", "ann", "base2", "snn", "ratio", "relative_mse", "folder", "error")
 
 
-def write_results(folder: Path, results: dict[str, Any], rows: list[dict[str, Any]] | None) -> Path:
-    """Write results.json, and sites.csv where there are rows; the path of results.json."""
+def write_results(folder: Path, results: dict[str, Any], tables: dict[str, list[dict[str, Any]]]) -> Path:
+    """Write results.json, the tables by their file name (sites.csv, spikes.csv), and the plots of spikes; the path of results.json."""
     folder.mkdir(parents=True, exist_ok=True)
-    if rows:
-        write_text(folder / SITES, _csv_text(rows, tuple(rows[0])))
+    for name, rows in tables.items():
+        write_text(folder / name, _csv_text(rows, tuple(rows[0])))
     write_json(folder / RESULTS, results)
+    if SPIKES in tables:
+        from spikellm.spike_plots import draw_spikes  # a second to import: not before every run
+
+        draw_spikes(folder, tables[SPIKES])
     return folder / RESULTS
 
 
@@ -59,8 +63,27 @@ def console_table(results: dict[str, Any], path: Path) -> str:
         lines.append(f"  perplexity, {perplexity['windows']} windows of {perplexity['window']} tokens")
         for name, key in (("ANN", "ann"), ("base-2 SNN", "base2"), ("SNN", "snn")):
             lines.append(f"    {name:<12}{perplexity[key]:>12.3f}   x {perplexity[key] / ann:.4f}")
+    if spikes := results.get("spikes"):
+        lines += _spike_lines(spikes, results["energy"])
     lines.append(f"  results  {path}")
     return "\n".join(lines)
+
+
+def _spike_lines(spikes: dict[str, Any], energy: dict[str, Any]) -> list[str]:
+    ann = energy["ann_pj_per_token"]
+    lines = [
+        f"  spikes, {spikes['windows']} windows of {spikes['window']} tokens   firing rate {spikes['firing_rate']:.3f}"
+        f"   at synapses {spikes['firing_rate_at_synapses']:.3f}   SOPs per token {spikes['sops_per_token']:.4g}",
+        f"  energy per token [uJ], {energy['table']}: MAC {energy['mac_pj']:g} pJ, AC {energy['ac_pj']:g} pJ ({energy['source']})",
+    ]
+    for name, key in (("ANN", "ann"), (f"{energy['int_bits']}-bit ANN", "int"), ("SNN", "snn")):
+        value = energy[f"{key}_pj_per_token"]
+        lines.append(f"    {name:<12}{value / 1e6:>12.4g}   x {value / ann:.4f}")
+    meets = [
+        f"{energy[key]:.3f} with the {name}"
+        for key, name in (("break_even_firing_rate", "ANN"), ("break_even_firing_rate_int", f"{energy['int_bits']}-bit ANN"))
+    ]
+    return [*lines, f"    even at a synaptic firing rate of {', '.join(meets)}"]
 
 
 class SweepSummary(Callback):

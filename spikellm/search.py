@@ -264,7 +264,8 @@ def held_out_points(statistics: SiteStatistics) -> tuple[Float[Tensor, "C points
 
 def weighted_error(x: Float[Tensor, "C points"], weight: Float[Tensor, "C points"], codes: Codes) -> Float[Tensor, " C"]:
     """Squared error of one code per group."""
-    return squared_error(x[:, None], weight[:, None], *(part[:, None] for part in codes.spell()))[:, 0]
+    theta, h, d, v0 = (part[:, None] for part in codes.spell())
+    return squared_error(x[:, None], weight[:, None], theta, h, d, v0)[:, 0]
 
 
 def spike_count(

@@ -3,7 +3,7 @@
     calibrate   model, rotation, prefix, calibration text -> statistics of every site, prefix tokens
     search      statistics, T, grain                      -> one code per site
     convert     model, codes                              -> the spiking model (in memory; on disk with save_model=true)
-    evaluate    models, evaluation text                   -> perplexities
+    evaluate    models, evaluation text                   -> perplexities, spikes, energy
 
 Results are artefacts keyed by exactly what they depend on: a sweep over T and grain calibrates once, a run repeated
 computes nothing. A stage that needs another's result obtains it, named in `stages` or not.
@@ -14,7 +14,7 @@ import logging
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,11 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from spikellm import checkpoint, conversion, data, evaluation, rotation
+from spikellm import accounts, checkpoint, conversion, data, evaluation, ledger, rotation
 from spikellm.artifacts import ArtifactStore, artifact_key, read_json, write_json
 from spikellm.calibration import Calibration
 from spikellm.calibration import calibrate as run_calibration
-from spikellm.config import Config, Groups, ImportV0, InputError, RotationKind, SearchMethod, SoftmaxNorm, Tracker
+from spikellm.config import Coding, Config, Groups, ImportV0, InputError, RotationKind, SearchMethod, SoftmaxNorm, Tracker
 from spikellm.gradient import Schedule
 from spikellm.hadamard import HAS_CUDA_KERNEL
 from spikellm.model import load_model, load_tokenizer, package_version, source_fingerprint
@@ -36,6 +36,7 @@ from spikellm.published import file_hash, import_fits
 from spikellm.search import MAX_GRAINS, CodeFit, base2_search, gradient_search, load_fits, save_fits
 from spikellm.search import search as find_codes
 from spikellm.statistics import SiteStatistics
+from spikellm.traditional import traditional_codes
 
 log = logging.getLogger(__name__)
 
@@ -79,10 +80,11 @@ class Workspace:
         snn, options = self.config.snn, _plain(self.config.search)
         if options["import_file"] is not None:  # what is in the file, not where it lies
             options["import_file"] = file_hash(Path(options["import_file"]))
+        code = {"T": snn.T, "grain": snn.grain, "min_grain_length": snn.min_grain_length, "coding": snn.coding.value}
         return {
             "schema": ARTIFACT_SCHEMA,
             "calibrate": artifact_key(self.calibrate_inputs),
-            "snn": {"T": snn.T, "grain": snn.grain, "min_grain_length": snn.min_grain_length, "coding": snn.coding.value},
+            "snn": code | ({} if snn.max_spikes is None else {"max_spikes": snn.max_spikes}),
             "search": options,
             "seed": self.config.seed,
         }
@@ -95,6 +97,10 @@ class Workspace:
         }
         text = data.fingerprint(self.config.dataset.evaluation, "dataset.evaluation")
         return {"schema": ARTIFACT_SCHEMA, "text": text, "device": self.config.hardware.device.value, "network": network} | depends[network]
+
+    @property
+    def spikes_inputs(self) -> dict[str, Any]:
+        return self.evaluate_inputs("snn") | {"windows": self.config.spikes.windows}
 
     @property
     def rotation_record(self) -> dict[str, Any]:
@@ -188,6 +194,9 @@ def _find(config: Config, statistics: dict[str, SiteStatistics]) -> dict[str, Co
     """One code per site by the configured way."""
     options, snn = config.search, config.snn
     G = None if snn.grain == "auto" else int(snn.grain)
+    merged = {name: site.merged() for name, site in statistics.items()} if options.groups is Groups.site else statistics
+    if snn.coding is not Coding.phase:
+        return traditional_codes(config, merged)
     if options.import_file is not None:
         if options.method is not SearchMethod.evolution:
             log.warning("search.method=%s has no effect: the codes come from search.import_file", options.method.value)
@@ -196,8 +205,7 @@ def _find(config: Config, statistics: dict[str, SiteStatistics]) -> dict[str, Co
         log.warning("search.import_v0=%s has no effect without search.import_file", options.import_v0.value)
     if options.method is SearchMethod.base2:
         return base2_search(statistics, snn.T)
-    if options.groups is Groups.site:
-        statistics = {name: site.merged() for name, site in statistics.items()}
+    statistics = merged
     common: dict[str, Any] = {
         "T": snn.T,
         "G": G,
@@ -243,7 +251,7 @@ class StageOutcome:
 
     cached: bool
     results: dict[str, Any]
-    site_rows: list[dict[str, Any]] | None = None  # for sites.csv
+    tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # rows by the name of a csv file
 
 
 def calibrate(work: Workspace) -> StageOutcome:
@@ -255,7 +263,7 @@ def calibrate(work: Workspace) -> StageOutcome:
 def search(work: Workspace) -> StageOutcome:
     fits, folder, cached = work.fits()
     rows = [site_row(name, fit) for name, fit in fits.items()]
-    return StageOutcome(cached=cached, results={"search": read_json(folder / "search.json")}, site_rows=rows)
+    return StageOutcome(cached=cached, results={"search": read_json(folder / "search.json")}, tables={"sites.csv": rows})
 
 
 def convert(work: Workspace) -> StageOutcome:
@@ -274,9 +282,9 @@ def convert(work: Workspace) -> StageOutcome:
 
 
 def evaluate(work: Workspace) -> StageOutcome:
-    """Perplexity of the spiking model, of base 2 and of the pretrained model.
+    """Spikes and energy; perplexity of the spiking model, of base 2 and of the pretrained model.
 
-    In this order: the first two share the converted model, which then makes room for the third.
+    In this order: all but the last share the converted model, which then makes room for the third.
     """
 
     def ann() -> PreTrainedModel:
@@ -289,7 +297,7 @@ def evaluate(work: Workspace) -> StageOutcome:
         "ann": ann,
     }
     values: dict[str, Any] = {}
-    every_cached = True
+    spikes, tables, every_cached = _spikes(work) if work.config.spikes.enabled else ({}, {}, True)
     for network, build in builders.items():
 
         def measure(folder: Path, network: str = network, build: Callable[[], PreTrainedModel] = build) -> None:
@@ -301,7 +309,22 @@ def evaluate(work: Workspace) -> StageOutcome:
         every_cached = every_cached and cached
         values[network] = result.pop("value")
     perplexity = {network: values[network] for network in ("ann", "snn", "base2")} | result
-    return StageOutcome(cached=every_cached, results={"perplexity": perplexity})
+    return StageOutcome(cached=every_cached, results={"perplexity": perplexity} | spikes, tables=tables)
+
+
+def _spikes(work: Workspace) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]], bool]:
+    """`spikes` and `energy` of results.json, the rows of spikes.csv, and whether they had been counted already."""
+
+    def measure(folder: Path) -> None:
+        windows = work.windows("evaluation")[: work.config.spikes.windows]
+        write_json(folder / "ledger.json", ledger.count(work.spiking(work.fits()[0]), windows).to_json())
+
+    folder, cached = work.store.load_or_compute("spikes", work.spikes_inputs, measure)
+    found = ledger.Ledger.from_json(read_json(folder / "ledger.json"))
+    if found.windows < work.config.spikes.windows:
+        log.warning("spikes.windows=%d: the evaluation text has %d", work.config.spikes.windows, found.windows)
+    records = {"spikes": accounts.spikes_record(found), "energy": accounts.energy_record(found, accounts.cost_table(work.config.energy))}
+    return records, {"spikes.csv": accounts.spike_rows(found)}, cached
 
 
 STAGES: dict[str, Callable[[Workspace], StageOutcome]] = {
@@ -312,8 +335,8 @@ STAGES: dict[str, Callable[[Workspace], StageOutcome]] = {
 }
 
 
-def run_stages(config: Config) -> tuple[dict[str, Any], list[dict[str, Any]] | None]:
-    """Run `config.stages` in the order of `STAGES`; the content of results.json, and the rows of sites.csv if known."""
+def run_stages(config: Config) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
+    """Run `config.stages` in the order of `STAGES`; the content of results.json, and rows by the name of a csv file."""
     work = Workspace(config)
     if config.tracking.kind is not Tracker.none:
         log.warning("tracking=%s has no effect in this version: results.json and sites.csv hold the results", config.tracking.kind.value)
@@ -328,7 +351,7 @@ def run_stages(config: Config) -> tuple[dict[str, Any], list[dict[str, Any]] | N
         "stages": {},
         "versions": versions(),
     }
-    rows = None
+    tables: dict[str, list[dict[str, Any]]] = {}
     for name, stage in STAGES.items():
         if name not in config.stages:
             continue
@@ -337,9 +360,9 @@ def run_stages(config: Config) -> tuple[dict[str, Any], list[dict[str, Any]] | N
         seconds = round(time.perf_counter() - start, 3)
         results |= outcome.results
         results["stages"][name] = {"seconds": seconds, "cached": outcome.cached}
-        rows = outcome.site_rows or rows
+        tables |= outcome.tables
         log.info("%s: %.1f s%s", name, seconds, " (cached)" if outcome.cached else "")
-    return results, rows
+    return results, tables
 
 
 def versions() -> dict[str, str | None]:

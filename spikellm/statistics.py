@@ -8,6 +8,8 @@ resolved as well. Memory does not depend on the number of tokens; nothing leaves
 An activation may carry an importance, what a squared error of it counts further down: the weights of the histogram. Where they
 come from: `attention.py` (softmax) and `calibration.py` (MLP).
 
+One-sided activations (SiLU) are counted apart by sign: `two_sided`.
+
 Windows go alternately to a fitting and a held-out part.
 """
 
@@ -31,7 +33,7 @@ _CODES = 1 << (8 + MANTISSA_BITS)  # of a non-negative float32, exponent and lea
 class SiteStatistics:
     """Distribution of |x| at one site: histogram of the bins from `first_bin` on, and maxima, per part and group.
 
-    counts [parts, C, bins] float32; weights [parts, C, bins] float32, the summed importance of a bin's activations, None where
+    C rows: one a group, or two where `two_sided`, first those of x >= 0, then those of x < 0. counts [parts, C, bins] float32; weights [parts, C, bins] float32, the summed importance of a bin's activations, None where
     all count the same; zeros [parts, C] int64, activations of exactly zero or below the smallest bin; maximum [parts, C] float32.
     Parts are FIT and HELD_OUT.
     """
@@ -41,11 +43,13 @@ class SiteStatistics:
     zeros: Int[Tensor, "P C"]
     maximum: Float[Tensor, "P C"]
     first_bin: int
+    two_sided: bool = False
 
     @property
     def edges(self) -> Float[Tensor, " edges"]:
         """Bounds of the bins, one more than bins [units of x]."""
-        index = torch.arange(self.first_bin, self.first_bin + self.counts.shape[-1] + 1, dtype=torch.int32)
+        last = self.first_bin + self.counts.shape[-1] + 1
+        index = torch.arange(self.first_bin, last, dtype=torch.int32, device=self.counts.device)
         return ((index + _FIRST) << _SHIFT).view(torch.float32)
 
     @property
@@ -55,9 +59,10 @@ class SiteStatistics:
         return (edges[:-1] + edges[1:]) / 2
 
     def merged(self) -> Self:
-        """The same statistics with all groups in one."""
+        """The same statistics with all groups, and both signs, in one."""
         return replace(
             self,
+            two_sided=False,
             counts=self.counts.sum(1, keepdim=True),
             weights=None if self.weights is None else self.weights.sum(1, keepdim=True),
             zeros=self.zeros.sum(1, keepdim=True),
@@ -67,8 +72,7 @@ class SiteStatistics:
     def tensors(self, name: str) -> dict[str, Tensor]:
         """For safetensors: `from_tensors` reads them back."""
         found = {field.name: getattr(self, field.name) for field in fields(self)}
-        found["first_bin"] = torch.tensor(self.first_bin)
-        return {f"{name}.{key}": value for key, value in found.items() if value is not None}
+        return {f"{name}.{key}": torch.as_tensor(value) for key, value in found.items() if value is not None}
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], name: str) -> Self:
@@ -78,6 +82,7 @@ class SiteStatistics:
             zeros=tensors[f"{name}.zeros"],
             maximum=tensors[f"{name}.maximum"],
             first_bin=int(tensors[f"{name}.first_bin"]),
+            two_sided=bool(tensors[f"{name}.two_sided"]),
         )
 
 
@@ -90,12 +95,16 @@ class Observer(nn.Module):
         axis: see `PhaseNeuron`.
         row_stride: look at every n-th index of the last axis but one (attention has L^2 probabilities).
         weighted: hold what passed until `weigh` tells its importance.
+        two_sided: count negative activations apart.
     """
 
-    def __init__(self, site: str, *, groups: int = 1, axis: int = -1, row_stride: int = 1, weighted: bool = False) -> None:
+    def __init__(
+        self, site: str, *, groups: int = 1, axis: int = -1, row_stride: int = 1, weighted: bool = False, two_sided: bool = False
+    ) -> None:
         super().__init__()
         self.site = site
-        self.groups, self.axis, self.row_stride, self.weighted = groups, axis, row_stride, weighted
+        self.groups, self.axis, self.row_stride, self.weighted, self.two_sided = groups, axis, row_stride, weighted, two_sided
+        self.rows = 2 * groups if two_sided else groups
         self.part = FIT
         self.counts: Tensor | None = None
         self.weights: Tensor | None = None
@@ -116,24 +125,28 @@ class Observer(nn.Module):
         self._held = None
 
     def _count(self, x: Tensor, importance: Tensor | None) -> None:
-        magnitude = self._grouped(x).abs().float()
+        values = self._grouped(x).float()
         if self.counts is None or self.maximum is None:
-            self.counts = torch.zeros(2, self.groups, BINS, dtype=torch.int64, device=x.device)
-            self.maximum = torch.zeros(2, self.groups, device=x.device)
-        # amax carries NaN and infinity through to `result`
-        self.maximum[self.part] = torch.maximum(self.maximum[self.part], magnitude.amax(1))
-        index = magnitude.contiguous().view(torch.int32) >> _SHIFT
+            self.counts = torch.zeros(2, self.rows, BINS, dtype=torch.int64, device=x.device)
+            self.maximum = torch.zeros(2, self.rows, device=x.device)
+        # amax and amin carry NaN and infinity through to `result`
+        highest, lowest = values.amax(1), -values.amin(1)
+        peaks = torch.cat([highest, lowest]).clamp_min(0) if self.two_sided else torch.maximum(highest, lowest)
+        self.maximum[self.part] = torch.maximum(self.maximum[self.part], peaks)
+        index = values.abs().contiguous().view(torch.int32) >> _SHIFT
         if self.groups > 1:
             index += torch.arange(0, self.groups * _CODES, _CODES, dtype=torch.int32, device=x.device)[:, None]
+        if self.two_sided:
+            index += (values < 0) * (self.groups * _CODES)
         self.counts[self.part] += self._histogram(index, None)
         if importance is not None:
             if self.weights is None:
-                self.weights = torch.zeros(2, self.groups, BINS, dtype=torch.float64, device=x.device)
+                self.weights = torch.zeros(2, self.rows, BINS, dtype=torch.float64, device=x.device)
             self.weights[self.part] += self._histogram(index, self._grouped(importance).double().flatten())
 
     def _histogram(self, index: Tensor, weights: Tensor | None) -> Tensor:
         """Counts or summed weights of the bins [C, BINS]; bin 0 takes in everything below it."""
-        every = torch.bincount(index.flatten(), weights=weights, minlength=self.groups * _CODES).view(self.groups, _CODES)
+        every = torch.bincount(index.flatten(), weights=weights, minlength=self.rows * _CODES).view(self.rows, _CODES)
         found = every[:, _FIRST : _FIRST + BINS].clone()
         found[:, 0] += every[:, :_FIRST].sum(1)
         return found
@@ -167,4 +180,5 @@ class Observer(nn.Module):
             zeros=counts[..., 0].clone(),
             maximum=self.maximum.cpu().clone(),
             first_bin=first,
+            two_sided=self.two_sided,
         )

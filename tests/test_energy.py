@@ -40,7 +40,8 @@ def test_the_papers_llama3_8b_on_the_meta_device():
     pairs = shape.layers * tokens**2
     matrices = matrix_products(shape, tokens=tokens, pairs=pairs)
     pointwise = pointwise_operations(shape, tokens=tokens, pairs=pairs)
-    dense = pointwise + [
+    dense = [
+        *pointwise,
         softmax_quotients(shape, tokens=tokens, pairs=pairs, after=False),
         *spiking_operations(shape, T=T, tokens=tokens, neurons=0, spikes=0, linear_groups=1, rotated=True, prefix=0),
     ]

@@ -9,12 +9,12 @@ ROOT = Path(__file__).resolve().parents[1]
 # A file imports only from layers before its own. A new file needs a place here.
 LAYERS = (
     {"config", "hadamard", "neuron", "coding", "temporal", "energy"},
-    {"sites", "data", "artifacts", "tracking"},
+    {"sites", "data", "artifacts", "tracking", "spike_plots"},
     {"model"},
     {"rotation", "prefix", "attention", "modules", "statistics", "evolution"},
     {"conversion", "evaluation", "gradient", "stepped_modules"},
     {"calibration", "checkpoint", "search", "stepped_attention", "ledger"},
-    {"published", "stepped"},
+    {"published", "stepped", "traditional", "accounts"},
     {"stages", "report"},
     {"main"},
 )

@@ -1,0 +1,124 @@
+"""Rate, TTFS and few-spike codes: their levels in closed form, and a fit that no other amplitude beats."""
+
+from itertools import combinations
+
+import pytest
+import torch
+from conftest import base2_table
+
+from spikellm.coding import uniform_table
+from spikellm.config import Coding
+from spikellm.neuron import PhaseTable, encode, fire
+from spikellm.search import load_fits, save_fits
+from spikellm.statistics import FIT, HELD_OUT, Observer, SiteStatistics
+from spikellm.traditional import fit_traditional, spike_bound, variants
+
+T = 6
+
+
+def table(coding: Coding, option: dict[str, float], *, max_spikes: int | None = None) -> PhaseTable:
+    """With 1 as the largest output (of base 2: the amplitude)."""
+    theta, h, d, v0 = uniform_table(torch.tensor([option["first"]]), T, base=option["base"], ratio=option["ratio"], v0=option["v0"])
+    return PhaseTable(theta=theta, h=h, d=d, v0=v0, max_spikes=spike_bound(coding, max_spikes))
+
+
+X = torch.linspace(-1.2, 1.2, 4801).view(1, 1, -1)
+
+
+def nearest(levels: torch.Tensor) -> torch.Tensor:
+    """The level nearest to |X|, with X's sign."""
+    index = (X.abs().view(-1, 1) - levels.view(1, -1)).abs().argmin(1)
+    return (levels[index] * X.view(-1).sign()).view(X.shape)
+
+
+def test_rate_coding_rounds_to_the_nearest_count():
+    code = table(Coding.rate, variants(Coding.rate, T)[0])
+    y = encode(X, code, compiled=False)
+    wanted = nearest(torch.arange(T + 1) / T)
+    assert ((y - X).abs() <= (wanted - X).abs() + 1e-6).all()
+    spikes = fire(X, code).abs().sum(0)
+    assert torch.allclose(spikes / T, y.abs(), atol=1e-6)  # the number of spikes is the value
+    assert ((fire(X, code)[1:] != 0) <= (fire(X, code)[:-1] != 0)).all()  # and they come first
+
+
+@pytest.mark.parametrize("option", variants(Coding.ttfs, T), ids=lambda option: str(option["base"]))
+def test_ttfs_sends_one_spike_at_the_time_of_the_nearest_level(option):
+    code = table(Coding.ttfs, option)
+    assert fire(X, code).abs().sum(0).max() == 1
+    y = encode(X, code, compiled=False)
+    levels = float(option["base"]) ** -torch.arange(T)
+    silent = X.abs() <= (levels[-1] * option["ratio"])
+    assert not y[silent].any()
+    assert ((y - X).abs() <= (nearest(levels) - X).abs() + 1e-6)[~silent].all()
+
+
+@pytest.mark.parametrize("k", range(1, T + 1))
+def test_few_spike_keeps_the_first_k_spikes_of_base_2(k):
+    option = variants(Coding.few_spike, T)[-1]
+    assert option["ratio"] == 1
+    code = table(Coding.few_spike, option, max_spikes=k)
+    whole = fire(X, base2_table(1.0, T))
+    first = whole * ((whole != 0).cumsum(0) <= k)
+    assert torch.equal(fire(X, code), first)
+    levels = {round(sum(2.0**-t for t in chosen), 9) for n in range(k + 1) for chosen in combinations(range(1, T + 1), n)}
+    assert {round(value, 9) for value in encode(X, code, compiled=False).abs().flatten().tolist()} <= levels
+
+
+def test_all_spikes_allowed_is_base_2():
+    code = table(Coding.few_spike, variants(Coding.few_spike, T)[-1], max_spikes=T)
+    assert torch.equal(encode(X, code, compiled=False), encode(X, base2_table(1.0, T), compiled=False))
+
+
+def observed(*, scale: float = 1.0, groups: int = 1) -> SiteStatistics:
+    observer = Observer("site", groups=groups)
+    generator = torch.Generator().manual_seed(0)
+    for part in (FIT, HELD_OUT):
+        observer.part = part
+        observer(scale * torch.randn(20000, groups, generator=generator) * torch.arange(1, groups + 1))
+    return observer.result()
+
+
+@pytest.mark.parametrize("coding", [Coding.rate, Coding.ttfs, Coding.few_spike])
+def test_the_fit_is_the_best_amplitude(coding):
+    """Brute force over amplitudes on samples of the same distribution; every group has its own."""
+    statistics = {"site": observed(groups=2)}
+    fit = fit_traditional(statistics, coding, T=T, max_spikes=2, compiled=False)["site"]
+    assert fit.tau[1] / fit.tau[0] == pytest.approx(2, rel=0.15)
+    x = torch.randn(1, 1, 40000, generator=torch.Generator().manual_seed(1))
+
+    def error(code: PhaseTable) -> float:
+        return (encode(x, code, compiled=False) - x).square().mean().item()
+
+    mine = error(PhaseTable(**{name: getattr(fit.table, name)[:1] for name in ("theta", "h", "d", "v0")}, max_spikes=fit.max_spikes))
+    others = []
+    for option in variants(coding, T):
+        for largest in torch.linspace(0.3, 8, 78).tolist():
+            theta, h, d, v0 = uniform_table(
+                torch.tensor([largest * option["first"]]), T, base=option["base"], ratio=option["ratio"], v0=option["v0"]
+            )
+            others.append(error(PhaseTable(theta=theta, h=h, d=d, v0=v0, max_spikes=fit.max_spikes)))
+    assert mine <= 1.02 * min(others)
+    assert fit.relative_error == pytest.approx(mine, rel=0.1)
+    assert 0 < fit.firing_rate.max() < 1
+
+
+def test_more_spikes_are_better_and_phase_is_best():
+    statistics = {"site": observed()}
+    errors = [fit_traditional(statistics, Coding.few_spike, T=T, max_spikes=k, compiled=False)["site"].relative_error for k in (1, 2, 3, T)]
+    assert errors == sorted(errors, reverse=True)
+    for coding in (Coding.rate, Coding.ttfs):
+        worse = fit_traditional(statistics, coding, T=T, compiled=False)["site"]
+        assert worse.relative_error > 5 * errors[-1]
+        assert worse.relative_error > worse.relative_error_base2
+
+
+def test_a_site_without_activations_and_the_way_to_disk(tmp_path):
+    silent = Observer("silent")
+    silent(torch.zeros(3, 4))
+    fits = fit_traditional({"site": observed(), "silent": silent.result()}, Coding.ttfs, T=T, compiled=False)
+    save_fits(tmp_path / "codes.safetensors", fits)
+    again = load_fits(tmp_path / "codes.safetensors")
+    for name, fit in fits.items():
+        assert again[name].table.max_spikes == fit.table.max_spikes == 1
+        assert torch.equal(again[name].d, fit.d)
+        assert torch.isfinite(fit.d).all()
