@@ -64,6 +64,7 @@ class RotationKind(Enum):
 
 class Coding(Enum):
     phase = "phase"
+    phase_signed = "phase_signed"  # digits -1, 0, +1 in every phase: finer codes, or fewer spikes
     rate = "rate"  # traditional conversion: T equal spikes at most, their number is the value
     ttfs = "ttfs"  # traditional conversion: one spike, its time is the value
     few_spike = "few_spike"  # base 2, at most snn.max_spikes spikes
@@ -220,6 +221,7 @@ class HardwareConfig:
 class SearchConfig:
     method: SearchMethod = SearchMethod.evolution
     groups: Groups = Groups.head  # neurons that share a table
+    spike_weight: float = 0.0  # lambda: the search multiplies a squared error by exp(lambda * mean spikes of a neuron)
     tolerance: float = 0.02  # grain=auto: relative excess of the objective that a coarser grain may have
     gradient_outer: int = 20  # method=gradient: rounds; this and the next three as the authors have them
     gradient_inner: int = 50  # method=gradient: steps of (h, theta), and as many of d, in a round
@@ -230,6 +232,9 @@ class SearchConfig:
 
     def __post_init__(self) -> None:
         _check(self.tolerance >= 0, "search.tolerance", self.tolerance, "must not be negative")
+        _check(
+            0 <= self.spike_weight < 100, "search.spike_weight", self.spike_weight, "takes 0 (accuracy alone) to 100; 0.1 to 2 are useful"
+        )
         for key in ("gradient_outer", "gradient_inner", "gradient_samples"):
             _check(getattr(self, key) >= 1, f"search.{key}", getattr(self, key), "must be at least 1")
         _check(self.gradient_rate > 0, "search.gradient_rate", self.gradient_rate, "must be positive")

@@ -22,8 +22,8 @@ MEMBERS = 32  # population per group
 GENERATIONS = (50, 60, 60)  # per number of grains; the last entry for more
 CHUNK = 2**19  # elements of a buffer: 2 MiB stay in the cache, page faults took half of the time without
 FIXED = 3  # parameters that do not multiply with the number of grains
-# Bounds of log tau around the maximum's, of v0 in units of tau 2^-(T+1), and of log2 of a base.
-LOG_TAU_BELOW, LOG_TAU_ABOVE, LOWEST_V0, LOWEST_BASE, HIGHEST_BASE = 8.0, 4.0, -4.0, 0.05, 4.0
+# Bounds of log tau around the maximum's, of v0 in units of tau 2^-(T+1), of log2 rho, and of log2 of a base.
+LOG_TAU_BELOW, LOG_TAU_ABOVE, LOWEST_V0, LOWEST_RHO, LOWEST_BASE, HIGHEST_BASE = 8.0, 4.0, -4.0, -2.0, 0.05, 4.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -94,7 +94,7 @@ def squared_error(
 ) -> Tensor:
     """Sum over points of weight (y - x)^2 [N, K]; x, weight [N, 1, points] of N groups, K codes each: tables [N, K, T], v0 [N, K].
 
-    spike_weight [N, 1, points]: what a spike at a point costs, added to the error.
+    With spike_weight [N, 1, points] the error is multiplied by exp(sum over points of spike_weight * spikes).
     """
     v = x + v0[..., None]
     y, fired, spikes = torch.zeros_like(v), torch.zeros_like(v), torch.zeros_like(v)
@@ -105,22 +105,29 @@ def squared_error(
         if spike_weight is not None:
             spikes = spikes + z.abs()
     error = (weight * (y - x).square()).sum(-1)
-    return error if spike_weight is None else error + (spike_weight * spikes).sum(-1)
+    return error if spike_weight is None else error * (spike_weight * spikes).sum(-1).exp()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Objective:
-    """Weighted squared error of codes on the points of N groups; `kernel` is `squared_error`, fused or plain."""
+    """Weighted squared error of codes on the points of N groups; `kernel` is `squared_error`, fused or plain, and so its arguments."""
 
     x: Float[Tensor, "N 1 points"]
     weight: Float[Tensor, "N 1 points"]
     kernel: Callable[..., Tensor]
+    signed: bool = False
+    spike_weight: Float[Tensor, "N 1 points"] | None = None
 
     def __call__(self, codes: Codes) -> Float[Tensor, "N K"]:
         tables = codes.spell()
         rows = max(1, CHUNK // (codes.values.shape[1] * self.x.shape[-1]))
         parts = [slice(start, start + rows) for start in range(0, len(self.x), rows)]
-        return torch.cat([self.kernel(self.x[part], self.weight[part], *(table[part] for table in tables)) for part in parts])
+        costs = []
+        for part in parts:
+            spike_weight = None if self.spike_weight is None else self.spike_weight[part]
+            rows_of = (table[part] for table in tables)
+            costs.append(self.kernel(self.x[part], self.weight[part], *rows_of, None, self.signed, spike_weight))
+        return torch.cat(costs)
 
 
 def evolve_grains(
@@ -140,7 +147,7 @@ def evolve_grains(
     previous = base2_codes(maximum, T)
     for grains in range(1, G + 1):
         options = assignments(T, grains, min_length=min_length).to(maximum.device)
-        population = first_population(previous, maximum, options, generator)
+        population = first_population(previous, maximum, options, generator, signed=objective.signed)
         generations = GENERATIONS[min(grains, len(GENERATIONS)) - 1]
         previous, found = evolve(objective, population, maximum, generations, generator)
         codes = previous.widened(G)
@@ -152,29 +159,35 @@ def evolve_grains(
     return rounds
 
 
-def first_population(previous: Codes, maximum: Tensor, options: Int[Tensor, "A T"], generator: torch.Generator) -> Codes:
-    """Half around the optimum of one grain less, spelled with every assignment, half at random around base 2; [N, MEMBERS, ..]."""
+def first_population(previous: Codes, maximum: Tensor, options: Int[Tensor, "A T"], generator: torch.Generator, *, signed: bool) -> Codes:
+    """Half around the optimum of one grain less, spelled with every assignment, half at random; [N, MEMBERS, ..].
+
+    The random ones lie around base 2; with signed digits between base 2 and base 3, thresholds between half of the reset (which
+    leaves the smallest residual) and the whole.
+    """
     N, T, grains = len(maximum), options.shape[1], int(options.max()) + 1
     device = maximum.device
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(device)
 
-    base = 1 + 0.15 * normal(N, MEMBERS, 1)
-    values = torch.cat([torch.empty_like(base), 1 + 0.3 * normal(N, MEMBERS, 1), base + 0.05 * normal(N, MEMBERS, 3 * grains)], -1)
+    base = (1.3 + 0.3 * normal(N, MEMBERS, 1)).clamp_min(0.6) if signed else 1 + 0.15 * normal(N, MEMBERS, 1)
+    rho = -torch.rand(N, MEMBERS, 1, generator=generator).to(device) * signed
+    v0 = 1 - signed + 0.3 * normal(N, MEMBERS, 1)
+    values = torch.cat([torch.empty_like(base), v0, rho, base + 0.05 * normal(N, MEMBERS, 3 * grains)], -1)
     shrink = 2 * torch.rand(N, MEMBERS, generator=generator).to(device).square() - 0.1
-    # d_0 = tau / B: a larger base needs a larger tau for the same range
-    values[..., 0] = maximum.log()[:, None] + (base[..., 0] - 1) * 0.7 - shrink
+    # the largest output is tau / (B - 1): a larger base needs a larger tau for the same range
+    values[..., 0] = maximum.log()[:, None] + (base[..., 0].exp2() - 1).clamp_min(0.1).log() - shrink
     assignment = options[torch.arange(MEMBERS, device=device) % len(options)].expand(N, MEMBERS, T).clone()
     values[:, 0] = base2_codes(maximum, T, grains).values
-    spread = torch.tensor([0.03, 0.3] + [0.03] * 3 * grains, device=device)
+    spread = torch.tensor([0.03, 0.3, 0.03 * signed] + [0.03] * 3 * grains, device=device)
     for member in range(1, 1 + MEMBERS // 2):
         # each new grain inherits the bases that its first phase had
         starts = torch.stack([(assignment[0, member] == grain).int().argmax() for grain in range(grains)])
         source = previous.assignment[:, starts]
-        values[:, member] = torch.cat([previous.values[:, :2], *(part.gather(1, source) for part in previous.bases())], -1)
+        values[:, member] = torch.cat([previous.values[:, :FIXED], *(part.gather(1, source) for part in previous.bases())], -1)
         if member > len(options):
-            values[:, member] += normal(N, 2 + 3 * grains) * spread
+            values[:, member] += normal(N, FIXED + 3 * grains) * spread
     return Codes(values=values, assignment=assignment)
 
 
@@ -187,6 +200,7 @@ def evolve(
     low, high = torch.full((N, 1, P), LOWEST_BASE, device=device), torch.full((N, 1, P), HIGHEST_BASE, device=device)
     low[..., 0], high[..., 0] = maximum.log()[:, None] - LOG_TAU_BELOW, maximum.log()[:, None] + LOG_TAU_ABOVE
     low[..., 1], high[..., 1] = LOWEST_V0, 2.0**T
+    low[..., 2], high[..., 2] = LOWEST_RHO if objective.signed else 0.0, 0.0
     group = torch.arange(N, device=device)[:, None]
     found = objective(population)
     for _ in range(generations):

@@ -127,7 +127,7 @@ def descend_grains(
             found.append(_descend(scaled[part, None], logits[part], options, schedule, progress))
     bases, chosen, error = (torch.cat(parts) for parts in zip(*found, strict=True))
     power = scaled.square().mean(-1)
-    first = torch.stack([maximum.log(), torch.ones_like(maximum)], -1)  # v0 = 1 step: the default rule
+    first = torch.stack([maximum.log(), torch.ones_like(maximum), torch.zeros_like(maximum)], -1)  # v0 = 1 step: the default rule
     codes = Codes(values=torch.cat([first, bases.log2().flatten(1)], -1), assignment=options[chosen])
     return codes, torch.where(power > 0, error / power.clamp_min(1e-30), 0.0)
 

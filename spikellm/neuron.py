@@ -76,7 +76,7 @@ class PhaseTable:
     def to(self, *args, **kwargs) -> Self:
         return replace(self, **{name: getattr(self, name).to(*args, **kwargs) for name in ROWS})
 
-    def halves(self) -> tuple[Self, Self]:
+    def halves(self) -> tuple["PhaseTable", "PhaseTable"]:
         """The tables of non-negative and of negative inputs, one-sided; the same twice where this one is."""
         if not self.two_sided:
             return self, self
@@ -84,7 +84,7 @@ class PhaseTable:
         on, off = (replace(self, two_sided=False, **{name: part[side] for name, part in parts.items()}) for side in (0, 1))
         return on, off
 
-    def sides(self, x: Tensor) -> Iterator[tuple[Tensor, Self]]:
+    def sides(self, x: Tensor) -> Iterator[tuple[Tensor, "PhaseTable"]]:
         """What a one-sided neuron of each side reads, and its table: all of x, or its positive and its negative part."""
         if not self.two_sided:
             yield x, self
@@ -123,9 +123,7 @@ def fire_plain(x: Tensor, theta: Tensor, h: Tensor, v0: Tensor, max_spikes: int 
 def fire(x: Float[Tensor, "A C I"], table: PhaseTable, *, compiled: bool = False) -> Int8[Tensor, "T A C I"]:
     """The spike train s z_t of every neuron, time first; arguments as in `encode`."""
     kernel = fused(fire_plain, x.device.type) if compiled else fire_plain
-    trains = [
-        torch.stack(kernel(part, side.theta, side.h, side.v0, side.max_spikes, side.signed)) for part, side in table.sides(x)
-    ]
+    trains = [torch.stack(kernel(part, side.theta, side.h, side.v0, side.max_spikes, side.signed)) for part, side in table.sides(x)]
     return sum(trains[1:], start=trains[0])
 
 
@@ -135,9 +133,7 @@ def decode(spikes: Int8[Tensor, "T A C I"], table: PhaseTable) -> Float[Tensor, 
     return (spikes * torch.where(spikes < 0, off, on)).sum(0)
 
 
-def encode_plain(
-    x: Tensor, theta: Tensor, h: Tensor, d: Tensor, v0: Tensor, max_spikes: int | None = None, signed: bool = False
-) -> Tensor:
+def encode_plain(x: Tensor, theta: Tensor, h: Tensor, d: Tensor, v0: Tensor, max_spikes: int | None = None, signed: bool = False) -> Tensor:
     """decode(fire(x)) without the train: y in x's dtype; x [A, C, I], tables [C, T], v0 [C]. The specification."""
     v = x.abs().to(theta.dtype) + v0[:, None]
     y, fired = torch.zeros_like(v), torch.zeros_like(v)

@@ -71,7 +71,7 @@ def read_neurons(path: Path, *, T: int | None = None, G: int | None = None, stor
         except ValueError as error:
             cure = "a neuron is (G, assignment, B, tau, H, Theta[, v0])"
             raise _refusal(path, f"the neuron at {name} is not one: {error}; {cure}") from error
-        steps, grains = codes[name].assignment.shape[-1], (codes[name].values.shape[-1] - 2) // 3
+        steps, grains = codes[name].assignment.shape[-1], codes[name].G
         T, G = T or steps, G or grains
         if steps != T:
             raise _refusal(path, f"has T={steps} at {name}, but snn.T={T}; set snn.T={steps} or import another file")
@@ -101,7 +101,7 @@ def _read_entry(entry: Any, stored_v0: bool) -> Codes:
     v0 = torch.as_tensor(entry[6], dtype=torch.float64) if len(entry) == 7 and stored_v0 else step
     if v0.numel() != 1 or not v0.isfinite():
         raise ValueError(f"v0={entry[6]!r} is not a number")
-    first = torch.stack([amplitude.log().reshape(()), (v0 / step).reshape(())])
+    first = torch.stack([amplitude.log().reshape(()), (v0 / step).reshape(()), torch.zeros((), dtype=torch.float64)])
     values = torch.cat([first, *(bases.double().log2() for bases in (B, H, Theta))])
     return Codes(values=values[None].float(), assignment=grains[None].long())
 

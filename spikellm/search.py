@@ -30,7 +30,7 @@ from spikellm.artifacts import write_tensors
 from spikellm.coding import assignments
 from spikellm.evolution import Codes, Objective, base2_codes, evolve_grains, squared_error
 from spikellm.gradient import Schedule, descend_grains, draw_samples
-from spikellm.neuron import PhaseTable, bounded, fused
+from spikellm.neuron import PhaseTable, fire_plain, fused
 from spikellm.statistics import FIT, HELD_OUT, SiteStatistics
 
 MAX_GRAINS = 3  # of grain=auto
@@ -43,7 +43,8 @@ class CodeFit:
 
     Bases are padded to the same number of grains by the last grain's. error and error_base2 are weighted squared errors on
     held-out data, power the weighted mean square there (base 2 with one tau for the site); firing_rate = spikes / (neurons x T)
-    there; fallback: base 2 was kept; max_spikes: of the neurons (`PhaseTable`).
+    there and share the site's neurons in a group; fallback: base 2 was kept; max_spikes, two_sided, signed: of the neurons
+    (`PhaseTable`; of a two-sided site the first half of the rows codes x >= 0, the second x < 0).
     """
 
     tau: Float[Tensor, " C"]
@@ -60,12 +61,17 @@ class CodeFit:
     error_base2: Float[Tensor, " C"]
     power: Float[Tensor, " C"]
     firing_rate: Float[Tensor, " C"]
+    share: Float[Tensor, " C"]
     fallback: Bool[Tensor, " C"]
+    rho: Float[Tensor, " C"]
     max_spikes: int | None = None
+    two_sided: bool = False
+    signed: bool = False
 
     @property
     def table(self) -> PhaseTable:
-        return PhaseTable(theta=self.theta, h=self.h, d=self.d, v0=self.v0, max_spikes=self.max_spikes)
+        flags: dict[str, Any] = {"max_spikes": self.max_spikes, "two_sided": self.two_sided, "signed": self.signed}
+        return PhaseTable(theta=self.theta, h=self.h, d=self.d, v0=self.v0, **flags)
 
     @property
     def grain(self) -> Int[Tensor, " C"]:
@@ -81,21 +87,38 @@ class CodeFit:
     def relative_error_base2(self) -> float:
         return _ratio(self.error_base2, self.power)
 
+    @property
+    def mean_firing_rate(self) -> float:
+        """Of the site."""
+        return (self.firing_rate * self.share).sum().item()
+
     @classmethod
-    def assess(cls, statistics: SiteStatistics, codes: Codes, objective: Float[Tensor, " C"], *, fall_back: bool = True) -> Self:
+    def assess(
+        cls,
+        statistics: SiteStatistics,
+        codes: Codes,
+        objective: Float[Tensor, " C"],
+        *,
+        fall_back: bool = True,
+        signed: bool = False,
+        spike_weight: float = 0.0,
+    ) -> Self:
         """Choose per group between the found code and base 2, on held-out data; fall_back=False keeps the found code."""
-        T, G = codes.assignment.shape[-1], (codes.values.shape[-1] - 2) // 3
+        T, G = codes.assignment.shape[-1], codes.G
         maximum = statistics.maximum.amax(0)
         site = torch.where(maximum.amax() > 0, maximum.amax(), 1.0).expand_as(maximum)
         x, weight, count = held_out_points(statistics)
         per_site, per_group = base2_codes(site, T, G), base2_codes(torch.where(maximum > 0, maximum, site), T, G)
-        errors = torch.stack([weighted_error(x, weight, each) for each in (per_site, per_group, codes)])
+        neurons = count.sum(-1) + statistics.zeros[HELD_OUT]
+        candidates = (per_site, per_group, codes)
+        errors = torch.stack([weighted_error(x, weight, each, signed=signed) for each in candidates])
+        spikes = torch.stack([spikes_per_neuron(x, count, neurons, each.spell(), signed=signed) for each in candidates])
+        costs = errors * (spike_weight * spikes).exp()
         # the first of equals: base 2 where nothing is gained, or nothing passed
-        best = errors.argmin(0) if fall_back else torch.full_like(errors[0], 2, dtype=torch.int64)
+        best = costs.argmin(0) if fall_back else torch.full_like(errors[0], 2, dtype=torch.int64)
         chosen = per_site.where(best == 0, per_group.where(best == 1, codes))
         theta, h, d, v0 = chosen.spell()
         base_d, base_h, base_theta = (part.exp2() for part in chosen.bases())
-        neurons = (count.sum(-1) + statistics.zeros[HELD_OUT]) * T
         return cls(
             tau=chosen.tau,
             v0=v0,
@@ -110,8 +133,12 @@ class CodeFit:
             error=errors.gather(0, best[None])[0],
             error_base2=errors[0],
             power=(weight * x.square()).sum(-1),
-            firing_rate=(count * spike_count(x, theta, h, v0)).sum(-1) / neurons.clamp_min(1),
+            firing_rate=spikes.gather(0, best[None])[0] / T,
+            share=neurons / neurons.sum().clamp_min(1),
             fallback=best < 2,
+            rho=chosen.rho,
+            two_sided=statistics.two_sided,
+            signed=signed,
         )
 
 
@@ -128,6 +155,8 @@ def search(
     seed: int,
     min_length: int = 2,
     tolerance: float = 0.02,
+    signed: bool = False,
+    spike_weights: Mapping[str, float] | None = None,
     compiled: bool = True,
     progress: Callable[[int], None] = lambda grains: None,
 ) -> dict[str, CodeFit]:
@@ -140,6 +169,9 @@ def search(
         seed: of the evolution; the result is the same for the same seed and statistics.
         min_length: phases of a grain, at least [steps].
         tolerance: relative. Excess perplexity moves about as the coding error does: 0.02 of it is 0.02 of the excess.
+        signed: digits may be negative.
+        spike_weights: by site name; the log of the factor on the squared error at which one spike less a neuron is a fair exchange
+            (0, or no entry: spikes cost nothing).
         compiled: fuse the evaluation of candidates.
         progress: called with the number of grains after each round.
 
@@ -149,16 +181,21 @@ def search(
     most = G or min(MAX_GRAINS, max(1, T // min_length))
     assignments(T, most, min_length=min_length)  # refuses early
     kernel = fused(squared_error, next(iter(statistics.values())).counts.device.type) if compiled else squared_error
-    points = [
-        weighted_points(site, group, min(2048, max(256, 2 ** (T + 2))))  # four points per level up to T = 9
-        for site in statistics.values()
-        for group in range(site.counts.shape[1])
-    ]
-    x, weight = (torch.stack(part)[:, None] for part in zip(*points, strict=True))
+    if signed:  # a digit's sign does not tell the side
+        statistics = {name: site.merged() if site.two_sided else site for name, site in statistics.items()}
+    bits = 1.6 * T if signed else T  # log2 of the number of levels
+    number = min(2048, max(256, 2 ** round(bits + 2)))  # four points a level, up to 512 levels
+    points = [weighted_points(site, group, number) for site in statistics.values() for group in range(site.counts.shape[1])]
+    x, weight, share = (torch.stack(part)[:, None] for part in zip(*points, strict=True))
+    spike_weight = None
+    if spike_weights and any(spike_weights.values()):
+        each = [spike_weights.get(name, 0.0) for name, site in statistics.items() for _ in range(site.counts.shape[1])]
+        spike_weight = share * torch.tensor(each, device=share.device)[:, None, None]
     maximum = group_maxima(statistics)
-    objective = Objective(x=x, weight=weight, kernel=kernel)
+    objective = Objective(x=x, weight=weight, kernel=kernel, signed=signed, spike_weight=spike_weight)
     rounds = evolve_grains(objective, maximum, T=T, G=most, seed=seed, min_length=min_length, progress=progress)
-    return assess_all(statistics, *(rounds[-1] if G else coarsest(rounds, tolerance)))
+    chosen = rounds[-1] if G else coarsest(rounds, tolerance)
+    return assess_all(statistics, *chosen, signed=signed, spike_weights=spike_weights)
 
 
 def gradient_search(
@@ -200,13 +237,21 @@ def group_maxima(statistics: Mapping[str, SiteStatistics]) -> Float[Tensor, " N"
     return torch.where(maximum > 0, maximum, 1.0)
 
 
-def assess_all(statistics: Mapping[str, SiteStatistics], codes: Codes, found: Float[Tensor, " N"]) -> dict[str, CodeFit]:
+def assess_all(
+    statistics: Mapping[str, SiteStatistics],
+    codes: Codes,
+    found: Float[Tensor, " N"],
+    *,
+    signed: bool = False,
+    spike_weights: Mapping[str, float] | None = None,
+) -> dict[str, CodeFit]:
     """Codes and objectives of all groups in a row as one fit per site."""
     fits, start = {}, 0
     for name, site in statistics.items():
         rows = slice(start, start + site.counts.shape[1])
         start = rows.stop
-        fits[name] = CodeFit.assess(site, codes.at(rows), found[rows])
+        spike_weight = (spike_weights or {}).get(name, 0.0)
+        fits[name] = CodeFit.assess(site, codes.at(rows), found[rows], signed=signed, spike_weight=spike_weight)
     return fits
 
 
@@ -231,13 +276,20 @@ def coarsest(rounds: list[tuple[Codes, Tensor]], tolerance: float) -> tuple[Code
     return codes, found
 
 
-def weighted_points(statistics: SiteStatistics, group: int, count: int) -> tuple[Float[Tensor, " points"], Float[Tensor, " points"]]:
-    """One group's fitting part in `count` points, their weights scaled so that sum weight x^2 = 1; an unused point weighs 0."""
+def weighted_points(
+    statistics: SiteStatistics, group: int, count: int
+) -> tuple[Float[Tensor, " points"], Float[Tensor, " points"], Float[Tensor, " points"]]:
+    """One group's fitting part in `count` points.
+
+    Returns:
+        positions; weights scaled so that sum weight x^2 = 1, an unused point weighs 0; shares of the group's neurons (zeros have
+        no point).
+    """
     weights = (statistics.counts if statistics.weights is None else statistics.weights)[FIT, group].double()
-    x, share = torch.zeros(count, device=weights.device), torch.zeros(count, device=weights.device)
     used = weights > 0
     if not used.any():
-        return x, share
+        nothing = torch.zeros(count, device=weights.device)
+        return nothing, nothing, nothing
     mass = weights[used]
     width = statistics.edges.double().diff()[used]
     center = statistics.centers.double()[used]
@@ -245,10 +297,12 @@ def weighted_points(statistics: SiteStatistics, group: int, count: int) -> tuple
     # most points where levels belong, some for mass and energy
     measure = torch.stack([factor * part / part.sum() for factor, part in zip((0.7, 0.2, 0.1), parts, strict=True)]).sum(0)
     cell = ((measure.cumsum(0) - measure / 2) * count).long().clamp_(0, count - 1)
-    total = torch.zeros(count, dtype=torch.float64, device=x.device).index_add_(0, cell, mass)
+    total = torch.zeros(count, dtype=torch.float64, device=mass.device).index_add_(0, cell, mass)
     first = torch.zeros_like(total).index_add_(0, cell, mass * center)
     x = torch.where(total > 0, first / total.clamp_min(1e-300), 0.0)
-    return x.float(), (total / (total * x.square()).sum()).float()
+    neurons = statistics.counts[FIT, group].double()
+    share = torch.zeros_like(total).index_add_(0, cell, neurons[used]) / (neurons.sum() + statistics.zeros[FIT, group])
+    return x.float(), (total / (total * x.square()).sum()).float(), share.float()
 
 
 def held_out_points(statistics: SiteStatistics) -> tuple[Float[Tensor, "C points"], Float[Tensor, "C points"], Float[Tensor, "C points"]]:
@@ -262,21 +316,28 @@ def held_out_points(statistics: SiteStatistics) -> tuple[Float[Tensor, "C points
     return x.contiguous(), weight, counts
 
 
-def weighted_error(x: Float[Tensor, "C points"], weight: Float[Tensor, "C points"], codes: Codes) -> Float[Tensor, " C"]:
+def weighted_error(
+    x: Float[Tensor, "C points"], weight: Float[Tensor, "C points"], codes: Codes, *, signed: bool = False
+) -> Float[Tensor, " C"]:
     """Squared error of one code per group."""
     theta, h, d, v0 = (part[:, None] for part in codes.spell())
-    return squared_error(x[:, None], weight[:, None], theta, h, d, v0)[:, 0]
+    return squared_error(x[:, None], weight[:, None], theta, h, d, v0, None, signed)[:, 0]
 
 
-def spike_count(
-    x: Float[Tensor, "C points"], theta: Tensor, h: Tensor, v0: Tensor, max_spikes: int | None = None
-) -> Float[Tensor, "C points"]:
-    """Spikes that a neuron with input x > 0 fires, 0 .. T."""
-    v, spikes = x + v0[:, None], torch.zeros_like(x)
-    for t in range(theta.shape[-1]):
-        z, _ = bounded(v > theta[:, t, None], spikes, max_spikes)
-        v, spikes = v - h[:, t, None] * z, spikes + z
-    return spikes
+def spikes_per_neuron(
+    x: Float[Tensor, "C points"],
+    count: Float[Tensor, "C points"],
+    neurons: Float[Tensor, " C"],
+    table: tuple[Tensor, Tensor, Tensor, Tensor],
+    *,
+    max_spikes: int | None = None,
+    signed: bool = False,
+) -> Float[Tensor, " C"]:
+    """Mean spikes of a neuron, 0 .. T, where `count` of `neurons` have input x > 0; `table` is theta, h, d, v0."""
+    theta, h, _, v0 = table
+    train = fire_plain(x[None], theta, h, v0, max_spikes, signed)
+    spikes = torch.stack(train).abs().sum(0)[0]
+    return (count * spikes).sum(-1) / neurons.clamp_min(1)
 
 
 def save_fits(path: Path, fits: Mapping[str, CodeFit]) -> None:
@@ -291,5 +352,5 @@ def load_fits(path: Path) -> dict[str, CodeFit]:
     found: dict[str, dict[str, Any]] = {}
     for key, value in load_file(path).items():
         name, _, field = key.rpartition(".")
-        found.setdefault(name, {})[field] = int(value) if field == "max_spikes" else value
+        found.setdefault(name, {})[field] = value.item() if field in ("max_spikes", "two_sided", "signed") else value
     return {name: CodeFit(**values) for name, values in found.items()}

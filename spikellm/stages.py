@@ -35,14 +35,17 @@ from spikellm.prefix import attach_prefix
 from spikellm.published import file_hash, import_fits
 from spikellm.search import MAX_GRAINS, CodeFit, base2_search, gradient_search, load_fits, save_fits
 from spikellm.search import search as find_codes
+from spikellm.sites import SiteKind
 from spikellm.statistics import SiteStatistics
 from spikellm.traditional import traditional_codes
 
 log = logging.getLogger(__name__)
 
 # Changes when what calibrate or search write no longer means the same.
-ARTIFACT_SCHEMA = 1
+ARTIFACT_SCHEMA = 2
 RESULTS_SCHEMA = 1
+# Sites whose spikes reach one synapse each (`ledger.py`): search.spike_weight leaves them their accuracy.
+UNSHARED = (SiteKind.value.value, SiteKind.activation.value)
 
 
 class Workspace:
@@ -195,8 +198,13 @@ def _find(config: Config, statistics: dict[str, SiteStatistics]) -> dict[str, Co
     options, snn = config.search, config.snn
     G = None if snn.grain == "auto" else int(snn.grain)
     merged = {name: site.merged() for name, site in statistics.items()} if options.groups is Groups.site else statistics
-    if snn.coding is not Coding.phase:
+    if snn.coding not in (Coding.phase, Coding.phase_signed):
         return traditional_codes(config, merged)
+    if snn.coding is Coding.phase_signed and (options.import_file is not None or options.method is SearchMethod.gradient):
+        given = "search.method=gradient" if options.import_file is None else f"search.import_file={options.import_file}"
+        raise InputError(f"{given}: finds digits 0 and 1 and does not go with snn.coding=phase_signed; take snn.coding=phase")
+    if options.spike_weight and options.method is not SearchMethod.evolution:
+        log.warning("search.spike_weight=%g has no effect with search.method=%s", options.spike_weight, options.method.value)
     if options.import_file is not None:
         if options.method is not SearchMethod.evolution:
             log.warning("search.method=%s has no effect: the codes come from search.import_file", options.method.value)
@@ -224,8 +232,16 @@ def _find(config: Config, statistics: dict[str, SiteStatistics]) -> dict[str, Co
         groups = sum(site.counts.shape[1] for site in statistics.values())
         with tqdm(total=searches * groups * schedule.outer, desc="search", unit="round", disable=None) as bar:
             return gradient_search(statistics, schedule=schedule, progress=bar.update, **common)
+    weights = {name: options.spike_weight for name in statistics if not name.endswith(UNSHARED)}
     with tqdm(total=G or MAX_GRAINS, desc="search", unit="grain", disable=None) as bar:
-        return find_codes(statistics, compiled=config.hardware.compile, progress=lambda _: bar.update(), **common)
+        return find_codes(
+            statistics,
+            signed=snn.coding is Coding.phase_signed,
+            spike_weights=weights,
+            compiled=config.hardware.compile,
+            progress=lambda _: bar.update(),
+            **common,
+        )
 
 
 def site_row(name: str, fit: CodeFit) -> dict[str, Any]:
@@ -238,10 +254,11 @@ def site_row(name: str, fit: CodeFit) -> dict[str, Any]:
         "base_d": fit.base_d.tolist(),
         "base_h": fit.base_h.tolist(),
         "base_theta": fit.base_theta.tolist(),
+        "rho": fit.rho.tolist(),
         "v0": fit.v0.tolist(),
         "relative_error_base2": fit.relative_error_base2,
         "relative_error": fit.relative_error,
-        "firing_rate": fit.firing_rate.mean().item(),
+        "firing_rate": fit.mean_firing_rate,
     }
 
 

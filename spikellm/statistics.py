@@ -33,9 +33,9 @@ _CODES = 1 << (8 + MANTISSA_BITS)  # of a non-negative float32, exponent and lea
 class SiteStatistics:
     """Distribution of |x| at one site: histogram of the bins from `first_bin` on, and maxima, per part and group.
 
-    C rows: one a group, or two where `two_sided`, first those of x >= 0, then those of x < 0. counts [parts, C, bins] float32; weights [parts, C, bins] float32, the summed importance of a bin's activations, None where
-    all count the same; zeros [parts, C] int64, activations of exactly zero or below the smallest bin; maximum [parts, C] float32.
-    Parts are FIT and HELD_OUT.
+    C rows: one a group, or two where `two_sided`, first those of x >= 0, then those of x < 0. counts [parts, C, bins] float32;
+    weights [parts, C, bins] float32, the summed importance of a bin's activations, None where all count the same; zeros
+    [parts, C] int64, activations of exactly zero or below the smallest bin; maximum [parts, C] float32. Parts are FIT and HELD_OUT.
     """
 
     counts: Float[Tensor, "P C bins"]

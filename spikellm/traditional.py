@@ -19,7 +19,7 @@ from spikellm.coding import uniform_table
 from spikellm.config import Coding, Config, InputError, SearchMethod
 from spikellm.evolution import CHUNK, base2_codes, squared_error
 from spikellm.neuron import fused
-from spikellm.search import CodeFit, held_out_points, spike_count, weighted_error, weighted_points
+from spikellm.search import CodeFit, held_out_points, spikes_per_neuron, weighted_error, weighted_points
 from spikellm.statistics import HELD_OUT, SiteStatistics
 
 log = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ def _fit_site(site: SiteStatistics, options: list[dict[str, float]], T: int, bou
     top = torch.where(maximum.amax() > 0, maximum.amax(), 1.0).expand_as(maximum)
     groups = len(maximum)
     points = [weighted_points(site, group, POINTS) for group in range(groups)]
-    x, weight = (torch.stack(part)[:, None] for part in zip(*points, strict=True))
+    x, weight, _ = (torch.stack(part)[:, None] for part in zip(*points, strict=True))
     grid = list(product(options, SHARES.tolist()))
     scale = torch.where(maximum > 0, maximum, top)
     tables = [_table(scale * share, option, T) for option, share in grid]
@@ -134,7 +134,7 @@ def _assess(
     C, T = d.shape
     x, weight, count = held_out_points(site)
     error = squared_error(x[:, None], weight[:, None], theta[:, None], h[:, None], d[:, None], v0[:, None], bound)[:, 0]
-    neurons = (count.sum(-1) + site.zeros[HELD_OUT]) * T
+    neurons = count.sum(-1) + site.zeros[HELD_OUT]
     return CodeFit(
         tau=d[:, 0] * base[:, 0],
         v0=v0,
@@ -149,7 +149,10 @@ def _assess(
         error=error,
         error_base2=weighted_error(x, weight, base2_codes(top, T)),
         power=(weight * x.square()).sum(-1),
-        firing_rate=(count * spike_count(x, theta, h, v0, bound)).sum(-1) / neurons.clamp_min(1),
+        firing_rate=spikes_per_neuron(x, count, neurons, (theta, h, d, v0), max_spikes=bound) / T,
+        share=neurons / neurons.sum().clamp_min(1),
         fallback=torch.zeros(C, dtype=torch.bool, device=d.device),
+        rho=torch.ones_like(v0),
         max_spikes=bound,
+        two_sided=site.two_sided,
     )
