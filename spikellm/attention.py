@@ -131,9 +131,10 @@ class SpikingAttention(nn.Module):
             sink, share = prefix_weights(per_key_head(query, prefix[0].mT), top)
             mixed = share * mixed + per_key_head(sink.to(value.dtype), prefix[1])
             total = share * total + sink.sum(-1, keepdim=True)
-        if (weigh := getattr(self.softmax, "weigh", None)) is not None:  # calibration: an error in e moves the output by this factor
-            weigh((share / total).square())
-        return (mixed / total).to(value.dtype)
+        output = mixed / total
+        if (weigh := getattr(self.softmax, "weigh", None)) is not None:  # calibration
+            weigh((share / total).square() * squared_distances(output.to(value.dtype), value))
+        return output.to(value.dtype)
 
     def _coded_exponentials(self, scores: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """e^ [B, H, l, s], its row sums and the rows' largest scores [B, H, l, 1]; one pass if the neuron is compiled."""
@@ -151,6 +152,12 @@ def per_key_head(x: Float[Tensor, "B H l m"], y: Float[Tensor, "B K m n"]) -> Fl
     B, H, L, M = x.shape
     K = y.shape[1]
     return (x.reshape(B, K, H // K * L, M) @ y).view(B, H, L, y.shape[-1])
+
+
+def squared_distances(x: Float[Tensor, "B H l E"], y: Float[Tensor, "B K s E"]) -> Float[Tensor, "B H l s"]:
+    """|x_i - y_j|^2 where H / K query heads share a key head."""
+    y_power = y.square().sum(-1).repeat_interleave(x.shape[1] // y.shape[1], 1)
+    return (x.square().sum(-1)[..., None] + y_power[:, :, None] - 2 * per_key_head(x, y.mT)).clamp_min(0)
 
 
 def probabilities(scores: Tensor, mask: Tensor) -> Tensor:

@@ -21,7 +21,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 NUMERIC_GROUPS = ("grain", "timesteps")
-STAGE_NAMES = ("calibrate", "search", "convert", "evaluate")
+STAGE_NAMES = ("calibrate", "search", "convert", "evaluate", "diagnose")
+DEFAULT_STAGES = STAGE_NAMES[:4]
 MAX_T = 16
 
 
@@ -241,6 +242,14 @@ class SearchConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class DiagnosticsConfig:
+    windows: int = 1  # stage diagnose: evaluation windows for the loss by kind of site, about twenty forwards each; 0: none
+
+    def __post_init__(self) -> None:
+        _check(self.windows >= 0, "diagnostics.windows", self.windows, "must not be negative; 0 leaves the measurement out")
+
+
+@dataclass(kw_only=True, slots=True)
 class SpikesConfig:
     enabled: bool = True  # count the spikes and synaptic operations of the spiking model while evaluating it
     windows: int = 1  # of the evaluation text, the first ones; each costs about two forwards
@@ -281,9 +290,10 @@ class Config:
     rotation: RotationConfig = field(default_factory=RotationConfig)
     prefix: PrefixConfig = field(default_factory=PrefixConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
+    diagnostics: DiagnosticsConfig = field(default_factory=DiagnosticsConfig)
     spikes: SpikesConfig = field(default_factory=SpikesConfig)
     energy: EnergyConfig = field(default_factory=EnergyConfig)
-    stages: list[str] = field(default_factory=lambda: list(STAGE_NAMES))
+    stages: list[str] = field(default_factory=lambda: list(DEFAULT_STAGES))
     seed: int = 0
     output_root: str = MISSING  # runs, sweeps and artefacts lie below it
     objective: str = "perplexity.snn"  # key of results.json that main() returns (for optimising sweepers)

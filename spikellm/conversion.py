@@ -116,9 +116,14 @@ def convert(model: PreTrainedModel, tables: Mapping[str, PhaseTable], *, compile
     if missing or unknown:
         raise ValueError(f"tables do not fit the model: {len(missing)} sites without a table {missing[:3]}, unknown {unknown[:3]}")
     for site in places:
-        weight = next(model.get_submodule(f"{LAYERS}.{site.layer}" if site.layer is not None else FINAL_NORM).parameters())
-        table = tables[site.name].to(device=weight.device, dtype=torch.promote_types(weight.dtype, torch.float32))
-        set_neuron(model, site, PhaseNeuron(table, axis=GROUP_AXIS[site.kind], compiled=compiled))
+        place(model, site, tables[site.name], compiled=compiled)
+
+
+def place(model: PreTrainedModel, site: Site, table: PhaseTable, *, compiled: bool) -> None:
+    """Put a neuron with `table` into the slot of one site."""
+    weight = next(model.get_submodule(f"{LAYERS}.{site.layer}" if site.layer is not None else FINAL_NORM).parameters())
+    table = table.to(device=weight.device, dtype=torch.promote_types(weight.dtype, torch.float32))
+    set_neuron(model, site, PhaseNeuron(table, axis=GROUP_AXIS[site.kind], compiled=compiled))
 
 
 def clear(model: PreTrainedModel) -> None:

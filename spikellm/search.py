@@ -277,15 +277,15 @@ def coarsest(rounds: list[tuple[Codes, Tensor]], tolerance: float) -> tuple[Code
 
 
 def weighted_points(
-    statistics: SiteStatistics, group: int, count: int
+    statistics: SiteStatistics, group: int, count: int, *, part: int = FIT
 ) -> tuple[Float[Tensor, " points"], Float[Tensor, " points"], Float[Tensor, " points"]]:
-    """One group's fitting part in `count` points.
+    """One group's density, of the fitting part if not told otherwise, in `count` points; ascending where they are used.
 
     Returns:
         positions; weights scaled so that sum weight x^2 = 1, an unused point weighs 0; shares of the group's neurons (zeros have
         no point).
     """
-    weights = (statistics.counts if statistics.weights is None else statistics.weights)[FIT, group].double()
+    weights = (statistics.counts if statistics.weights is None else statistics.weights)[part, group].double()
     used = weights > 0
     if not used.any():
         nothing = torch.zeros(count, device=weights.device)
@@ -300,8 +300,8 @@ def weighted_points(
     total = torch.zeros(count, dtype=torch.float64, device=mass.device).index_add_(0, cell, mass)
     first = torch.zeros_like(total).index_add_(0, cell, mass * center)
     x = torch.where(total > 0, first / total.clamp_min(1e-300), 0.0)
-    neurons = statistics.counts[FIT, group].double()
-    share = torch.zeros_like(total).index_add_(0, cell, neurons[used]) / (neurons.sum() + statistics.zeros[FIT, group])
+    neurons = statistics.counts[part, group].double()
+    share = torch.zeros_like(total).index_add_(0, cell, neurons[used]) / (neurons.sum() + statistics.zeros[part, group])
     return x.float(), (total / (total * x.square()).sum()).float(), share.float()
 
 

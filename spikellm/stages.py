@@ -23,10 +23,11 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from spikellm import accounts, checkpoint, conversion, data, evaluation, ledger, rotation
+from spikellm import accounts, checkpoint, conversion, data, diagnostics, evaluation, ledger, rotation
 from spikellm.artifacts import ArtifactStore, artifact_key, read_json, write_json
 from spikellm.calibration import Calibration
 from spikellm.calibration import calibrate as run_calibration
+from spikellm.code_plots import write_density_plots
 from spikellm.config import Coding, Config, Groups, ImportV0, InputError, RotationKind, SearchMethod, SoftmaxNorm, Tracker
 from spikellm.gradient import Schedule
 from spikellm.hadamard import HAS_CUDA_KERNEL
@@ -269,6 +270,7 @@ class StageOutcome:
     cached: bool
     results: dict[str, Any]
     tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # rows by the name of a csv file
+    plots: list[Path] = field(default_factory=list)  # pictures to copy into the run's folder
 
 
 def calibrate(work: Workspace) -> StageOutcome:
@@ -344,11 +346,38 @@ def _spikes(work: Workspace) -> tuple[dict[str, Any], dict[str, list[dict[str, A
     return records, {"spikes.csv": accounts.spike_rows(found)}, cached
 
 
+def diagnose(work: Workspace) -> StageOutcome:
+    """How far each code is above the Lloyd-Max bound, which sites do the damage, levels drawn on densities."""
+    options = work.config.diagnostics
+
+    def measure(folder: Path) -> None:
+        fits, statistics = work.fits()[0], work.calibration()[0].statistics
+        record: dict[str, Any] = {"sites": diagnostics.site_rows(statistics, fits)}
+        write_density_plots(folder / "plots", statistics, fits)
+        if options.windows:
+            model = work.installed()
+            attach_prefix(model, work.calibration()[0].prefix_tokens)
+            windows = work.windows("evaluation")[: options.windows]
+            by_kind, by_site = diagnostics.damage(model, fits, windows, compiled=work.config.hardware.compile)
+            record["damage"] = {"perplexity_by_kind": by_kind, "perplexity_by_site": by_site}
+        write_json(folder / "diagnostics.json", record)
+
+    inputs = work.evaluate_inputs("snn") | {"windows": options.windows}
+    folder, cached = work.store.load_or_compute("diagnose", inputs, measure)
+    record = read_json(folder / "diagnostics.json")
+    rows = record.pop("sites")
+    above = sorted(row["above_bound"] for row in rows if row["above_bound"] is not None)
+    found = record.get("damage", {}) | {"median_above_bound": above[len(above) // 2] if above else None}
+    plots = sorted((folder / "plots").glob("*.png"))
+    return StageOutcome(cached=cached, results={"diagnostics": found}, tables={"diagnostics.csv": rows}, plots=plots)
+
+
 STAGES: dict[str, Callable[[Workspace], StageOutcome]] = {
     "calibrate": calibrate,
     "search": search,
     "convert": convert,
     "evaluate": evaluate,
+    "diagnose": diagnose,
 }
 
 

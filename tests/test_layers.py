@@ -14,7 +14,8 @@ LAYERS = (
     {"rotation", "prefix", "attention", "modules", "statistics", "evolution"},
     {"conversion", "evaluation", "gradient", "stepped_modules"},
     {"calibration", "checkpoint", "search", "stepped_attention", "ledger"},
-    {"published", "stepped", "traditional", "accounts"},
+    {"published", "stepped", "traditional", "accounts", "diagnostics"},
+    {"code_plots"},
     {"stages", "report"},
     {"main"},
 )
