@@ -104,7 +104,7 @@ def damage(
     for kind in tqdm(list(SiteKind), desc="diagnose", unit="kind", disable=None):
         by_kind[kind.name] = measure(kind.name, {site.name for site in places if site.kind is kind})
     # a kind's loss, shared out among its sites by their relative errors, tells which to look at
-    suspicion = {}
+    suspicion: dict[str, float] = {}
     for kind in SiteKind:
         names = [site.name for site in places if site.kind is kind]
         total = sum(fits[name].relative_error for name in names) or 1.0

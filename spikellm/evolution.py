@@ -19,7 +19,9 @@ from spikellm.coding import assignments, phase_amplitudes
 from spikellm.neuron import emit
 
 MEMBERS = 32  # population per group
-GENERATIONS = (50, 60, 60)  # per number of grains; the last entry for more
+# Per number of grains, the last entry for more. Five times as many lower the error of binary codes by 0.3 %, of signed ones by 5 %.
+GENERATIONS = (30, 40, 40)
+SIGNED_GENERATIONS = (60, 80, 80)
 CHUNK = 2**19  # elements of a buffer: 2 MiB stay in the cache, page faults took half of the time without
 FIXED = 3  # parameters that do not multiply with the number of grains
 # Bounds of log tau around the maximum's, of v0 in units of tau 2^-(T+1), of log2 rho, and of log2 of a base.
@@ -148,7 +150,7 @@ def evolve_grains(
     for grains in range(1, G + 1):
         options = assignments(T, grains, min_length=min_length).to(maximum.device)
         population = first_population(previous, maximum, options, generator, signed=objective.signed)
-        generations = GENERATIONS[min(grains, len(GENERATIONS)) - 1]
+        generations = (SIGNED_GENERATIONS if objective.signed else GENERATIONS)[min(grains, 3) - 1]
         previous, found = evolve(objective, population, maximum, generations, generator)
         codes = previous.widened(G)
         if rounds:
