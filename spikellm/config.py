@@ -222,7 +222,7 @@ class HardwareConfig:
 class SearchConfig:
     method: SearchMethod = SearchMethod.evolution
     groups: Groups = Groups.head  # neurons that share a table
-    spike_weight: float = 0.0  # lambda: the search multiplies a squared error by exp(lambda * mean spikes of a neuron)
+    spike_weight: float | None = None  # lambda: a squared error counts exp(lambda x mean spikes of a neuron); null: 0, phase_signed 2.5
     tolerance: float = 0.02  # grain=auto: relative excess of the objective that a coarser grain may have
     gradient_outer: int = 20  # method=gradient: rounds; this and the next three as the authors have them
     gradient_inner: int = 50  # method=gradient: steps of (h, theta), and as many of d, in a round
@@ -234,7 +234,10 @@ class SearchConfig:
     def __post_init__(self) -> None:
         _check(self.tolerance >= 0, "search.tolerance", self.tolerance, "must not be negative")
         _check(
-            0 <= self.spike_weight < 100, "search.spike_weight", self.spike_weight, "takes 0 (accuracy alone) to 100; 0.1 to 2 are useful"
+            self.spike_weight is None or 0 <= self.spike_weight < 100,
+            "search.spike_weight",
+            self.spike_weight,
+            "takes 0 (accuracy alone) to 100, or null",
         )
         for key in ("gradient_outer", "gradient_inner", "gradient_samples"):
             _check(getattr(self, key) >= 1, f"search.{key}", getattr(self, key), "must be at least 1")

@@ -41,7 +41,7 @@ def lloyd_max(
         iterations: of Lloyd's algorithm; the error falls in each.
     """
     x, weight = x.double(), weight.double()
-    x = torch.where(weight > 0, x, x.amax(1, keepdim=True)).cummax(1).values
+    x = torch.where(weight > 0, x, 0.0).cummax(1).values
     width = x.diff(dim=1, prepend=torch.zeros_like(x[:, :1])).clamp_min(1e-30)
     ideal = torch.where(weight > 0, (weight / width).pow(1 / 3) * width, 0.0).cumsum(1)
     ideal = ideal / ideal[:, -1:].clamp_min(1e-300)
