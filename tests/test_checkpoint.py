@@ -1,5 +1,7 @@
 """A saved spiking model is an ordinary transformers checkpoint."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import base2_tables, tiny_model
@@ -28,6 +30,17 @@ def test_round_trip_keeps_every_logit_and_generates(name, prefix, tmp_path, ids)
     mask = torch.ones_like(ids)
     made = [each.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False) for each in (model, again)]
     assert torch.equal(*made)
+
+
+def test_a_bound_on_spikes_is_saved_too(tmp_path, ids):
+    model = tiny_model()
+    install(model, rotated=False, query_block=16)
+    tables = {name: replace(table, max_spikes=2) for name, table in base2_tables(model).items()}
+    convert(model, tables, compiled=False)
+    spikellm.checkpoint.save(model, tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert {module.max_spikes for module in again.modules() if isinstance(module, PhaseNeuron)} == {2}
+    assert torch.equal(again(ids).logits, model(ids).logits)
 
 
 def test_a_model_without_neurons_is_not_saved(tmp_path):

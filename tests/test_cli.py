@@ -16,7 +16,7 @@ SMALL = [
 ]  # fmt: skip
 RESULT_KEYS = {
     "schema", "model", "T", "grain", "coding", "execution", "seed", "perplexity", "sites", "prefix_tokens", "rotation", "search",
-    "stages", "versions",
+    "stages", "versions", "spikes", "energy",
 }  # fmt: skip
 
 
@@ -66,6 +66,16 @@ REFUSED_BY_COMPOSITION = [
     (["grain=7"], ["grain", "7"]),
     (["grain=range(1,3)"], ["grain=range(1,3)", "grain=1,2,3"]),
     (["stages=[calibrate,fly]"], ["stages", "fly"]),
+    (["energy.table=wood"], ["energy.table", "wood", "fp32", "custom"]),
+    (["energy.table=custom"], ["energy.mac_pj=null", "energy.table=custom"]),
+    (["energy.table=custom", "energy.mac_pj=4.6"], ["energy.ac_pj=null"]),
+    (["energy.table=custom", "energy.mac_pj=-1", "energy.ac_pj=0.9"], ["energy.mac_pj=-1"]),
+    (["energy.mac_pj=4.6"], ["energy.mac_pj=4.6", "energy.table=custom"]),
+    (["spikes.windows=0"], ["spikes.windows=0"]),
+    (["snn.coding=morse"], ["snn.coding", "morse", "ttfs"]),
+    (["snn.coding=few_spike"], ["snn.max_spikes=null"]),
+    (["snn.coding=few_spike", "snn.max_spikes=9"], ["snn.max_spikes=9", "snn.T=8"]),
+    (["snn.max_spikes=2"], ["snn.max_spikes=2", "few_spike"]),
 ]
 REFUSED_BY_STAGES = [
     (["dataset=text", "dataset.calibration.path=/no/such.txt"], ["dataset.calibration.path", "/no/such.txt"]),
@@ -78,6 +88,7 @@ REFUSED_BY_STAGES = [
     (["model=llama2_7b"], ["model.path=meta-llama/Llama-2-7b-hf"]),
     (["model=llama2_7b", "model.path=/no/such/folder"], ["model.path=/no/such/folder"]),
     (["model.options.intermediate_size=92"], ["rotation.kind=hadamard", "92"]),
+    (["snn.coding=rate", "search.import_file=A.pth"], ["search.import_file=A.pth", "snn.coding=rate"]),
 ]
 
 
@@ -131,7 +142,17 @@ def test_a_small_run_writes_what_the_contract_says(tmp_path):
     assert {"name", "tau", "grain", "assignment", "v0", "relative_error_base2", "relative_error", "firing_rate"} <= set(rows[0])
     assert all(0 <= float(row["firing_rate"]) <= 1 for row in rows)
     assert (folder / ".hydra" / "config.yaml").is_file()
-    last = done.out.splitlines()[-6:]
+    spikes, energy = results["spikes"], results["energy"]
+    assert set(spikes) >= {"firing_rate", "firing_rate_at_synapses", "spikes_per_token", "sops_per_token", "dense_operations"}
+    assert set(energy) >= {"ann_pj_per_token", "snn_pj_per_token", "int_pj_per_token", "break_even_firing_rate", "source"}
+    counts = list(csv.DictReader((folder / "spikes.csv").open()))
+    assert [row["name"] for row in counts] == [row["name"] for row in rows]
+    assert sum(float(row["sops_per_token"]) for row in counts) == pytest.approx(spikes["sops_per_token"])
+    assert all(len(json.loads(row["firing_rate_by_step"])) == 6 for row in counts)
+    assert {path.name for path in (folder / "plots").glob("*.png")} == {"firing_rate_by_layer.png", "firing_rate_by_step.png"}
+    last = done.out.splitlines()[-13:]
+    assert any("SOPs per token" in line for line in last)
+    assert any("Horowitz" in line for line in last)
     assert any("ANN" in line for line in last)
     assert str(folder / "results.json") in last[-1]
 

@@ -1,6 +1,7 @@
 """The few-spike neuron against hand traces, the closed form of base 2, and its laws."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from conftest import base2_table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spikellm.neuron import PhaseNeuron, PhaseTable, decode, encode, fire
+from spikellm.neuron import PhaseNeuron, PhaseTable, count_spikes, decode, encode, fire
 
 law = settings(deadline=None, max_examples=60, derandomize=True)
 
@@ -106,6 +107,17 @@ def test_encode_is_fire_then_decode_and_odd_in_its_input(codes, seed):
     assert not fire(x, codes)[:, 0, :, 0].any()
 
 
+@given(codes=any_table(), seed=st.integers(0, 1 << 30), most=st.integers(1, 8))
+@law
+def test_a_bounded_neuron_fires_its_first_spikes_and_rests(codes, seed, most):
+    x = torch.randn(2, codes.groups, 5, generator=torch.Generator().manual_seed(seed))
+    few = replace(codes, max_spikes=most)
+    free = fire(x, codes)
+    assert torch.equal(fire(x, few), free * ((free != 0).cumsum(0) <= most))
+    assert torch.allclose(decode(fire(x, few), few), encode(x, few, compiled=False), rtol=1e-6, atol=1e-6)
+    assert torch.equal(count_spikes(x.transpose(0, 1), few, compiled=False), fire(x, few).abs().sum(-1, dtype=torch.int64).transpose(1, 2))
+
+
 @pytest.mark.parametrize(
     ("shape", "axis"),
     [((2, 4, 3, 5), 1), ((2, 3, 8), -1), ((3, 8), 1), ((4, 6), 0)],
@@ -124,8 +136,9 @@ def test_the_fused_pass_equals_the_plain_one():
     for shape, axis, taus in [((2, 3, 8), -1, [3.0]), ((2, 4, 3, 5), 1, [0.5, 1.0, 2.0, 4.0])]:
         x = 2 * torch.randn(shape, generator=torch.Generator().manual_seed(0))
         x.view(-1)[:2] = 0.0
-        fused, plain = (PhaseNeuron(base2_table(taus, 5), axis=axis, compiled=compiled)(x) for compiled in (True, False))
-        assert torch.equal(fused, plain)
+        for codes in (base2_table(taus, 5), replace(base2_table(taus, 5), max_spikes=2)):
+            fused, plain = (PhaseNeuron(codes, axis=axis, compiled=compiled)(x) for compiled in (True, False))
+            assert torch.equal(fused, plain)
 
 
 def test_output_keeps_the_dtype_of_the_input():

@@ -93,6 +93,43 @@ def test_what_a_stage_depends_on_decides_what_is_computed_again(tmp_path):
     assert text == everything | {"evaluate": False}
 
 
+def test_spikes_are_counted_once_and_costed_by_any_table(tmp_path, caplog):
+    first = run(tmp_path)
+    again = run(tmp_path, "energy.table=int8")
+    assert cached(again)["evaluate"]
+    assert again["spikes"] == first["spikes"]
+    assert (again["energy"]["mac_pj"], first["energy"]["mac_pj"]) == (0.23, 4.6)
+    custom = run(tmp_path, "energy.table=custom", "energy.mac_pj=4.6", "energy.ac_pj=0.9")["energy"]
+    assert custom["snn_pj_per_token"] == first["energy"]["snn_pj_per_token"]
+    # the record adds up: operations times their costs
+    energy, spikes = first["energy"], first["spikes"]
+    dense = {what: sum(each[f"{what}_per_token"] for each in spikes["dense_operations"]) for what in ("mac", "ac")}
+    assert energy["snn_pj_per_token"] == pytest.approx(4.6 * dense["mac"] + 0.9 * (dense["ac"] + spikes["sops_per_token"]))
+    assert energy["snn_ac_per_token"] == pytest.approx(dense["ac"] + spikes["sops_per_token"])
+    assert sum(kind["sops_per_token"] for kind in spikes["by_kind"].values()) == pytest.approx(spikes["sops_per_token"])
+    assert sum(spikes["firing_rate_by_step"]) == pytest.approx(8 * spikes["firing_rate"])
+    more = run(tmp_path, "spikes.windows=5")
+    assert not cached(more)["evaluate"]
+    assert more["spikes"]["windows"] == 2
+    assert "spikes.windows=5" in caplog.text
+    assert "spikes" not in run(tmp_path, "spikes.enabled=false")
+
+
+def test_traditional_codes_run_through(tmp_path, caplog):
+    found = {}
+    for arguments in (["phase"], ["rate"], ["ttfs"], ["few_spike", "snn.max_spikes=2"]):
+        found[arguments[0]] = run(tmp_path, f"snn.coding={arguments[0]}", *arguments[1:], "grain=1")
+    assert "no effect with" in caplog.text  # search.method=base2 of these runs
+    assert "grain=1" not in caplog.text
+    run(tmp_path, "snn.coding=rate", "grain=2", "stages=[search]")
+    assert "grain=2 has no effect with snn.coding=rate" in caplog.text
+    error = {code: results["search"]["relative_mse"] for code, results in found.items()}
+    assert all(error[code] > 10 * error["phase"] for code in ("rate", "ttfs", "few_spike"))
+    spikes = {code: results["spikes"]["spikes_per_token"] for code, results in found.items()}
+    assert spikes["ttfs"] < spikes["few_spike"] < spikes["phase"]
+    assert found["ttfs"]["spikes"]["firing_rate"] <= 1 / 8
+
+
 def test_results_do_not_depend_on_what_was_cached(tmp_path):
     """Stage by stage in several runs gives the numbers of one run."""
     for stages in ("[calibrate]", "[search]", "[convert]"):

@@ -1,0 +1,78 @@
+"""Our phase code against the codes of traditional conversion: perplexity, spikes, synaptic operations and energy in one table.
+
+    python experiments/codes/compare.py [OVERRIDE ..]
+
+Overrides are those of main.py (snn.T=6, dataset=text dataset.calibration.path=.. , output_root=..). All codes share one calibration, and
+what has been computed before is taken from output_root. Prints the table of README.md.
+"""
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from spikellm.config import Config, quote_numeric_options, register
+from spikellm.stages import run_stages
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+CODES = {
+    "phase, grain=2": ["snn.coding=phase", "grain=2"],
+    "rate": ["snn.coding=rate", "grain=1"],
+    "TTFS": ["snn.coding=ttfs", "grain=1"],
+    "few spikes, k=2": ["snn.coding=few_spike", "snn.max_spikes=2", "grain=1"],
+}
+HEADINGS = (
+    "code", "perplexity", "x ANN", "relative squared error", "firing rate", "at synapses", "spikes / token", "SOPs / token", "energy [uJ / token]",
+    "x ANN's energy",
+)  # fmt: skip
+
+
+def run(overrides: list[str]) -> dict[str, Any]:
+    """results.json of one job."""
+    config = OmegaConf.to_object(compose("config", overrides=quote_numeric_options(overrides)))
+    assert isinstance(config, Config)
+    return run_stages(config)[0]
+
+
+def row(name: str, results: dict[str, Any]) -> str:
+    """One line of the table."""
+    perplexity, spikes, energy = results["perplexity"], results["spikes"], results["energy"]
+    cells = [
+        name,
+        f"{perplexity['snn']:.4g}",
+        f"{perplexity['snn'] / perplexity['ann']:.4g}",
+        f"{results['search']['relative_mse']:.2g}",
+        f"{spikes['firing_rate']:.3f}",
+        f"{spikes['firing_rate_at_synapses']:.3f}",
+        f"{spikes['spikes_per_token']:.3g}",
+        f"{spikes['sops_per_token']:.3g}",
+        f"{energy['snn_pj_per_token'] / 1e6:.4g}",
+        f"{energy['snn_pj_per_token'] / energy['ann_pj_per_token']:.3f}",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    register()
+    found = {}
+    with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
+        for name, code in CODES.items():
+            found[name] = run([*sys.argv[1:], *code])
+    some = next(iter(found.values()))
+    perplexity, spikes, energy = some["perplexity"], some["spikes"], some["energy"]
+    print(
+        f"\n{some['model']}, T = {some['T']}, perplexity on {perplexity['windows']} windows of {perplexity['window']} tokens, spikes on "
+        f"{spikes['windows']}; ANN perplexity {perplexity['ann']:.4g}, energy {energy['ann_pj_per_token'] / 1e6:.4g} uJ a token "
+        f"({energy['table']}: {energy['mac_pj']:g} / {energy['ac_pj']:g} pJ, {energy['source']}), {energy['int_bits']}-bit ANN "
+        f"{energy['int_pj_per_token'] / 1e6:.4g} uJ\n"
+    )
+    print("| " + " | ".join(HEADINGS) + " |\n|" + "---|" * len(HEADINGS))
+    print("\n".join(row(name, results) for name, results in found.items()))
+
+
+if __name__ == "__main__":
+    main()
