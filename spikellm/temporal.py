@@ -77,7 +77,7 @@ def spike_linear(
     for steps in chunks(T, chunk):
         part = spikes[steps].flatten(0, -2)
         shape = (steps.stop - steps.start, -1, len(weight))
-        if 1 < groups and size < NARROW:
+        if groups > 1 and size < NARROW:
             scaled = [weight.to(d.dtype) * row for row in step_weights(d, width)[steps]]
             currents = torch.cat([spike_product(x, w) for x, w in zip(part.chunk(shape[0]), scaled, strict=True)]).view(shape)
         else:
