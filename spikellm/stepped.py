@@ -94,8 +94,8 @@ def _siblings(model: PreTrainedModel, chunk: int | None) -> dict[str, nn.Module]
             found[layer + reader] = SteppedLinear.of(module(layer + reader), weights(layer + norm), chunk)
         found[layer + UP] = SteppedUp.of(module(layer + UP), weights(layer + MLP_NORM), chunk)
         for name in HEAD_NORMS:
-            if (norm := getattr(module(layer + ATTENTION), name, None)) is not None:
-                found[f"{layer}{ATTENTION}.{name}"] = SteppedHeadNorm(norm, T)
+            if (head_norm := getattr(module(layer + ATTENTION), name, None)) is not None:
+                found[f"{layer}{ATTENTION}.{name}"] = SteppedHeadNorm(head_norm, T)
         found[layer + ACTIVATION] = SteppedActivation.of(module(layer + ACTIVATION))
         found[layer + OUTPUT] = SteppedSpikingLinear.of(module(layer + OUTPUT), incoming=None, chunk=chunk)
         found[layer + DOWN] = SteppedSpikingLinear.of(module(layer + DOWN), incoming=weights(layer + ACTIVATION), chunk=chunk)

@@ -38,7 +38,7 @@ class SteppedAttention(SpikingAttention):
             normalise_after=attention.normalise_after,
             query_block=attention.query_block,
             dtype=torch.promote_types(attention.dtype, torch.float32),
-            device=attention.query.theta.device,
+            device=neuron_of(attention, "query").theta.device,
         )
         for slot in ("query", "key", "value", "softmax"):
             setattr(module, slot, SteppedNeuron.adopt(neuron_of(attention, slot)))
@@ -55,8 +55,8 @@ class SteppedAttention(SpikingAttention):
         scaling: float,
     ) -> Float[Tensor, "TB L H E"]:
         T = self.query.T
-        sums = (integrate(unbatch(x, T)) for x in (query, key, value))
-        q, k, v, mask, prefix = self.operands(*sums, mask[: len(query) // T])
+        q, k, v = (integrate(unbatch(x, T)) for x in (query, key, value))
+        q, k, v, mask, prefix = self.operands(q, k, v, mask[: len(q)])
         q_spikes, k_spikes, v_spikes = self.query(q), self.key(k), self.value(v)
         v = integrate(v_spikes * self._weights(self.value, v.shape[1]).to(v.dtype))
         if self.normalise_after:  # one more column: its accumulator is the row's sum of coded exponentials

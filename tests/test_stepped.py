@@ -131,7 +131,7 @@ def test_what_every_site_fires_decodes_to_the_folded_neurons_output(name, ids):
             neuron = get_neuron(model, site)
             assert isinstance(neuron, SteppedNeuron)
             for train, wanted in zip(outputs[site.name], folded[site.name], strict=True):
-                values = sum(neuron.grouped(spikes) * d[:, None] for spikes, d in zip(train, neuron.d.T, strict=True))
+                values = sum(neuron.grouped(spikes.double()) * d[:, None] for spikes, d in zip(train, neuron.d.T, strict=True))
                 assert norm_ratio(values.view_as(wanted), wanted) <= 1e-9, site.name
 
 
