@@ -38,6 +38,7 @@ type: setup  ## mypy
 
 bench: setup  ## speed and memory, as ratios measured side by side
 	$(BIN)/python experiments/bench/bench.py
+	$(BIN)/python experiments/bench/bench_stepped.py
 	$(BIN)/python experiments/bench/bench_search.py
 
 clean:  ## remove the virtual environment and caches; outputs/ stays

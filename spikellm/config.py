@@ -72,7 +72,8 @@ class Coding(Enum):
 
 
 class Execution(Enum):
-    folded = "folded"
+    folded = "folded"  # a layer's T steps in one pass
+    stepped = "stepped"  # spikes step by step; the same sums, about T times the work
 
 
 class SoftmaxNorm(Enum):
@@ -144,10 +145,16 @@ class SpikingConfig:
     coding: Coding = Coding.phase
     max_spikes: int | None = None  # spikes of a neuron, at most; coding=few_spike only
     execution: Execution = Execution.folded
+    step_chunk: int | None = None  # time steps per matrix product, at most; null: all T; execution=stepped only [steps]
+    max_memory_gib: float | None = None  # weights and activations, at most: lowers step_chunk; null: no bound; execution=stepped only [GiB]
     softmax_norm: SoftmaxNorm = SoftmaxNorm.after  # where attention's softmax is normalised
 
     def __post_init__(self) -> None:
         _check(1 <= self.T <= MAX_T, "snn.T", self.T, f"takes 1 to {MAX_T} time steps")
+        _check(self.step_chunk is None or self.step_chunk >= 1, "snn.step_chunk", self.step_chunk, "must be at least 1 or null")
+        _check(
+            self.max_memory_gib is None or self.max_memory_gib > 0, "snn.max_memory_gib", self.max_memory_gib, "must be positive or null"
+        )
         _check(self.min_grain_length >= 1, "snn.min_grain_length", self.min_grain_length, "must be at least 1")
         if self.coding is Coding.few_spike:
             given = "null" if self.max_spikes is None else self.max_spikes

@@ -5,6 +5,7 @@ perplexity: another number under another name.
 """
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +31,6 @@ class Perplexity:
     tokens: int  # targets
 
 
-@torch.no_grad()
 def perplexity(model: PreTrainedModel, windows: Int[Tensor, "W L"], *, label: str) -> Perplexity:
     """Perplexity of `model` on `windows`, one window a forward.
 
@@ -41,19 +41,33 @@ def perplexity(model: PreTrainedModel, windows: Int[Tensor, "W L"], *, label: st
         FloatingPointError: the loss is not finite.
     """
     head = model.get_submodule(HEAD)
+    return readout_perplexities(model, windows, readouts=lambda rows: [head(rows)], label=label)[0]
+
+
+@torch.no_grad()
+def readout_perplexities(
+    model: PreTrainedModel, windows: Int[Tensor, "W L"], *, readouts: Callable[[Tensor], Iterable[Tensor]], label: str
+) -> list[Perplexity]:
+    """Perplexities of several logits from the same forwards; arguments and errors as in `perplexity`.
+
+    Args:
+        readouts: rows of the last hidden state to logits [rows, V], the same number of them at every call.
+    """
     progress = tqdm(windows, desc=f"perplexity {label}", unit="window", disable=None)
     losses = []
     for window in progress:
         ids = window[None].to(model.device)
         hidden = model.base_model(ids, use_cache=False).last_hidden_state[0, :-1]
         targets = ids[0, 1:].to(hidden.device)
-        loss = 0.0
-        for rows, wanted in zip(hidden.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True):
-            loss += cross_entropy(head(rows).float(), wanted, reduction="sum").item()
-        losses.append(loss / len(targets))
-        progress.set_postfix(ppl=f"{math.exp(min(sum(losses) / len(losses), 80)):.3f}")
-    mean = sum(losses) / len(losses)
-    if not math.isfinite(mean):
-        raise FloatingPointError(f"perplexity {label}: the loss is {mean}; evaluate in another dtype (model.dtype=float32)")
+        sums = [
+            [cross_entropy(logits.float(), wanted, reduction="sum").item() for logits in readouts(rows)]
+            for rows, wanted in zip(hidden.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True)
+        ]
+        losses.append([sum(column) / len(targets) for column in zip(*sums, strict=True)])
+        progress.set_postfix(ppl=f"{math.exp(min(sum(loss[-1] for loss in losses) / len(losses), 80)):.3f}")
+    means = [sum(column) / len(losses) for column in zip(*losses, strict=True)]
+    if not all(math.isfinite(mean) for mean in means):
+        raise FloatingPointError(f"perplexity {label}: the loss is {means[-1]}; evaluate in another dtype (model.dtype=float32)")
     count, length = windows.shape
-    return Perplexity(value=math.exp(min(mean, 700.0)), windows=count, window=length, tokens=count * (length - 1))
+    tokens = count * (length - 1)
+    return [Perplexity(value=math.exp(min(mean, 700.0)), windows=count, window=length, tokens=tokens) for mean in means]

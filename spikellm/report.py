@@ -63,6 +63,9 @@ def console_table(results: dict[str, Any], path: Path) -> str:
         lines.append(f"  perplexity, {perplexity['windows']} windows of {perplexity['window']} tokens")
         for name, key in (("ANN", "ann"), ("base-2 SNN", "base2"), ("SNN", "snn")):
             lines.append(f"    {name:<12}{perplexity[key]:>12.3f}   x {perplexity[key] / ann:.4f}")
+    if anytime := results.get("anytime"):
+        lines.append("  perplexity when the last neuron is read after 1, 2, .. T steps")
+        lines.append("    " + "  ".join(f"{value:.4g}" for value in anytime["perplexity"]))
     if spikes := results.get("spikes"):
         lines += _spike_lines(spikes, results["energy"])
     lines.append(f"  results  {path}")

@@ -28,7 +28,7 @@ from spikellm.artifacts import ArtifactStore, artifact_key, read_json, write_jso
 from spikellm.calibration import Calibration
 from spikellm.calibration import calibrate as run_calibration
 from spikellm.code_plots import write_density_plots
-from spikellm.config import Coding, Config, Groups, ImportV0, InputError, RotationKind, SearchMethod, SoftmaxNorm, Tracker
+from spikellm.config import Coding, Config, Execution, Groups, ImportV0, InputError, RotationKind, SearchMethod, SoftmaxNorm, Tracker
 from spikellm.gradient import Schedule
 from spikellm.hadamard import HAS_CUDA_KERNEL
 from spikellm.model import load_model, load_tokenizer, package_version, source_fingerprint
@@ -36,8 +36,9 @@ from spikellm.prefix import attach_prefix
 from spikellm.published import file_hash, import_fits
 from spikellm.search import MAX_GRAINS, CodeFit, base2_search, gradient_search, load_fits, save_fits
 from spikellm.search import search as find_codes
-from spikellm.sites import SiteKind
+from spikellm.sites import HEAD, SiteKind
 from spikellm.statistics import SiteStatistics
+from spikellm.stepped import fitting_chunk, stepped
 from spikellm.traditional import traditional_codes
 
 log = logging.getLogger(__name__)
@@ -145,6 +146,18 @@ class Workspace:
         attach_prefix(model, self.calibration()[0].prefix_tokens)
         conversion.convert(model, {name: fit.table for name, fit in fits.items()}, compiled=self.config.hardware.compile)
         return model
+
+    def perplexities(self, model: PreTrainedModel, network: str) -> dict[str, Any]:
+        """Perplexity of `model` on the evaluation text; of a stepped network, also what its logits give after 1 .. T steps."""
+        windows, snn = self.windows("evaluation"), self.config.snn
+        if network != "snn" or snn.execution is Execution.folded:
+            return asdict(evaluation.perplexity(model, windows, label=network))
+        chunk = fitting_chunk(model, windows.shape[1], chunk=snn.step_chunk, max_gib=snn.max_memory_gib)
+        log.info("stepped execution: %d of %d time steps per matrix product", chunk, snn.T)
+        with stepped(model, chunk=chunk):
+            readouts: Any = model.get_submodule(HEAD)
+            curve = evaluation.readout_perplexities(model, windows, readouts=readouts.readouts, label="snn, stepped")
+        return asdict(curve[-1]) | {"anytime": [point.value for point in curve]}
 
     def release(self) -> None:
         """Drop the converted model, so that another fits into memory."""
@@ -320,19 +333,21 @@ def evaluate(work: Workspace) -> StageOutcome:
         "ann": ann,
     }
     values: dict[str, Any] = {}
+    facts: dict[str, Any] = {}
     spikes, tables, every_cached = _spikes(work) if work.config.spikes.enabled else ({}, {}, True)
     for network, build in builders.items():
 
         def measure(folder: Path, network: str = network, build: Callable[[], PreTrainedModel] = build) -> None:
-            windows = work.windows("evaluation")
-            write_json(folder / "perplexity.json", asdict(evaluation.perplexity(build(), windows, label=network)))
+            write_json(folder / "perplexity.json", work.perplexities(build(), network))
 
         folder, cached = work.store.load_or_compute("evaluate", work.evaluate_inputs(network), measure)
         result = read_json(folder / "perplexity.json")
         every_cached = every_cached and cached
         values[network] = result.pop("value")
+        if (curve := result.pop("anytime", None)) is not None:
+            facts["anytime"] = {"perplexity": curve}
     perplexity = {network: values[network] for network in ("ann", "snn", "base2")} | result
-    return StageOutcome(cached=every_cached, results={"perplexity": perplexity} | spikes, tables=tables)
+    return StageOutcome(cached=every_cached, results={"perplexity": perplexity} | facts | spikes, tables=tables)
 
 
 def _spikes(work: Workspace) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]], bool]:
@@ -390,6 +405,9 @@ def run_stages(config: Config) -> tuple[dict[str, Any], dict[str, list[dict[str,
     work = Workspace(config)
     if config.tracking.kind is not Tracker.none:
         log.warning("tracking=%s has no effect in this version: results.json and sites.csv hold the results", config.tracking.kind.value)
+    for key in ("step_chunk", "max_memory_gib"):
+        if config.snn.execution is Execution.folded and (value := getattr(config.snn, key)) is not None:
+            log.warning("snn.%s=%s has no effect with snn.execution=folded", key, value)
     results: dict[str, Any] = {
         "schema": RESULTS_SCHEMA,
         "model": config.model.name,

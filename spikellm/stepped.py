@@ -30,7 +30,10 @@ from accelerate.hooks import add_hook_to_module
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from spikellm.attention import SpikingAttention
+from spikellm.config import InputError
 from spikellm.conversion import get_neuron, model_sites
+from spikellm.evaluation import LOGIT_ROWS
 from spikellm.neuron import PhaseNeuron
 from spikellm.sites import (
     ACTIVATION,
@@ -62,6 +65,7 @@ from spikellm.stepped_modules import (
     SteppedRMSNorm,
     SteppedSpikingLinear,
     SteppedUp,
+    neuron_of,
 )
 
 READERS = {QUERY: ATTENTION_NORM, KEY: ATTENTION_NORM, VALUE: ATTENTION_NORM, GATE: MLP_NORM}
@@ -94,8 +98,8 @@ def _siblings(model: PreTrainedModel, chunk: int | None) -> dict[str, nn.Module]
         up.held = gate.shape[1]
         found[layer + UP] = up
         for name in HEAD_NORMS:
-            if (norm := getattr(module(layer + ATTENTION), name, None)) is not None:
-                found[f"{layer}{ATTENTION}.{name}"] = SteppedHeadNorm(norm, T)
+            if (head_norm := getattr(module(layer + ATTENTION), name, None)) is not None:
+                found[f"{layer}{ATTENTION}.{name}"] = SteppedHeadNorm(head_norm, T)
         found[layer + ACTIVATION] = SteppedActivation.of(module(layer + ACTIVATION))
         found[layer + OUTPUT] = SteppedSpikingLinear.of(module(layer + OUTPUT), incoming=None, chunk=chunk)
         found[layer + DOWN] = SteppedSpikingLinear.of(module(layer + DOWN), incoming=gate, chunk=chunk)
@@ -124,12 +128,12 @@ def stepped(model: PreTrainedModel, *, chunk: int | None = None) -> Iterator[Pre
     Raises:
         ValueError: a site carries no neuron, or sites differ in T.
     """
-    tables: dict[str, PhaseTable] = {}
+    steps: set[int] = set()
     for site in model_sites(model):
         if not isinstance(neuron := get_neuron(model, site), PhaseNeuron):
             raise ValueError(f"{site.name} carries no neuron: convert the model before it is run in steps")
-        tables[site.name] = neuron.table
-    if len(steps := {table.T for table in tables.values()}) > 1:
+        steps.add(neuron.table.T)
+    if len(steps) > 1:
         raise ValueError(f"sites differ in their number of time steps, {sorted(steps)}: stepped execution needs one T")
     T = steps.pop()
 
@@ -156,3 +160,46 @@ def stepped(model: PreTrainedModel, *, chunk: int | None = None) -> Iterator[Pre
         handle.remove()
         for path, module in folded.items():
             model.set_submodule(path, module)
+
+
+def peak_bytes(model: PreTrainedModel, tokens: int, *, chunk: int) -> int:
+    """What a stepped forward of `tokens` tokens and their logits needs at its highest: weights and activations, an estimate.
+
+    Counted are the tensors that live together in the widest places: the MLP, a block of attention, the logits.
+    """
+    config, attention = model.config, model.get_submodule(f"{LAYERS}.0.{ATTENTION}.{SPIKING_ATTENTION}")
+    assert isinstance(attention, SpikingAttention)
+    T = neuron_of(attention, "query").table.T
+    size = torch.promote_types(attention.dtype, torch.float32).itemsize
+    prefix = 0 if attention.prefix_key is None else attention.prefix_key.shape[1]
+    heads, width = config.num_attention_heads, config.intermediate_size
+    channels = (heads + 2 * config.num_key_value_heads) * attention.head_width
+    residual = 2 * T * tokens * config.hidden_size * size
+    trains = T * (2 if neuron_of(model.get_submodule(f"{LAYERS}.0.{ACTIVATION}")).two_sided else 1)
+    # currents and spikes of all steps; integrated sums; operand and result of a product
+    mlp = tokens * width * (trains * (size + 2) + 5 * size + 2 * chunk * size)
+    block = heads * min(attention.query_block, tokens) * (tokens + prefix) * (7 * size + 2 * T)
+    mixing = tokens * channels * (2 * T * size + 2 * T) + tokens * heads * attention.head_width * 2 * T * size + block
+    logits = min(LOGIT_ROWS, tokens) * config.vocab_size * (chunk + 2) * size
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    return weights + max(residual + max(mlp, mixing), T * tokens * config.hidden_size + logits)
+
+
+def fitting_chunk(model: PreTrainedModel, tokens: int, *, chunk: int | None, max_gib: float | None) -> int:
+    """The most time steps per matrix product, up to `chunk` (None: all), with which a window of `tokens` fits into `max_gib`.
+
+    Raises:
+        InputError: a single step does not fit.
+    """
+    T = neuron_of(model.get_submodule(FINAL_NORM)).table.T
+    most = min(chunk or T, T)
+    if max_gib is None:
+        return most
+    needed = {size: peak_bytes(model, tokens, chunk=size) / 2**30 for size in range(most, 0, -1)}
+    for size, gib in needed.items():
+        if gib <= max_gib:
+            return size
+    raise InputError(
+        f"snn.max_memory_gib={max_gib}: stepped execution of windows of {tokens} tokens needs about {needed[1]:.2f} GiB even at one step "
+        f"per product; allow that much, or lower dataset.evaluation.window, hardware.query_block or snn.T"
+    )

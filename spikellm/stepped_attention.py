@@ -31,18 +31,19 @@ class SteppedAttention(SpikingAttention):
 
     @classmethod
     def of(cls, attention: SpikingAttention) -> Self:
-        """The same tables, R3 and prefix."""
+        """The same tables, R3 and prefix; R3 and the prefix in the currents' dtype."""
         module = cls(
             attention.head_width,
-            rotated=False,
+            rotated=attention.rotation is not None,
             normalise_after=attention.normalise_after,
             query_block=attention.query_block,
-            dtype=attention.dtype,
-            device=torch.device("meta"),
+            dtype=torch.promote_types(attention.dtype, torch.float32),
+            device=neuron_of(attention, "query").theta.device,
         )
         for slot in ("query", "key", "value", "softmax"):
             setattr(module, slot, SteppedNeuron.adopt(neuron_of(attention, slot)))
-        module.rotation, module.prefix_key, module.prefix_value = attention.rotation, attention.prefix_key, attention.prefix_value
+        if attention.prefix_key is not None and attention.prefix_value is not None:
+            module.prefix_key, module.prefix_value = attention.prefix_key.to(module.dtype), attention.prefix_value.to(module.dtype)
         return module
 
     def forward(
@@ -54,10 +55,8 @@ class SteppedAttention(SpikingAttention):
         scaling: float,
     ) -> Float[Tensor, "TB L H E"]:
         T = self.query.T
-        sums = (integrate(unbatch(x, T)) for x in (query, key, value))
-        q, k, v, mask, prefix = self.operands(*sums, mask[: len(query) // T])
-        if prefix is not None:
-            prefix = (prefix[0].to(q.dtype), prefix[1].to(q.dtype))
+        q, k, v = (integrate(unbatch(x, T)) for x in (query, key, value))
+        q, k, v, mask, prefix = self.operands(q, k, v, mask[: len(q)])
         q_spikes, k_spikes, v_spikes = self.query(q), self.key(k), self.value(v)
         v = integrate(v_spikes * self._weights(self.value, v.shape[1]).to(v.dtype))
         if self.normalise_after:  # one more column: its accumulator is the row's sum of coded exponentials

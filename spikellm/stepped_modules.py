@@ -152,7 +152,7 @@ class SteppedUp(SteppedLinear):
     held: int
 
     def forward(self, input: Int8[Tensor, "TB L I"]) -> Float[Tensor, "SB L O"]:
-        total = integrate(part.sum(0) for part in self.parts(unbatch(input, self.d.shape[1])))
+        total = integrate(current for part in self.parts(unbatch(input, self.d.shape[1])) for current in part)
         return total.expand(self.held, *total.shape).flatten(0, 1)  # a view for batch 1
 
 
@@ -160,14 +160,14 @@ class SteppedHead(SteppedLinear):
     """lm_head: spikes [*rows, T, D] of the final norm to logits [*rows, V], summed over time."""
 
     def forward(self, input: Int8[Tensor, "*rows T D"]) -> Float[Tensor, "*rows V"]:
-        return integrate(part.sum(0) for part in self.parts(input.movedim(-2, 0)))
+        return integrate(current for part in self.parts(input.movedim(-2, 0)) for current in part)
 
     def readouts(self, input: Int8[Tensor, "*rows T D"]) -> Iterator[Float[Tensor, "*rows V"]]:
-        """The logits after 1, 2, .. T steps of the final norm's neuron."""
+        """The logits after 1, 2, .. T steps of the final norm's neuron: one tensor, which the next step adds to."""
         total = None
         for part in self.parts(input.movedim(-2, 0)):
             for current in part:
-                total = current if total is None else total + current
+                total = current.clone() if total is None else total.add_(current)
                 yield total
 
 
@@ -186,7 +186,11 @@ class SteppedSpikingLinear(SpikingLinear):
         """The same weight, bias, table and R4."""
         module = cls.adopt(linear, hadamard=False)
         module.neuron, module.chunk = SteppedNeuron.adopt(neuron_of(linear)), chunk
-        module.hadamard_left, module.hadamard_right = linear.hadamard_left, linear.hadamard_right
+        wide = torch.promote_types(linear.weight.dtype, torch.float32)
+        for name in ("hadamard_left", "hadamard_right"):
+            if (factor := getattr(linear, name)) is not None:
+                setattr(module, name, torch.empty_like(factor, dtype=wide))
+        module.reset_rotation()
         module.register_buffer("incoming", incoming, persistent=False)
         return module
 

@@ -115,6 +115,8 @@ def test_sweep_functions_of_numeric_groups_are_refused_with_the_cure(argument):
         (["snn.T=5", "grain=3"], "snn.T", "5 with grain=3"),
         (["snn.T=5", "grain=2", "snn.min_grain_length=3"], "snn.T", "5 with grain=2"),
         (["snn.min_grain_length=0"], "snn.min_grain_length", "0"),
+        (["snn.step_chunk=0"], "snn.step_chunk", "0"),
+        (["snn.max_memory_gib=0"], "snn.max_memory_gib", "0"),
         (["snn.grain=many"], "grain", "many"),
         (["snn.grain='0'"], "grain", "0"),
         (["prefix.eta=1"], "prefix.eta", "1"),

@@ -10,6 +10,7 @@ import torch
 from launch import die_inside, launch
 from test_config import configure
 
+from spikellm.config import InputError
 from spikellm.stages import STAGES, run_stages
 
 SMALL = [
@@ -192,3 +193,25 @@ def test_the_fitted_network_is_the_better_one(tmp_path):
     assert results["search"]["relative_mse"] < results["search"]["relative_mse_base2"]
     assert results["search"]["groups"] == sum(results["search"]["groups_by_grain"])
     assert run(tmp_path / "two", *options)["perplexity"] == results["perplexity"]
+
+
+def test_stepped_execution_gives_the_folded_perplexity_and_its_course(tmp_path, caplog):
+    """float32, so T=8: another order of additions costs a spike here and there, of the smallest steps."""
+    folded = run(tmp_path, "snn.step_chunk=2")
+    assert "snn.step_chunk=2 has no effect with snn.execution=folded" in caplog.text
+    assert "anytime" not in folded
+    results = run(tmp_path, "snn.execution=stepped", "snn.step_chunk=3")
+    assert results["execution"] == "stepped"
+    assert cached(results) == {"calibrate": True, "search": True, "convert": True, "evaluate": False}
+    assert results["perplexity"]["snn"] == pytest.approx(folded["perplexity"]["snn"], rel=1e-3)
+    assert results["perplexity"]["base2"] == folded["perplexity"]["base2"]
+    course = results["anytime"]["perplexity"]
+    assert len(course) == 8
+    assert course[-1] == results["perplexity"]["snn"]
+    assert run(tmp_path, "snn.execution=stepped")["anytime"] == results["anytime"]
+
+
+def test_a_memory_bound_that_holds_no_step_is_refused_with_key_value_and_cure(tmp_path):
+    with pytest.raises(InputError, match=r"snn\.max_memory_gib=1e-06: .* GiB .*lower dataset\.evaluation\.window"):
+        run(tmp_path, "snn.execution=stepped", "snn.max_memory_gib=1e-6")
+    assert run(tmp_path, "snn.execution=stepped", "snn.max_memory_gib=1")["anytime"]

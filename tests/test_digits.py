@@ -1,0 +1,140 @@
+"""Two-sided tables and signed digits: hand traces, known digit systems, and laws of every table."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spikellm.neuron import PhaseNeuron, PhaseTable, count_spikes, decode, encode, fire
+from spikellm.search import base2_search, search
+from spikellm.statistics import FIT, HELD_OUT, Observer
+
+
+def one_row(theta, h, d, v0=0.0, **flags) -> PhaseTable:
+    rows = {"theta": theta, "h": h, "d": d}
+    return PhaseTable(**{name: torch.tensor([row], dtype=torch.float32) for name, row in rows.items()}, v0=torch.tensor([v0]), **flags)
+
+
+def balanced_ternary(T: int) -> PhaseTable:
+    """Powers of three down to 1; a digit is -1, 0 or +1, whichever leaves the smallest rest."""
+    powers = [3.0 ** (T - 1 - t) for t in range(T)]
+    return one_row([power / 2 for power in powers], powers, powers, signed=True)
+
+
+def non_adjacent(T: int) -> PhaseTable:
+    """Powers of two down to 1; theta = 2/3 h gives the non-adjacent form."""
+    powers = [2.0 ** (T - 1 - t) for t in range(T)]
+    return one_row([2 * power / 3 for power in powers], powers, powers, signed=True)
+
+
+def observed(x: torch.Tensor, **options):
+    observer = Observer("site", **options)
+    for part, half in zip((FIT, HELD_OUT), x.chunk(2), strict=True):
+        observer.part = part
+        observer(half)
+    return observer.result()
+
+
+def test_balanced_ternary_writes_every_integer_of_its_range():
+    x = torch.arange(-40, 41).float()
+    assert torch.equal(encode(x[None, None], balanced_ternary(4), compiled=False)[0, 0], x)
+    # 8 = 9 - 1, -5 = -(9 - 3 - 1)
+    train = fire(torch.tensor([[[8.0, -5.0]]]), balanced_ternary(4))[:, 0, 0]
+    assert train.T.tolist() == [[0, 1, 0, -1], [0, -1, 1, 1]]
+
+
+def test_two_thirds_of_the_reset_give_the_non_adjacent_form():
+    x = torch.arange(0, 170).float()
+    table = non_adjacent(9)
+    assert torch.equal(encode(x[None, None], table, compiled=False)[0, 0], x)
+    train = fire(x[None, None], table)[:, 0, 0].int()
+    assert not (train[1:] * train[:-1]).any()  # never two digits side by side
+    # the weight of the non-adjacent form is that of 3 n xor n, shifted (Reitwiesner 1960)
+    least = [bin((3 * n) ^ n).count("1") for n in range(170)]
+    assert train.abs().sum(0).tolist() == least
+    assert count_spikes(x[None, :, None], table, compiled=False).sum(0)[0].tolist() == least
+
+
+def test_a_two_sided_neuron_is_an_on_and_an_off_neuron():
+    rows = {"theta": [[2.0, 1.0], [0.2, 0.1]], "h": [[2.0, 1.0], [0.2, 0.1]], "d": [[2.0, 1.0], [0.2, 0.1]]}
+    table = PhaseTable(**{name: torch.tensor(row) for name, row in rows.items()}, v0=torch.tensor([0.5, 0.05]), two_sided=True)
+    assert table.groups == 1
+    x = torch.tensor([3.2, 1.1, 0.3, 0.0, -0.1, -0.3, -5.0])
+    wanted = torch.tensor([3.0, 1.0, 0.0, 0.0, -0.1, -0.3, -0.3])
+    for neuron in (PhaseNeuron(table, compiled=False), PhaseNeuron(table)):
+        assert torch.allclose(neuron(x), wanted)
+    train = fire(x[None, None], table)
+    assert train[:, 0, 0].T.tolist() == [[1, 1], [0, 1], [0, 0], [0, 0], [0, -1], [-1, -1], [-1, -1]]
+    assert torch.allclose(decode(train, table)[0, 0], wanted)
+
+
+def test_what_a_wire_could_not_tell_is_refused():
+    rows = {"theta": torch.ones(2, 1), "h": torch.ones(2, 1), "d": torch.ones(2, 1), "v0": torch.zeros(2)}
+    with pytest.raises(ValueError, match="not both"):
+        PhaseTable(**rows, two_sided=True, signed=True)
+    with pytest.raises(ValueError, match="even number"):
+        PhaseTable(**{name: row[:1] for name, row in rows.items()}, two_sided=True)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 6),
+    st.integers(0, 2**31),
+    st.sampled_from([{}, {"two_sided": True}, {"signed": True}, {"max_spikes": 2}, {"max_spikes": 2, "signed": True}]),
+)
+def test_encoding_is_the_decoded_train_and_counts_are_its_spikes(T, seed, flags):
+    generator = torch.Generator().manual_seed(seed)
+    groups = 2
+    rows = groups * (2 if flags.get("two_sided") else 1)
+    theta, h, d = torch.rand(3, rows, T, generator=generator)
+    table = PhaseTable(theta=theta, h=h, d=d, v0=0.2 * torch.randn(rows, generator=generator), **flags)
+    x = torch.randn(3, groups, 5, generator=generator)
+    train = fire(x, table)
+    assert train.shape == (T, *x.shape)
+    assert set(train.unique().tolist()) <= {-1, 0, 1}
+    assert torch.allclose(decode(train, table), encode(x, table, compiled=False), atol=1e-6)
+    assert torch.allclose(encode(x, table), encode(x, table, compiled=False), atol=1e-6)
+    counted = count_spikes(x.movedim(1, 0), table, compiled=False)
+    assert torch.equal(counted, train.ne(0).sum(-1).movedim(1, 2))
+
+
+def test_silu_gains_from_two_sides_and_everything_from_signed_digits():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.nn.functional.silu(2 * torch.randn(100_000, generator=generator))
+    sides, together = observed(x, two_sided=True), observed(x)
+    assert sides.counts.shape[1] == 2
+    assert torch.equal(sides.counts.sum(1), together.counts[:, 0])
+    assert torch.equal(sides.maximum.amax(1), together.maximum[:, 0])
+    errors = {}
+    for name, statistics, options in (("one", together, {}), ("two", sides, {}), ("signed", sides, {"signed": True})):
+        fit = search({"site": statistics}, T=4, G=2, seed=0, compiled=False, **options)["site"]
+        neuron = PhaseNeuron(fit.table, compiled=False)
+        held_out = x.chunk(2)[1]
+        error = ((neuron(held_out) - held_out).square().sum() / held_out.square().sum()).item()
+        assert fit.relative_error == pytest.approx(error, rel=0.05)
+        rate = fire(held_out[None, None], fit.table).ne(0).float().mean().item()
+        assert fit.mean_firing_rate == pytest.approx(rate, rel=0.02)
+        errors[name] = error
+    assert errors["two"] < 0.7 * errors["one"]
+    assert errors["signed"] < 0.5 * errors["two"]
+
+
+def test_base_2_is_the_same_with_signed_digits():
+    """Its residual never goes below zero, so that it stays the fallback."""
+    x = torch.randn(4000, generator=torch.Generator().manual_seed(1))
+    table = base2_search({"site": observed(x)}, 6)["site"].table
+    signed = PhaseTable(theta=table.theta, h=table.h, d=table.d, v0=table.v0, signed=True)
+    assert torch.equal(fire(x[None, None], table), fire(x[None, None], signed))
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_a_weight_on_spikes_buys_fewer_of_them(signed):
+    statistics = {"site": observed(torch.randn(100_000, generator=torch.Generator().manual_seed(2)))}
+    rates, errors = [], []
+    for weight in (0.0, 2.0, 3.0, 4.0):
+        fit = search(statistics, T=6, G=2, seed=0, signed=signed, spike_weights={"site": weight}, compiled=False)["site"]
+        rates.append(fit.mean_firing_rate)
+        errors.append(fit.relative_error)
+    assert rates == sorted(rates, reverse=True)
+    assert errors == sorted(errors)
+    assert rates[-1] < 0.8 * rates[0]
