@@ -3,7 +3,7 @@
     calibrate   model, rotation, prefix, calibration text -> statistics of every site, prefix tokens
     search      statistics, T, grain                      -> one code per site
     convert     model, codes                              -> the spiking model (in memory; on disk with save_model=true)
-    evaluate    models, evaluation text                   -> perplexities
+    evaluate    models, evaluation texts, benchmarks      -> perplexities, zero-shot accuracies
 
 Results are artefacts keyed by exactly what they depend on: a sweep over T and grain calibrates once, a run repeated
 computes nothing. A stage that needs another's result obtains it, named in `stages` or not.
@@ -27,7 +27,7 @@ from spikellm import checkpoint, conversion, data, evaluation, rotation
 from spikellm.artifacts import ArtifactStore, artifact_key, read_json, write_json
 from spikellm.calibration import Calibration
 from spikellm.calibration import calibrate as run_calibration
-from spikellm.config import Config, Groups, ImportV0, InputError, RotationKind, SearchMethod, SoftmaxNorm, Tracker
+from spikellm.config import Config, Groups, ImportV0, InputError, RotationKind, SearchMethod, SoftmaxNorm
 from spikellm.gradient import Schedule
 from spikellm.hadamard import HAS_CUDA_KERNEL
 from spikellm.model import load_model, load_tokenizer, package_version, source_fingerprint
@@ -51,6 +51,7 @@ class Workspace:
         self.config = config
         self.store = ArtifactStore(Path(config.output_root) / "artifacts")
         self._installed: PreTrainedModel | None = None
+        self.benchmarks: dict[str, Any] = {}
         if config.hardware.threads is not None:
             torch.set_num_threads(config.hardware.threads)
 
@@ -87,23 +88,46 @@ class Workspace:
             "seed": self.config.seed,
         }
 
-    def evaluate_inputs(self, network: str) -> dict[str, Any]:
-        depends: dict[str, dict[str, Any]] = {
-            "ann": {"model": self.model_inputs},
-            "base2": {"calibrate": artifact_key(self.calibrate_inputs), "T": self.config.snn.T},
-            "snn": {"search": artifact_key(self.search_inputs), "execution": self.config.snn.execution.value},
-        }
-        text = data.fingerprint(self.config.dataset.evaluation, "dataset.evaluation")
-        return {"schema": ARTIFACT_SCHEMA, "text": text, "device": self.config.hardware.device.value, "network": network} | depends[network]
+    @cached_property
+    def calibration_windows(self) -> torch.Tensor:
+        """[W, L]."""
+        return data.token_windows(self.config.dataset.calibration, "dataset.calibration", self.tokenizer)
+
+    @cached_property
+    def networks(self) -> list[evaluation.Network]:
+        """What is measured, the spiking ones first: they share the converted model, which then makes room for the ANN."""
+
+        def ann() -> PreTrainedModel:
+            self.release()
+            return self.ann()
+
+        common = {"schema": ARTIFACT_SCHEMA, "device": self.config.hardware.device.value}
+        calibrate, search = artifact_key(self.calibrate_inputs), artifact_key(self.search_inputs)
+        snn = {"search": search, "execution": self.config.snn.execution.value}
+        base2 = {"calibrate": calibrate, "T": self.config.snn.T}
+
+        def prefix() -> list[int]:
+            return self.calibration()[0].prefix_tokens
+
+        def base2_fits() -> dict[str, CodeFit]:
+            return base2_search(self.calibration()[0].statistics, self.config.snn.T)
+
+        return [
+            evaluation.Network(name="snn", inputs=common | snn, build=lambda: self.spiking(self.fits()[0]), prefix_tokens=prefix),
+            evaluation.Network(name="base2", inputs=common | base2, build=lambda: self.spiking(base2_fits()), prefix_tokens=prefix),
+            evaluation.Network(name="ann", inputs=common | {"model": self.model_inputs}, build=ann, prefix_tokens=list),
+        ]
+
+    def prepare_evaluation(self) -> None:
+        """Read texts and benchmarks, and refuse what cannot be read, before the long work starts."""
+        if not self.store.folder("calibrate", self.calibrate_inputs).is_dir():
+            log.debug("calibration: %d windows", len(self.calibration_windows))
+        self.benchmarks = evaluation.prepare(self.config.dataset, lambda: self.tokenizer, self.store, self.networks)
 
     @property
     def rotation_record(self) -> dict[str, Any]:
         kind, seed = self.config.rotation.kind.value, self.config.rotation.seed
         return {"kind": kind, "seed": seed, "hash": artifact_key({"kind": kind, "seed": seed, "model": self.model_inputs})}
-
-    def windows(self, purpose: str) -> torch.Tensor:
-        """Calibration or evaluation windows [W, L]."""
-        return data.token_windows(getattr(self.config.dataset, purpose), f"dataset.{purpose}", self.tokenizer)
 
     def ann(self) -> PreTrainedModel:
         """The model as it was pretrained, loaded afresh."""
@@ -158,7 +182,7 @@ def _plain(node: Any) -> dict[str, Any]:
 
 
 def _calibrate(work: Workspace, folder: Path) -> None:
-    windows, model = work.windows("calibration"), work.installed()
+    windows, model = work.calibration_windows, work.installed()
     try:
         found = run_calibration(model, windows, work.config.prefix)
     except ValueError as error:
@@ -255,7 +279,8 @@ def calibrate(work: Workspace) -> StageOutcome:
 def search(work: Workspace) -> StageOutcome:
     fits, folder, cached = work.fits()
     rows = [site_row(name, fit) for name, fit in fits.items()]
-    return StageOutcome(cached=cached, results={"search": read_json(folder / "search.json")}, site_rows=rows)
+    record = {"search": read_json(folder / "search.json"), "codes": str(folder / "codes.safetensors")}
+    return StageOutcome(cached=cached, results=record, site_rows=rows)
 
 
 def convert(work: Workspace) -> StageOutcome:
@@ -274,34 +299,8 @@ def convert(work: Workspace) -> StageOutcome:
 
 
 def evaluate(work: Workspace) -> StageOutcome:
-    """Perplexity of the spiking model, of base 2 and of the pretrained model.
-
-    In this order: the first two share the converted model, which then makes room for the third.
-    """
-
-    def ann() -> PreTrainedModel:
-        work.release()
-        return work.ann()
-
-    builders: dict[str, Callable[[], PreTrainedModel]] = {
-        "snn": lambda: work.spiking(work.fits()[0]),
-        "base2": lambda: work.spiking(base2_search(work.calibration()[0].statistics, work.config.snn.T)),
-        "ann": ann,
-    }
-    values: dict[str, Any] = {}
-    every_cached = True
-    for network, build in builders.items():
-
-        def measure(folder: Path, network: str = network, build: Callable[[], PreTrainedModel] = build) -> None:
-            windows = work.windows("evaluation")
-            write_json(folder / "perplexity.json", asdict(evaluation.perplexity(build(), windows, label=network)))
-
-        folder, cached = work.store.load_or_compute("evaluate", work.evaluate_inputs(network), measure)
-        result = read_json(folder / "perplexity.json")
-        every_cached = every_cached and cached
-        values[network] = result.pop("value")
-    perplexity = {network: values[network] for network in ("ann", "snn", "base2")} | result
-    return StageOutcome(cached=every_cached, results={"perplexity": perplexity})
+    results, cached = evaluation.evaluate(work.config.dataset, lambda: work.tokenizer, work.store, work.networks, work.benchmarks)
+    return StageOutcome(cached=cached, results=results)
 
 
 STAGES: dict[str, Callable[[Workspace], StageOutcome]] = {
@@ -312,11 +311,17 @@ STAGES: dict[str, Callable[[Workspace], StageOutcome]] = {
 }
 
 
-def run_stages(config: Config) -> tuple[dict[str, Any], list[dict[str, Any]] | None]:
-    """Run `config.stages` in the order of `STAGES`; the content of results.json, and the rows of sites.csv if known."""
+def run_stages(
+    config: Config, progress: Callable[[dict[str, Any]], None] = lambda _: None
+) -> tuple[dict[str, Any], list[dict[str, Any]] | None]:
+    """Run `config.stages` in the order of `STAGES`; the content of results.json, and the rows of sites.csv if known.
+
+    Args:
+        progress: is given what results.json will hold, after every stage.
+    """
     work = Workspace(config)
-    if config.tracking.kind is not Tracker.none:
-        log.warning("tracking=%s has no effect in this version: results.json and sites.csv hold the results", config.tracking.kind.value)
+    if "evaluate" in config.stages:
+        work.prepare_evaluation()
     results: dict[str, Any] = {
         "schema": RESULTS_SCHEMA,
         "model": config.model.name,
@@ -339,6 +344,7 @@ def run_stages(config: Config) -> tuple[dict[str, Any], list[dict[str, Any]] | N
         results["stages"][name] = {"seconds": seconds, "cached": outcome.cached}
         rows = outcome.site_rows or rows
         log.info("%s: %.1f s%s", name, seconds, " (cached)" if outcome.cached else "")
+        progress(results)
     return results, rows
 
 

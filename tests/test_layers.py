@@ -9,9 +9,9 @@ ROOT = Path(__file__).resolve().parents[1]
 # A file imports only from layers before its own. A new file needs a place here.
 LAYERS = (
     {"config", "hadamard", "neuron", "coding", "temporal", "energy"},
-    {"sites", "data", "artifacts", "tracking"},
-    {"model"},
-    {"rotation", "prefix", "attention", "modules", "statistics", "evolution"},
+    {"sites", "data", "artifacts"},
+    {"model", "tracking"},
+    {"rotation", "prefix", "attention", "modules", "statistics", "evolution", "zero_shot"},
     {"conversion", "evaluation", "gradient"},
     {"calibration", "checkpoint", "search"},
     {"published"},
@@ -24,7 +24,7 @@ RESERVED = {
     "hydra": {"main", "config", "report"},
     "omegaconf": {"main", "config", "report"},
     "wandb": {"tracking"},
-    "lm_eval": {"evaluation"},
+    "lm_eval": {"zero_shot"},
 }
 MATHEMATICS = LAYERS[0] - {"config"}
 NO_TORCH = {"config", "report", "artifacts"}  # Hydra imports these before every run and for --help
