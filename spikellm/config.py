@@ -195,7 +195,7 @@ class TextConfig:
 def _check_names(key: str, names: list[str], known: tuple[str, ...]) -> None:
     unknown = [name for name in names if name not in known]
     _check(not unknown, key, f"[{','.join(unknown)}]", f"not known; known: {', '.join(known)}")
-    _check(len(set(names)) == len(names), key, f"[{','.join(names)}]", "names one twice")
+    _check(len(set(names)) == len(names), key, f"[{','.join(names)}]", "one of them is there twice")
 
 
 @dataclass(kw_only=True, slots=True)

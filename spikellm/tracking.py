@@ -42,7 +42,7 @@ class WandbTracking(Tracking):
 
     def __init__(self, run: Any, *, artifacts: bool) -> None:
         self.run, self.artifacts = run, artifacts
-        self._logged: dict[str, float | bool] = {}
+        self._logged: dict[str, int | float] = {}
 
     def log_results(self, results: dict[str, Any]) -> None:
         news = {key: value for key, value in numeric_leaves(results).items() if self._logged.get(key) != value}
@@ -56,7 +56,7 @@ class WandbTracking(Tracking):
             content: dict[str, Any] = {f"plots/{path.stem}": wandb.Image(str(path)) for path in sorted((folder / "plots").glob("*.png"))}
             if rows:
                 cells = [[json.dumps(value) if isinstance(value, list) else value for value in row.values()] for row in rows]
-                content["sites"] = wandb.Table(columns=list(rows[0]), data=cells)
+                content["sites_table"] = wandb.Table(columns=list(rows[0]), data=cells)
             if content:
                 self.run.log(content)
             if self.artifacts:
@@ -76,9 +76,9 @@ class WandbTracking(Tracking):
             log.warning("tracking: not everything reached W&B (%s); results.json has it all", " ".join(str(error).split())[:200])
 
 
-def numeric_leaves(results: dict[str, Any], prefix: str = "") -> dict[str, float | bool]:
+def numeric_leaves(results: dict[str, Any], prefix: str = "") -> dict[str, int | float]:
     """Numbers and truth values of a nested dict under dotted keys."""
-    leaves: dict[str, float | bool] = {}
+    leaves: dict[str, int | float] = {}
     for key, value in results.items():
         if isinstance(value, dict):
             leaves |= numeric_leaves(value, f"{prefix}{key}.")
