@@ -28,7 +28,7 @@ def main(composed: DictConfig) -> float | None:
 
             results, rows = run_stages(config, tracker.log_results)
             path = write_results(folder, results, rows)
-            tracker.log_files(results, rows, folder)
+            tracker.log_files(results, {"sites.csv": rows} if rows else {}, folder)
     except Exception as error:
         write_failure(folder, explain(error))
         if sweep is None and isinstance(error, INPUT_ERRORS):

@@ -33,8 +33,8 @@ class Tracking:
     def log_results(self, results: dict[str, Any]) -> None:
         """The content of results.json so far: every number and truth value under its dotted key."""
 
-    def log_files(self, results: dict[str, Any], rows: list[dict[str, Any]] | None, folder: Path) -> None:
-        """The rows of sites.csv, the PNG files of folder/plots, and where asked for the codes and results as an artefact."""
+    def log_files(self, results: dict[str, Any], tables: dict[str, list[dict[str, Any]]], folder: Path) -> None:
+        """The rows of csv files by file name, the PNG files of folder/plots, and where asked for codes and results as an artefact."""
 
 
 class WandbTracking(Tracking):
@@ -49,19 +49,20 @@ class WandbTracking(Tracking):
         self._logged |= news
         self._mirror(lambda: self.run.log(news))
 
-    def log_files(self, results: dict[str, Any], rows: list[dict[str, Any]] | None, folder: Path) -> None:
+    def log_files(self, results: dict[str, Any], tables: dict[str, list[dict[str, Any]]], folder: Path) -> None:
         import wandb
 
         def send() -> None:
             content: dict[str, Any] = {f"plots/{path.stem}": wandb.Image(str(path)) for path in sorted((folder / "plots").glob("*.png"))}
-            if rows:
+            for name, rows in tables.items():
                 cells = [[json.dumps(value) if isinstance(value, list) else value for value in row.values()] for row in rows]
-                content["sites_table"] = wandb.Table(columns=list(rows[0]), data=cells)
+                content[f"{Path(name).stem}_table"] = wandb.Table(columns=list(rows[0]), data=cells)
             if content:
                 self.run.log(content)
             if self.artifacts:
                 artifact = wandb.Artifact(f"{results['model']}-T{results['T']}-G{results['grain']}", type="codes")
-                files = [folder / "results.json", folder / "sites.csv", *(Path(results[key]) for key in ("codes",) if key in results)]
+                files = [folder / "results.json", *(folder / name for name in tables)]
+                files += [Path(results["codes"])] if "codes" in results else []
                 for path in (file for file in files if file.is_file()):
                     artifact.add_file(str(path), policy="immutable")  # no second copy of files that nobody changes
                 self.run.log_artifact(artifact)

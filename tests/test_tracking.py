@@ -81,7 +81,7 @@ def test_what_is_sent(tmp_path):
     with tracked(offline(artifacts=True), TREE, folder=tmp_path, group="a sweep") as tracker:
         tracker.log_results(results | {"energy": {}})
         tracker.log_results(results)
-        tracker.log_files(results, [{"name": "site", "tau": [1.0, 2.0], "relative_error": 0.5}], tmp_path)
+        tracker.log_files(results, {"sites.csv": [{"name": "site", "tau": [1.0, 2.0], "relative_error": 0.5}]}, tmp_path)
     found = inspect(tmp_path)
     assert found["summary"]["energy.snn.joule"] == 0.25
     assert found["summary"]["plots/heat"]["_type"] == "image-file"
