@@ -3,16 +3,13 @@
 import logging
 import os
 import sys
-from contextlib import suppress
-from pathlib import Path
 
 import hydra
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from spikellm.config import INPUT_ERRORS, Config, explain, quote_numeric_options, register
-from spikellm.report import console_table, objective, write_failure, write_results
+from spikellm.config import INPUT_ERRORS, Config, explain, quote_numeric_options, register, tracking_options
+from spikellm.report import console_table, job_place, objective, write_failure, write_results
+from spikellm.tracking import tracked
 
 log = logging.getLogger("spikellm")
 logging.raiseExceptions = False  # a full disk is reported once, not by every line of the log
@@ -21,20 +18,20 @@ register()
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(composed: DictConfig) -> float | None:
-    """One job: run the stages, write results.json and the tables, return the objective."""
-    hydra_config = HydraConfig.get()
-    folder = Path(hydra_config.runtime.output_dir)
+    """One job: run the stages, write results.json and sites.csv, return the objective."""
+    folder, sweep = job_place()
     try:
-        config = OmegaConf.to_object(composed)
-        assert isinstance(config, Config)
-        from spikellm.stages import run_stages  # imports torch: not before the input is known to be right
+        with tracked(*tracking_options(composed), folder=folder, group=sweep) as tracker:
+            config = OmegaConf.to_object(composed)
+            assert isinstance(config, Config)
+            from spikellm.stages import run_stages  # imports torch: not before the input is known to be right
 
-        results, tables = run_stages(config)
-        path = write_results(folder, results, tables)
+            results, rows = run_stages(config, tracker.log_results)
+            path = write_results(folder, results, rows)
+            tracker.log_files(results, {"sites.csv": rows} if rows else {}, folder)
     except Exception as error:
-        with suppress(OSError):
-            write_failure(folder, explain(error))
-        if hydra_config.mode is RunMode.RUN and isinstance(error, INPUT_ERRORS):
+        write_failure(folder, explain(error))
+        if sweep is None and isinstance(error, INPUT_ERRORS):
             raise SystemExit(explain(error)) from error  # past Hydra, which would add lines of its own
         log.error("%s", explain(error))
         raise

@@ -16,13 +16,15 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 NUMERIC_GROUPS = ("grain", "timesteps")
 STAGE_NAMES = ("calibrate", "search", "convert", "evaluate", "diagnose")
 DEFAULT_STAGES = STAGE_NAMES[:4]
+ZERO_SHOT_TASKS = ("winogrande", "arc_challenge", "arc_easy", "piqa", "hellaswag")
+NETWORKS = ("ann", "base2", "snn")  # pretrained; base-2 phase coding with the same T; fitted codes
 MAX_T = 16
 
 
@@ -121,6 +123,13 @@ class Tracker(Enum):
     wandb = "wandb"
 
 
+class TrackingMode(Enum):
+    auto = "auto"  # online with a key and a server that answers, else offline
+    online = "online"
+    offline = "offline"  # files in the run's folder, for `wandb sync`
+    disabled = "disabled"  # nothing at all
+
+
 def _check(condition: bool, key: str, value: Any, cure: str) -> None:
     if not condition:
         raise InputError(f"{key}={value}: {cure}")
@@ -197,13 +206,38 @@ class TextConfig:
     name: str | None = None  # configuration of the hub data set
     split: str | None = None  # split of the hub data set; part of the topics for pydocs
     field: str = "text"  # column of the hub data set that holds the text
-    max_rows: int | None = None  # rows read from the hub data set (streamed where set)
+    skip_rows: int = 0  # first rows of the hub data set that are left out
+    max_rows: int | None = None  # rows read from the hub data set after these (streamed where set)
     window: int = 2048  # [tokens]
     max_windows: int | None = None  # windows used; null: all
 
     def __post_init__(self) -> None:
         _check(self.window >= 2, "dataset.*.window", self.window, "must be at least 2 tokens")
         _check(self.max_windows is None or self.max_windows >= 1, "dataset.*.max_windows", self.max_windows, "must be at least 1 or null")
+        _check(self.skip_rows >= 0, "dataset.*.skip_rows", self.skip_rows, "must not be negative")
+
+
+def _check_names(key: str, names: list[str], known: tuple[str, ...]) -> None:
+    unknown = [name for name in names if name not in known]
+    _check(not unknown, key, f"[{','.join(unknown)}]", f"not known; known: {', '.join(known)}")
+    _check(len(set(names)) == len(names), key, f"[{','.join(names)}]", "one of them is there twice")
+
+
+@dataclass(kw_only=True, slots=True)
+class ZeroShotConfig:
+    """Multiple-choice accuracy without examples, through lm-eval."""
+
+    tasks: list[str] = field(default_factory=list)  # of winogrande, arc_challenge, arc_easy, piqa, hellaswag; none: no zero-shot
+    networks: list[str] = field(default_factory=lambda: ["ann", "snn"])  # of ann, base2, snn
+    path: str | None = None  # folder with a TASK.jsonl for every task, in the fields of the hub's data sets; null: the hub
+    limit: int | None = None  # first rows of each task; null: all
+    batch_size: int = 8  # sequences a forward; not felt in the results
+
+    def __post_init__(self) -> None:
+        _check_names("dataset.zero_shot.tasks", self.tasks, ZERO_SHOT_TASKS)
+        _check_names("dataset.zero_shot.networks", self.networks, NETWORKS)
+        _check(self.limit is None or self.limit >= 1, "dataset.zero_shot.limit", self.limit, "must be at least 1 or null")
+        _check(self.batch_size >= 1, "dataset.zero_shot.batch_size", self.batch_size, "must be at least 1")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -211,6 +245,12 @@ class DatasetConfig:
     name: str = MISSING
     calibration: TextConfig = MISSING
     evaluation: TextConfig = MISSING
+    extra: dict[str, TextConfig] = field(default_factory=dict)  # further evaluation texts by name; the group `texts` has presets
+    zero_shot: ZeroShotConfig = field(default_factory=ZeroShotConfig)
+
+    def __post_init__(self) -> None:
+        for name in self.extra:
+            _check(re.fullmatch(r"[\w-]+", name) is not None, "dataset.extra", name, "names take letters, digits, _ and -")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -288,6 +328,9 @@ class EnergyConfig:
 class TrackingConfig:
     kind: Tracker = MISSING
     project: str = "spikellm"
+    entity: str | None = None  # W&B user or team; null: the key's default
+    mode: TrackingMode = TrackingMode.auto
+    artifacts: bool = False  # also upload the codes, results.json and sites.csv as an artefact
 
 
 @dataclass(kw_only=True, slots=True)
@@ -313,6 +356,14 @@ class Config:
         unknown = [stage for stage in self.stages if stage not in STAGE_NAMES]
         _check(not unknown, "stages", unknown, f"known stages: {', '.join(STAGE_NAMES)}")
         _check(bool(self.stages), "stages", self.stages, f"name at least one of {', '.join(STAGE_NAMES)}")
+
+
+def tracking_options(composed: DictConfig) -> tuple[TrackingConfig, dict[str, Any]]:
+    """How a job is tracked, and the configuration in plain types, which the tracker keeps: also of a job whose input is wrong."""
+    options, tree = OmegaConf.to_object(composed.tracking), OmegaConf.to_container(composed, resolve=True, enum_to_str=True)
+    assert isinstance(options, TrackingConfig)
+    assert isinstance(tree, dict)
+    return options, {str(key): value for key, value in tree.items()}
 
 
 def register() -> None:

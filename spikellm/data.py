@@ -57,7 +57,7 @@ def token_windows(config: TextConfig, key: str, tokenizer: PreTrainedTokenizerBa
 def fingerprint(config: TextConfig, key: str) -> dict[str, Any]:
     """What decides which windows come out: the node, and the text itself where it is local."""
     found: dict[str, Any] = {
-        name: getattr(config, name) for name in ("path", "name", "split", "field", "max_rows", "window", "max_windows")
+        name: getattr(config, name) for name in ("path", "name", "split", "field", "skip_rows", "max_rows", "window", "max_windows")
     }
     found["source"] = config.source.value
     if config.source is not DatasetSource.hub:
@@ -127,6 +127,8 @@ def _hub_text(config: TextConfig, key: str) -> str:
         raise InputError(f"{key}.path=null: name a data set of the hub")
     try:
         rows = datasets.load_dataset(config.path, config.name, split=config.split, streaming=config.max_rows is not None)
+        if config.skip_rows:
+            rows = rows.skip(config.skip_rows)
         if config.max_rows is not None:
             rows = rows.take(config.max_rows)
         return "\n\n".join(row[config.field] for row in rows)

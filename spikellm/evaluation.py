@@ -1,21 +1,36 @@
-"""Windowed perplexity, as the field reports it for WikiText-2.
+"""Every network on every text and benchmark: windowed perplexity, zero-shot accuracy.
 
-Mean token loss inside each window (window - 1 targets), mean over the windows, exp. lm-eval's `wikitext` task is a word
-perplexity: another number under another name.
+Perplexity as the field reports it for WikiText-2: mean token loss inside each window (window - 1 targets), mean over the
+windows, exp. lm-eval's `wikitext` task is a word perplexity: another number under another name. Accuracy: see `zero_shot.py`.
+
+Each figure is an artefact of its own: a run that was stopped, or is given one more text, computes what is missing.
 """
 
+import logging
 import math
+import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from spikellm import data, zero_shot
+from spikellm.artifacts import ArtifactStore, read_json, write_json
+from spikellm.config import DatasetConfig, InputError, TextConfig, ZeroShotConfig
 from spikellm.sites import HEAD
+
+log = logging.getLogger(__name__)
+
+# Loaded no earlier than needed; None stands for bytes as tokens (random test models).
+Tokenizer = Callable[[], PreTrainedTokenizerBase | None]
 
 # Logits are [tokens, V] in float32: 256 rows of LLaMA-3's vocabulary take 131 MB.
 LOGIT_ROWS = 256
@@ -71,3 +86,122 @@ def readout_perplexities(
     count, length = windows.shape
     tokens = count * (length - 1)
     return [Perplexity(value=math.exp(min(mean, 700.0)), windows=count, window=length, tokens=tokens) for mean in means]
+
+
+def folded_perplexity(model: PreTrainedModel, windows: Int[Tensor, "W L"], label: str) -> dict[str, Any]:
+    """`perplexity` in JSON types."""
+    return asdict(perplexity(model, windows, label=label))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Network:
+    """A model that is measured, built no earlier than the first figure that is missing."""
+
+    name: str  # ann, base2 or snn
+    inputs: dict[str, Any]  # everything its figures depend on beside the data
+    build: Callable[[], PreTrainedModel]
+    prefix_tokens: Callable[[], list[int]]  # stand before every sequence by themselves
+    measure: Callable[[PreTrainedModel, Tensor, str], dict[str, Any]] = folded_perplexity  # fields of `Perplexity`; anytime if stepped
+
+
+def texts(dataset: DatasetConfig) -> dict[str, TextConfig]:
+    """The texts that networks are measured on, by config key; the first is the main one."""
+    return {"dataset.evaluation": dataset.evaluation} | {f"dataset.extra.{name}": text for name, text in dataset.extra.items()}
+
+
+def prepare(dataset: DatasetConfig, tokenizer: Tokenizer, store: ArtifactStore, networks: Iterable[Network]) -> dict[str, Any]:
+    """Refuse what cannot be read before the long work starts; lm-eval's objects of the tasks with figures missing.
+
+    Raises:
+        InputError: an unreadable local text or benchmark, a hub that does not answer for a benchmark.
+    """
+    for key, text in texts(dataset).items():
+        data.fingerprint(text, key)
+    options = dataset.zero_shot
+    if not options.tasks:
+        if options.path is not None:
+            log.warning("dataset.zero_shot.path=%s has no effect without dataset.zero_shot.tasks", options.path)
+        return {}
+    if tokenizer() is None:
+        raise InputError(f"dataset.zero_shot.tasks=[{','.join(options.tasks)}]: a random model has no tokenizer; take another model")
+    chosen = [network for network in networks if network.name in options.networks]
+    pending = [
+        task
+        for task in options.tasks
+        if not all(store.folder("zero_shot", _task_inputs(options, task, network)).is_dir() for network in chosen)
+    ]
+    return zero_shot.load_tasks(options, pending) if pending else {}
+
+
+def evaluate(
+    dataset: DatasetConfig,
+    tokenizer: Tokenizer,
+    store: ArtifactStore,
+    networks: Iterable[Network],
+    tasks: dict[str, Any],
+) -> tuple[dict[str, Any], bool]:
+    """Measure `networks`, one after the other.
+
+    Args:
+        tasks: from `prepare`.
+
+    Returns:
+        What results.json gets: perplexity, and where asked for perplexity_by_text and zero_shot; whether all of it was there already.
+    """
+    options, every_cached = dataset.zero_shot, True
+    perplexities: dict[str, dict[str, Any]] = {key: {} for key in texts(dataset)}
+    accuracies: dict[str, dict[str, Any]] = {name: {} for name in options.networks}
+    results: dict[str, Any] = {}
+    for network in networks:
+        model = cache(network.build)
+        for key, text in texts(dataset).items():
+            found, cached = _perplexity(store, network, model, tokenizer, text, key)
+            if (curve := found.pop("anytime", None)) is not None and key == "dataset.evaluation":
+                results["anytime"] = {"perplexity": curve}
+            perplexities[key] |= {network.name: found.pop("value")} | found
+            every_cached = every_cached and cached
+        for task in options.tasks if network.name in options.networks else ():
+            accuracies[network.name][task], cached = _accuracy(store, network, model, tokenizer, options, task, tasks)
+            every_cached = every_cached and cached
+    results["perplexity"] = perplexities.pop("dataset.evaluation")
+    if perplexities:
+        results["perplexity_by_text"] = {key.rpartition(".")[2]: figures for key, figures in perplexities.items()}
+    if options.tasks:
+        results["zero_shot"] = accuracies
+    return results, every_cached
+
+
+def _perplexity(
+    store: ArtifactStore, network: Network, model: Callable[[], PreTrainedModel], tokenizer: Tokenizer, text: TextConfig, key: str
+) -> tuple[dict[str, Any], bool]:
+    def measure(folder: Path) -> None:
+        windows = data.token_windows(text, key, tokenizer())
+        write_json(folder / "perplexity.json", network.measure(model(), windows, f"{network.name} {key.rpartition('.')[2]}"))
+
+    inputs = network.inputs | {"network": network.name, "text": data.fingerprint(text, key)}
+    folder, cached = store.load_or_compute("evaluate", inputs, measure)
+    return read_json(folder / "perplexity.json"), cached
+
+
+def _accuracy(
+    store: ArtifactStore,
+    network: Network,
+    model: Callable[[], PreTrainedModel],
+    tokenizer: Tokenizer,
+    options: ZeroShotConfig,
+    task: str,
+    tasks: Any,
+) -> tuple[dict[str, Any], bool]:
+    def measure(folder: Path) -> None:
+        start = time.perf_counter()
+        prefix, limit, batch_size = network.prefix_tokens(), options.limit, options.batch_size
+        found = zero_shot.accuracy(model(), tokenizer(), tasks[task], limit=limit, batch_size=batch_size, prefix_tokens=prefix)
+        write_json(folder / "accuracy.json", found)
+        log.info("zero-shot %s %s: acc %.4f, %.1f s", network.name, task, found["acc"], time.perf_counter() - start)
+
+    folder, cached = store.load_or_compute("zero_shot", _task_inputs(options, task, network), measure)
+    return read_json(folder / "accuracy.json"), cached
+
+
+def _task_inputs(options: ZeroShotConfig, task: str, network: Network) -> dict[str, Any]:
+    return network.inputs | {"network": network.name, "benchmark": zero_shot.fingerprint(options, task)}

@@ -6,10 +6,12 @@ Imported by Hydra before every run (the sweep callback), so no torch here.
 import csv
 import json
 import logging
+from contextlib import suppress
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
@@ -21,6 +23,13 @@ log = logging.getLogger(__name__)
 
 RESULTS, SPIKES, FAILURE = "results.json", "spikes.csv", "error.json"
 SUMMARY_COLUMNS = ("model", "T", "grain", "ann", "base2", "snn", "ratio", "relative_mse", "folder", "error")
+NETWORK_NAMES = (("ANN", "ann"), ("base-2 SNN", "base2"), ("SNN", "snn"))
+
+
+def job_place() -> tuple[Path, str | None]:
+    """The folder of the running job, and the name of its sweep; None for a single run."""
+    running = HydraConfig.get()
+    return Path(running.runtime.output_dir), Path(running.sweep.dir).name if running.mode is RunMode.MULTIRUN else None
 
 
 def write_results(folder: Path, results: dict[str, Any], tables: dict[str, list[dict[str, Any]]]) -> Path:
@@ -37,8 +46,8 @@ def write_results(folder: Path, results: dict[str, Any], tables: dict[str, list[
 
 
 def write_failure(folder: Path, reason: str) -> None:
-    """Leave the reason beside a job that failed, for the sweep's summary."""
-    if folder.is_dir():
+    """Leave the reason beside a job that failed, for the sweep's summary; nothing where the folder cannot be written."""
+    with suppress(OSError):
         write_json(folder / FAILURE, {"error": reason})
 
 
@@ -59,13 +68,16 @@ def console_table(results: dict[str, Any], path: Path) -> str:
             f"   worse than base 2 at {search['worse_than_base2']} of {results.get('sites', '?')} sites"
         )
     if perplexity := results.get("perplexity"):
-        ann = perplexity["ann"]
         lines.append(f"  perplexity, {perplexity['windows']} windows of {perplexity['window']} tokens")
-        for name, key in (("ANN", "ann"), ("base-2 SNN", "base2"), ("SNN", "snn")):
-            lines.append(f"    {name:<12}{perplexity[key]:>12.3f}   x {perplexity[key] / ann:.4f}")
+        lines += _perplexities(perplexity)
+    for text, figures in results.get("perplexity_by_text", {}).items():
+        lines.append(f"  perplexity, {text}, {figures['windows']} windows of {figures['window']} tokens")
+        lines += _perplexities(figures)
     if anytime := results.get("anytime"):
         lines.append("  perplexity when the last neuron is read after 1, 2, .. T steps")
         lines.append("    " + "  ".join(f"{value:.4g}" for value in anytime["perplexity"]))
+    if accuracies := results.get("zero_shot"):
+        lines += _accuracies(accuracies)
     if spikes := results.get("spikes"):
         lines += _spike_lines(spikes, results["energy"])
     lines.append(f"  results  {path}")
@@ -87,6 +99,21 @@ def _spike_lines(spikes: dict[str, Any], energy: dict[str, Any]) -> list[str]:
         for key, name in (("break_even_firing_rate", "ANN"), ("break_even_firing_rate_int", f"{energy['int_bits']}-bit ANN"))
     ]
     return [*lines, f"    even at a synaptic firing rate of {', '.join(meets)}"]
+
+
+def _perplexities(figures: dict[str, Any]) -> list[str]:
+    return [f"    {name:<12}{figures[key]:>12.3f}   x {figures[key] / figures['ann']:.4f}" for name, key in NETWORK_NAMES]
+
+
+def _accuracies(accuracies: dict[str, Any]) -> list[str]:
+    tasks = list(next(iter(accuracies.values())))
+    lines = ["  accuracy [%]  " + "".join(f"{task:>16}" for task in tasks) + f"{'mean':>9}"]
+    for name, key in NETWORK_NAMES:
+        if found := accuracies.get(key):
+            cells = [f"{100 * found[task]['acc']:.2f} +- {100 * found[task].get('acc_stderr', 0):.2f}" for task in tasks]
+            mean = 100 * sum(found[task]["acc"] for task in tasks) / len(tasks)
+            lines.append(f"    {name:<12}" + "".join(f"{cell:>16}" for cell in cells) + f"{mean:>9.2f}")
+    return lines
 
 
 class SweepSummary(Callback):

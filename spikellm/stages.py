@@ -1,283 +1,35 @@
-"""The four stages of the main job: what each reads, writes and needs.
+"""The stages of the main job: what each reads, writes and needs.
 
     calibrate   model, rotation, prefix, calibration text -> statistics of every site, prefix tokens
     search      statistics, T, grain                      -> one code per site
     convert     model, codes                              -> the spiking model (in memory; on disk with save_model=true)
-    evaluate    models, evaluation text                   -> perplexities, spikes, energy
+    evaluate    models, evaluation texts, benchmarks      -> perplexities, zero-shot accuracies, spikes, energy
+    diagnose    statistics, codes, evaluation text        -> distance to the Lloyd-Max bound, damage by kind of site, plots
 
 Results are artefacts keyed by exactly what they depend on: a sweep over T and grain calibrates once, a run repeated
-computes nothing. A stage that needs another's result obtains it, named in `stages` or not.
+computes nothing. A stage that needs another's result obtains it, named in `stages` or not (`workspace.py`).
 """
 
-import gc
 import logging
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-from spikellm import accounts, checkpoint, conversion, data, diagnostics, evaluation, ledger, rotation
-from spikellm.artifacts import ArtifactStore, artifact_key, read_json, write_json
-from spikellm.calibration import Calibration
-from spikellm.calibration import calibrate as run_calibration
+from spikellm import accounts, checkpoint, conversion, diagnostics, evaluation, ledger
+from spikellm.artifacts import artifact_key, read_json, write_json
 from spikellm.code_plots import write_density_plots
-from spikellm.config import Coding, Config, Execution, Groups, ImportV0, InputError, RotationKind, SearchMethod, SoftmaxNorm, Tracker
-from spikellm.gradient import Schedule
-from spikellm.hadamard import HAS_CUDA_KERNEL
-from spikellm.model import load_model, load_tokenizer, package_version, source_fingerprint
+from spikellm.config import Config, Execution
+from spikellm.fitting import site_row
+from spikellm.model import package_version
 from spikellm.prefix import attach_prefix
-from spikellm.published import file_hash, import_fits
-from spikellm.search import MAX_GRAINS, CodeFit, base2_search, gradient_search, load_fits, save_fits
-from spikellm.search import search as find_codes
-from spikellm.sites import HEAD, SiteKind
-from spikellm.statistics import SiteStatistics
-from spikellm.stepped import fitting_chunk, stepped
-from spikellm.traditional import traditional_codes
+from spikellm.workspace import Workspace
 
 log = logging.getLogger(__name__)
 
-# Changes when what calibrate or search write no longer means the same.
-ARTIFACT_SCHEMA = 2
 RESULTS_SCHEMA = 1
-# At this weight signed digits have fewer spikes (a fifth, at T = 8) and smaller errors than digits 0 and 1, at T = 4 to 8.
-SIGNED_SPIKE_WEIGHT = 2.5
-# Sites whose spikes reach one synapse each (`ledger.py`): search.spike_weight leaves them their accuracy.
-UNSHARED = (SiteKind.value.value, SiteKind.activation.value)
-
-
-class Workspace:
-    """What the stages share: the configuration, the artefact store, and models loaded no earlier than needed."""
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
-        self.store = ArtifactStore(Path(config.output_root) / "artifacts")
-        self._installed: PreTrainedModel | None = None
-        if config.hardware.threads is not None:
-            torch.set_num_threads(config.hardware.threads)
-
-    @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        return load_tokenizer(self.config.model)
-
-    @cached_property
-    def model_inputs(self) -> dict[str, Any]:
-        return source_fingerprint(self.config.model)
-
-    @cached_property
-    def calibrate_inputs(self) -> dict[str, Any]:
-        config = self.config
-        return {
-            "schema": ARTIFACT_SCHEMA,
-            "model": self.model_inputs,
-            "rotation": _plain(config.rotation),
-            "prefix": _plain(config.prefix),
-            "softmax_norm": config.snn.softmax_norm.value,
-            "text": data.fingerprint(config.dataset.calibration, "dataset.calibration"),
-        }
-
-    @cached_property
-    def search_inputs(self) -> dict[str, Any]:
-        snn, options = self.config.snn, _plain(self.config.search)
-        if options["import_file"] is not None:  # what is in the file, not where it lies
-            options["import_file"] = file_hash(Path(options["import_file"]))
-        code = {"T": snn.T, "grain": snn.grain, "min_grain_length": snn.min_grain_length, "coding": snn.coding.value}
-        return {
-            "schema": ARTIFACT_SCHEMA,
-            "calibrate": artifact_key(self.calibrate_inputs),
-            "snn": code | ({} if snn.max_spikes is None else {"max_spikes": snn.max_spikes}),
-            "search": options,
-            "seed": self.config.seed,
-        }
-
-    def evaluate_inputs(self, network: str) -> dict[str, Any]:
-        depends: dict[str, dict[str, Any]] = {
-            "ann": {"model": self.model_inputs},
-            "base2": {"calibrate": artifact_key(self.calibrate_inputs), "T": self.config.snn.T},
-            "snn": {"search": artifact_key(self.search_inputs), "execution": self.config.snn.execution.value},
-        }
-        text = data.fingerprint(self.config.dataset.evaluation, "dataset.evaluation")
-        return {"schema": ARTIFACT_SCHEMA, "text": text, "device": self.config.hardware.device.value, "network": network} | depends[network]
-
-    @property
-    def spikes_inputs(self) -> dict[str, Any]:
-        return self.evaluate_inputs("snn") | {"windows": self.config.spikes.windows}
-
-    @property
-    def rotation_record(self) -> dict[str, Any]:
-        kind, seed = self.config.rotation.kind.value, self.config.rotation.seed
-        return {"kind": kind, "seed": seed, "hash": artifact_key({"kind": kind, "seed": seed, "model": self.model_inputs})}
-
-    def windows(self, purpose: str) -> torch.Tensor:
-        """Calibration or evaluation windows [W, L]."""
-        return data.token_windows(getattr(self.config.dataset, purpose), f"dataset.{purpose}", self.tokenizer)
-
-    def ann(self) -> PreTrainedModel:
-        """The model as it was pretrained, loaded afresh."""
-        return load_model(self.config.model, self.config.hardware)
-
-    def installed(self) -> PreTrainedModel:
-        """The rotated model with transparent neuron slots and no prefix yet."""
-        if self._installed is None:
-            model = self.ann()
-            rotated = self.config.rotation.kind is RotationKind.hadamard
-            if rotated:
-                try:
-                    rotation.rotate(model, seed=self.config.rotation.seed)
-                except ValueError as error:
-                    raise InputError(f"rotation.kind=hadamard with model={self.config.model.name}: {error}") from error
-            if rotated:
-                log.info("rotation: online transforms by %s", "fast-hadamard-transform" if HAS_CUDA_KERNEL else "matrix products")
-            after = self.config.snn.softmax_norm is SoftmaxNorm.after
-            conversion.install(model, rotated=rotated, normalise_after=after, query_block=self.config.hardware.query_block)
-            self._installed = model
-        return self._installed
-
-    def spiking(self, fits: dict[str, CodeFit]) -> PreTrainedModel:
-        """The spiking model for `fits`: prefix attached, a neuron at every site."""
-        model = self.installed()
-        conversion.clear(model)
-        attach_prefix(model, self.calibration()[0].prefix_tokens)
-        conversion.convert(model, {name: fit.table for name, fit in fits.items()}, compiled=self.config.hardware.compile)
-        return model
-
-    def perplexities(self, model: PreTrainedModel, network: str) -> dict[str, Any]:
-        """Perplexity of `model` on the evaluation text; of a stepped network, also what its logits give after 1 .. T steps."""
-        windows, snn = self.windows("evaluation"), self.config.snn
-        if network != "snn" or snn.execution is Execution.folded:
-            return asdict(evaluation.perplexity(model, windows, label=network))
-        chunk = fitting_chunk(model, windows.shape[1], chunk=snn.step_chunk, max_gib=snn.max_memory_gib)
-        log.info("stepped execution: %d of %d time steps per matrix product", chunk, snn.T)
-        with stepped(model, chunk=chunk):
-            readouts: Any = model.get_submodule(HEAD)
-            curve = evaluation.readout_perplexities(model, windows, readouts=readouts.readouts, label="snn, stepped")
-        return asdict(curve[-1]) | {"anytime": [point.value for point in curve]}
-
-    def release(self) -> None:
-        """Drop the converted model, so that another fits into memory."""
-        self._installed = None
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-    def calibration(self) -> tuple[Calibration, bool]:
-        """Statistics of every site and the prefix tokens, and whether they were there already."""
-        folder, cached = self.store.load_or_compute("calibrate", self.calibrate_inputs, lambda path: _calibrate(self, path))
-        return Calibration.load(folder), cached
-
-    def fits(self) -> tuple[dict[str, CodeFit], Path, bool]:
-        """One code per site, the artefact's folder, and whether it was there already."""
-        folder, cached = self.store.load_or_compute("search", self.search_inputs, lambda path: _search(self, path))
-        return load_fits(folder / "codes.safetensors"), folder, cached
-
-
-def _plain(node: Any) -> dict[str, Any]:
-    """A config node in JSON types."""
-    return {key: getattr(value, "value", value) for key, value in asdict(node).items()}
-
-
-def _calibrate(work: Workspace, folder: Path) -> None:
-    windows, model = work.windows("calibration"), work.installed()
-    try:
-        found = run_calibration(model, windows, work.config.prefix)
-    except ValueError as error:
-        raise InputError(f"calibrate with model={work.config.model.name}, dataset={work.config.dataset.name}: {error}") from error
-    found.save(folder)
-
-
-def _search(work: Workspace, folder: Path) -> None:
-    statistics = work.calibration()[0].statistics
-    start = time.perf_counter()
-    fits = _find(work.config, statistics)
-    every = list(fits.values())
-    summary = {
-        "seconds": round(time.perf_counter() - start, 3),
-        "relative_mse": sum(fit.relative_error for fit in every) / len(every),
-        "relative_mse_base2": sum(fit.relative_error_base2 for fit in every) / len(every),
-        "worse_than_base2": sum(fit.relative_error > fit.relative_error_base2 for fit in every),
-        "groups": sum(len(fit.tau) for fit in every),
-        "groups_by_grain": torch.cat([fit.grain for fit in every]).bincount()[1:].tolist(),
-        "groups_at_base2": sum(int(fit.fallback.sum()) for fit in every),
-    }
-    save_fits(folder / "codes.safetensors", fits)
-    write_json(folder / "search.json", summary)
-
-
-def _find(config: Config, statistics: dict[str, SiteStatistics]) -> dict[str, CodeFit]:
-    """One code per site by the configured way."""
-    options, snn = config.search, config.snn
-    G = None if snn.grain == "auto" else int(snn.grain)
-    merged = {name: site.merged() for name, site in statistics.items()} if options.groups is Groups.site else statistics
-    if snn.coding not in (Coding.phase, Coding.phase_signed):
-        return traditional_codes(config, merged)
-    if snn.coding is Coding.phase_signed and (options.import_file is not None or options.method is SearchMethod.gradient):
-        given = "search.method=gradient" if options.import_file is None else f"search.import_file={options.import_file}"
-        raise InputError(f"{given}: finds digits 0 and 1 and does not go with snn.coding=phase_signed; take snn.coding=phase")
-    if options.spike_weight and options.method is not SearchMethod.evolution:
-        log.warning("search.spike_weight=%g has no effect with search.method=%s", options.spike_weight, options.method.value)
-    if options.import_file is not None:
-        if options.method is not SearchMethod.evolution:
-            log.warning("search.method=%s has no effect: the codes come from search.import_file", options.method.value)
-        return import_fits(Path(options.import_file), statistics, T=snn.T, G=G, stored_v0=options.import_v0 is ImportV0.stored)
-    if options.import_v0 is not ImportV0.stored:
-        log.warning("search.import_v0=%s has no effect without search.import_file", options.import_v0.value)
-    if options.method is SearchMethod.base2:
-        return base2_search(statistics, snn.T)
-    statistics = merged
-    common: dict[str, Any] = {
-        "T": snn.T,
-        "G": G,
-        "seed": config.seed,
-        "min_length": snn.min_grain_length,
-        "tolerance": options.tolerance,
-    }
-    if options.method is SearchMethod.gradient:
-        schedule = Schedule(
-            outer=options.gradient_outer,
-            inner=options.gradient_inner,
-            samples=options.gradient_samples,
-            rate=options.gradient_rate,
-        )
-        searches = 1 if G else min(MAX_GRAINS, max(1, snn.T // snn.min_grain_length))
-        groups = sum(site.counts.shape[1] for site in statistics.values())
-        with tqdm(total=searches * groups * schedule.outer, desc="search", unit="round", disable=None) as bar:
-            return gradient_search(statistics, schedule=schedule, progress=bar.update, **common)
-    signed = snn.coding is Coding.phase_signed
-    spike_weight = options.spike_weight if options.spike_weight is not None else SIGNED_SPIKE_WEIGHT * signed
-    weights = {name: spike_weight for name in statistics if not name.endswith(UNSHARED)}
-    with tqdm(total=G or MAX_GRAINS, desc="search", unit="grain", disable=None) as bar:
-        return find_codes(
-            statistics,
-            signed=signed,
-            spike_weights=weights,
-            compiled=config.hardware.compile,
-            progress=lambda _: bar.update(),
-            **common,
-        )
-
-
-def site_row(name: str, fit: CodeFit) -> dict[str, Any]:
-    """One line of sites.csv; lists have one entry per neuron group."""
-    return {
-        "name": name,
-        "tau": fit.tau.tolist(),
-        "grain": fit.grain.tolist(),
-        "assignment": fit.assignment.tolist(),
-        "base_d": fit.base_d.tolist(),
-        "base_h": fit.base_h.tolist(),
-        "base_theta": fit.base_theta.tolist(),
-        "rho": fit.rho.tolist(),
-        "v0": fit.v0.tolist(),
-        "relative_error_base2": fit.relative_error_base2,
-        "relative_error": fit.relative_error,
-        "firing_rate": fit.mean_firing_rate,
-    }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -299,7 +51,8 @@ def calibrate(work: Workspace) -> StageOutcome:
 def search(work: Workspace) -> StageOutcome:
     fits, folder, cached = work.fits()
     rows = [site_row(name, fit) for name, fit in fits.items()]
-    return StageOutcome(cached=cached, results={"search": read_json(folder / "search.json")}, tables={"sites.csv": rows})
+    record = {"search": read_json(folder / "search.json"), "codes": str(folder / "codes.safetensors")}
+    return StageOutcome(cached=cached, results=record, tables={"sites.csv": rows})
 
 
 def convert(work: Workspace) -> StageOutcome:
@@ -318,51 +71,25 @@ def convert(work: Workspace) -> StageOutcome:
 
 
 def evaluate(work: Workspace) -> StageOutcome:
-    """Spikes and energy; perplexity of the spiking model, of base 2 and of the pretrained model.
-
-    In this order: all but the last share the converted model, which then makes room for the third.
-    """
-
-    def ann() -> PreTrainedModel:
-        work.release()
-        return work.ann()
-
-    builders: dict[str, Callable[[], PreTrainedModel]] = {
-        "snn": lambda: work.spiking(work.fits()[0]),
-        "base2": lambda: work.spiking(base2_search(work.calibration()[0].statistics, work.config.snn.T)),
-        "ann": ann,
-    }
-    values: dict[str, Any] = {}
-    facts: dict[str, Any] = {}
-    spikes, tables, every_cached = _spikes(work) if work.config.spikes.enabled else ({}, {}, True)
-    for network, build in builders.items():
-
-        def measure(folder: Path, network: str = network, build: Callable[[], PreTrainedModel] = build) -> None:
-            write_json(folder / "perplexity.json", work.perplexities(build(), network))
-
-        folder, cached = work.store.load_or_compute("evaluate", work.evaluate_inputs(network), measure)
-        result = read_json(folder / "perplexity.json")
-        every_cached = every_cached and cached
-        values[network] = result.pop("value")
-        if (curve := result.pop("anytime", None)) is not None:
-            facts["anytime"] = {"perplexity": curve}
-    perplexity = {network: values[network] for network in ("ann", "snn", "base2")} | result
-    return StageOutcome(cached=every_cached, results={"perplexity": perplexity} | facts | spikes, tables=tables)
+    """Spikes and energy of the spiking model; perplexities and accuracies of all networks."""
+    counted = _spikes(work) if work.config.spikes.enabled else StageOutcome(cached=True, results={})
+    results, cached = evaluation.evaluate(work.config.dataset, lambda: work.tokenizer, work.store, work.networks, work.benchmarks)
+    return StageOutcome(cached=cached and counted.cached, results=results | counted.results, tables=counted.tables)
 
 
-def _spikes(work: Workspace) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]], bool]:
-    """`spikes` and `energy` of results.json, the rows of spikes.csv, and whether they had been counted already."""
+def _spikes(work: Workspace) -> StageOutcome:
+    """`spikes` and `energy` of results.json, the rows of spikes.csv."""
 
     def measure(folder: Path) -> None:
-        windows = work.windows("evaluation")[: work.config.spikes.windows]
+        windows = work.evaluation_windows[: work.config.spikes.windows]
         write_json(folder / "ledger.json", ledger.count(work.spiking(work.fits()[0]), windows).to_json())
 
-    folder, cached = work.store.load_or_compute("spikes", work.spikes_inputs, measure)
+    folder, cached = work.store.load_or_compute("spikes", work.snn_inputs | {"windows": work.config.spikes.windows}, measure)
     found = ledger.Ledger.from_json(read_json(folder / "ledger.json"))
     if found.windows < work.config.spikes.windows:
         log.warning("spikes.windows=%d: the evaluation text has %d", work.config.spikes.windows, found.windows)
     records = {"spikes": accounts.spikes_record(found), "energy": accounts.energy_record(found, accounts.cost_table(work.config.energy))}
-    return records, {"spikes.csv": accounts.spike_rows(found)}, cached
+    return StageOutcome(cached=cached, results=records, tables={"spikes.csv": accounts.spike_rows(found)})
 
 
 def diagnose(work: Workspace) -> StageOutcome:
@@ -376,12 +103,12 @@ def diagnose(work: Workspace) -> StageOutcome:
         if options.windows:
             model = work.installed()
             attach_prefix(model, work.calibration()[0].prefix_tokens)
-            windows = work.windows("evaluation")[: options.windows]
+            windows = work.evaluation_windows[: options.windows]
             by_kind, by_site = diagnostics.damage(model, fits, windows, compiled=work.config.hardware.compile)
             record["damage"] = {"perplexity_by_kind": by_kind, "perplexity_by_site": by_site}
         write_json(folder / "diagnostics.json", record)
 
-    inputs = work.evaluate_inputs("snn") | {"windows": options.windows}
+    inputs = work.snn_inputs | {"windows": options.windows}
     folder, cached = work.store.load_or_compute("diagnose", inputs, measure)
     record = read_json(folder / "diagnostics.json")
     rows = record.pop("sites")
@@ -400,14 +127,27 @@ STAGES: dict[str, Callable[[Workspace], StageOutcome]] = {
 }
 
 
-def run_stages(config: Config) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
-    """Run `config.stages` in the order of `STAGES`; the content of results.json, and rows by the name of a csv file."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What a run has found: the content of results.json, rows by the name of a csv file, pictures to copy into the run's folder."""
+
+    results: dict[str, Any]
+    tables: dict[str, list[dict[str, Any]]]
+    plots: list[Path]
+
+
+def run_stages(config: Config, progress: Callable[[dict[str, Any]], None] = lambda _: None) -> Outcome:
+    """Run `config.stages` in the order of `STAGES`.
+
+    Args:
+        progress: is given what results.json will hold, after every stage.
+    """
     work = Workspace(config)
-    if config.tracking.kind is not Tracker.none:
-        log.warning("tracking=%s has no effect in this version: results.json and sites.csv hold the results", config.tracking.kind.value)
     for key in ("step_chunk", "max_memory_gib"):
         if config.snn.execution is Execution.folded and (value := getattr(config.snn, key)) is not None:
             log.warning("snn.%s=%s has no effect with snn.execution=folded", key, value)
+    if "evaluate" in config.stages:
+        work.prepare_evaluation()
     results: dict[str, Any] = {
         "schema": RESULTS_SCHEMA,
         "model": config.model.name,
@@ -419,7 +159,7 @@ def run_stages(config: Config) -> tuple[dict[str, Any], dict[str, list[dict[str,
         "stages": {},
         "versions": versions(),
     }
-    tables: dict[str, list[dict[str, Any]]] = {}
+    found = Outcome(results=results, tables={}, plots=[])
     for name, stage in STAGES.items():
         if name not in config.stages:
             continue
@@ -428,9 +168,11 @@ def run_stages(config: Config) -> tuple[dict[str, Any], dict[str, list[dict[str,
         seconds = round(time.perf_counter() - start, 3)
         results |= outcome.results
         results["stages"][name] = {"seconds": seconds, "cached": outcome.cached}
-        tables |= outcome.tables
+        found.tables.update(outcome.tables)
+        found.plots.extend(outcome.plots)
         log.info("%s: %.1f s%s", name, seconds, " (cached)" if outcome.cached else "")
-    return results, tables
+        progress(results)
+    return found
 
 
 def versions() -> dict[str, str | None]:

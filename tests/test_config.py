@@ -11,7 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 from spikellm.config import MAX_T, Config, Device, InputError, ModelSource, quote_numeric_options, register
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
-GROUPS = ("model", "timesteps", "grain", "dataset", "hardware", "tracking", "experiment")
+GROUPS = ("model", "timesteps", "grain", "dataset", "texts", "hardware", "tracking", "experiment")
 OPTIONS = sorted((group, path.stem) for group in GROUPS for path in (CONF / group).glob("*.yaml"))
 # what the contract with the user names
 PROMISED = {
@@ -21,6 +21,7 @@ PROMISED = {
     },
     "grain": {"1", "2", "3", "auto"},
     "timesteps": {"4", "6", "8"},
+    "texts": {"wikitext2", "c4", "pile", "redpajama", "local"},
     "dataset": {"pydocs", "wikitext2", "c4", "pile", "redpajama", "text"},
     "hardware": {"cpu", "gpu", "multi_gpu"},
     "tracking": {"none", "wandb"},
@@ -46,9 +47,12 @@ def test_defaults_are_the_contract():
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_every_option_composes(group, option):
-    config = configure(f"{group}={option}", *(["snn.T=10"] if group == "grain" else []))
+    value = f"[{option}]" if group == "texts" else option
+    config = configure(f"{group}={value}", *(["snn.T=10"] if group == "grain" else []))
     if group in ("model", "dataset"):
         assert getattr(config, group).name == option
+    elif group == "texts":
+        assert list(config.dataset.extra) == [option]
     elif group == "grain":
         assert config.snn.grain == option
     elif group == "timesteps":
@@ -72,6 +76,19 @@ def test_spellings_of_the_user():
     assert (text.calibration.path, text.evaluation.path, text.evaluation.window, text.evaluation.max_windows) == ("A.txt", "B.txt", 2048, 8)
     assert not configure("prefix.enabled=false").prefix.enabled
     assert configure("model=llama2_7b", "model.path=/some/folder").model.path == "/some/folder"
+
+
+def test_several_texts_in_one_run():
+    extra = configure(
+        "texts=[c4,redpajama]", "dataset.extra.c4.window=512", "+dataset.extra={dev: {source: text, path: F, max_windows: 2}}"
+    ).dataset.extra  # fmt: skip
+    assert {name: (text.path, text.window, text.skip_rows, text.max_windows) for name, text in extra.items()} == {
+        "c4": ("allenai/c4", 512, 0, 128),
+        "redpajama": ("togethercomputer/RedPajama-Data-1T-Sample", 2048, 2000, 128),
+        "dev": ("F", 2048, 0, 2),
+    }
+    c4, main = configure("texts=[c4]").dataset.extra["c4"], configure("dataset=c4").dataset.evaluation
+    assert c4 == main
 
 
 def test_a_value_wins_over_its_group():

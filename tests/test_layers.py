@@ -9,13 +9,14 @@ ROOT = Path(__file__).resolve().parents[1]
 # A file imports only from layers before its own. A new file needs a place here.
 LAYERS = (
     {"config", "hadamard", "neuron", "coding", "temporal", "energy"},
-    {"sites", "data", "artifacts", "tracking", "spike_plots"},
-    {"model"},
-    {"rotation", "prefix", "attention", "modules", "statistics", "evolution"},
+    {"sites", "data", "artifacts", "spike_plots"},
+    {"model", "tracking"},
+    {"rotation", "prefix", "attention", "modules", "statistics", "evolution", "zero_shot"},
     {"conversion", "evaluation", "gradient", "stepped_modules"},
     {"calibration", "checkpoint", "search", "stepped_attention", "ledger"},
     {"published", "stepped", "traditional", "accounts", "diagnostics"},
-    {"code_plots"},
+    {"code_plots", "fitting"},
+    {"workspace"},
     {"stages", "report"},
     {"main"},
 )
@@ -25,7 +26,7 @@ RESERVED = {
     "hydra": {"main", "config", "report"},
     "omegaconf": {"main", "config", "report"},
     "wandb": {"tracking"},
-    "lm_eval": {"evaluation"},
+    "lm_eval": {"zero_shot"},
 }
 MATHEMATICS = LAYERS[0] - {"config"}
 NO_TORCH = {"config", "report", "artifacts"}  # Hydra imports these before every run and for --help

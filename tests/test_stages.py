@@ -131,6 +131,20 @@ def test_traditional_codes_run_through(tmp_path, caplog):
     assert found["ttfs"]["spikes"]["firing_rate"] <= 1 / 8
 
 
+def test_several_texts_and_the_main_one(tmp_path):
+    """Each has the figures that it has alone; one more text computes nothing else again."""
+    alone = run(tmp_path / "alone", "dataset.evaluation.window=32")
+    both = run(tmp_path, "texts=[pydocs]", "dataset.extra.pydocs.window=32", "dataset.extra.pydocs.max_windows=2")
+    assert both["perplexity_by_text"] == {"pydocs": alone["perplexity"]}
+    assert both["perplexity"]["window"] == 64
+    before = {path: path.stat().st_mtime_ns for path in artefacts(tmp_path, "evaluate")}
+    more = run(tmp_path, "+dataset.extra={again: {source: pydocs, split: calibration, window: 32, max_windows: 1}}")
+    assert more["perplexity"] == both["perplexity"]
+    assert more["perplexity_by_text"]["again"]["tokens"] == 31
+    assert before.items() <= {path: path.stat().st_mtime_ns for path in artefacts(tmp_path, "evaluate")}.items()
+    assert len(artefacts(tmp_path, "evaluate")) == len(before) + 3
+
+
 def test_results_do_not_depend_on_what_was_cached(tmp_path):
     """Stage by stage in several runs gives the numbers of one run."""
     for stages in ("[calibrate]", "[search]", "[convert]"):
