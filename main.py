@@ -4,15 +4,13 @@ import logging
 import os
 import sys
 from contextlib import suppress
-from pathlib import Path
 
 import hydra
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from spikellm.config import INPUT_ERRORS, Config, explain, quote_numeric_options, register
-from spikellm.report import console_table, objective, write_failure, write_results
+from spikellm.config import INPUT_ERRORS, INTERRUPTED, Config, explain, quote_numeric_options, raise_on_termination, register
+from spikellm.job import Job
+from spikellm.report import console_table, objective
 
 log = logging.getLogger("spikellm")
 logging.raiseExceptions = False  # a full disk is reported once, not by every line of the log
@@ -22,23 +20,21 @@ register()
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(composed: DictConfig) -> float | None:
     """One job: run the stages, write results.json and sites.csv, return the objective."""
-    hydra_config = HydraConfig.get()
-    folder = Path(hydra_config.runtime.output_dir)
+    job = Job(composed)
     try:
         config = OmegaConf.to_object(composed)
         assert isinstance(config, Config)
-        from spikellm.stages import run_stages  # imports torch: not before the input is known to be right
-
-        results, rows = run_stages(config)
-        path = write_results(folder, results, rows)
-    except Exception as error:
+        results = job.run(config)
+    except (Exception, KeyboardInterrupt) as error:
         with suppress(OSError):
-            write_failure(folder, explain(error))
-        if hydra_config.mode is RunMode.RUN and isinstance(error, INPUT_ERRORS):
+            job.fail(explain(error), interrupted=isinstance(error, KeyboardInterrupt))
+        if job.sweep is None and isinstance(error, INPUT_ERRORS):
             raise SystemExit(explain(error)) from error  # past Hydra, which would add lines of its own
-        log.error("%s", explain(error))
+        if not isinstance(error, KeyboardInterrupt):
+            log.error("%s", explain(error))
         raise
-    log.info("done\n%s", console_table(results, path))
+    if results:
+        log.info("done\n%s", console_table(results, job.folder))
     return objective(results, config.objective)
 
 
@@ -46,9 +42,13 @@ def cli() -> None:
     """The command line: wrong input ends with one line and exit code 2, a defect with its traceback."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then raises instead of printing and exiting with 1
     os.environ.setdefault("TQDM_DISABLE", "" if sys.stderr.isatty() else "1")
+    raise_on_termination()
     try:
         sys.argv[1:] = quote_numeric_options(sys.argv[1:])
         main()
+    except KeyboardInterrupt as error:
+        print(explain(error), file=sys.stderr)
+        sys.exit(INTERRUPTED)
     except (*INPUT_ERRORS, SystemExit) as error:
         if isinstance(error, SystemExit) and not isinstance(error.code, str):
             raise

@@ -328,6 +328,7 @@ def run_stages(config: Config) -> tuple[dict[str, Any], list[dict[str, Any]] | N
         "stages": {},
         "versions": versions(),
     }
+    results |= _published(config)
     rows = None
     for name, stage in STAGES.items():
         if name not in config.stages:
@@ -340,6 +341,19 @@ def run_stages(config: Config) -> tuple[dict[str, Any], list[dict[str, Any]] | N
         rows = outcome.site_rows or rows
         log.info("%s: %.1f s%s", name, seconds, " (cached)" if outcome.cached else "")
     return results, rows
+
+
+def _published(config: Config) -> dict[str, Any]:
+    """Published figures for this job, where the experiment names any."""
+    reference, snn = config.reference, config.snn
+    if not reference.rows:
+        return {}
+    if figures := reference.figures(config.model.name, snn.T, snn.grain):
+        return {"reference": {"source": reference.source, "figures": figures}}
+    known = ", ".join(f"T={row.T} grain={row.grain}" for row in reference.rows)
+    log.warning("reference: nothing was published for %s, T=%s, grain=%s; there is %s, %s",
+                config.model.name, snn.T, snn.grain, reference.model, known)  # fmt: skip
+    return {}
 
 
 def versions() -> dict[str, str | None]:

@@ -1,0 +1,66 @@
+"""One job in its folder, alone or in a sweep: run the stages, or return what was recorded, or rebuild a report; leave what happened."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from spikellm.artifacts import artifact_key
+from spikellm.config import Config, command_line
+from spikellm.report import finished_results, write_failure, write_results
+from spikellm.sweep import refresh
+
+log = logging.getLogger(__name__)
+
+
+class Job:
+    """What Hydra asks for once."""
+
+    def __init__(self, composed: DictConfig) -> None:
+        hydra_config = HydraConfig.get()
+        self.folder = Path(hydra_config.runtime.output_dir)
+        self.sweep = None if hydra_config.mode is RunMode.RUN else Path(hydra_config.sweep.dir)
+        self.record = _record(composed, list(hydra_config.overrides.task))
+
+    def run(self, config: Config) -> dict[str, Any] | None:
+        """The content of results.json, written; None where only a report was asked for."""
+        if config.stages == ["report"]:
+            from spikellm.html_report import rebuild
+
+            log.info("report  %s", rebuild(config))
+            return None
+        if self.sweep and (recorded := finished_results(self.folder, self.record["config"])):
+            log.info("finished before, not run again")
+            return recorded
+        from spikellm.stages import run_stages  # imports torch: not before the input is known to be right
+
+        results, rows = run_stages(config)
+        write_results(self.folder, results | self.record, rows)
+        if not self.sweep and (config.report.html or "report" in config.stages):
+            from spikellm.html_report import write_report
+
+            write_report(self.folder)
+        return results | self.record
+
+    def fail(self, reason: str, *, interrupted: bool) -> None:
+        """Leave the reason in the folder, and in the sweep's summary where Hydra stops at once, without `on_job_end`."""
+        write_failure(self.folder, reason, self.record)
+        if self.sweep and interrupted:
+            refresh(self.sweep)
+
+
+def _record(composed: DictConfig, overrides: list[str]) -> dict[str, Any]:
+    """What a job is, whether it fails or not: model, T, grain, its command, a hash of its resolved configuration."""
+    resolved = OmegaConf.to_container(composed, resolve=True, enum_to_str=True)
+    assert isinstance(resolved, dict)
+    grain = resolved["snn"]["grain"]
+    return {
+        "model": resolved["model"]["name"],
+        "T": resolved["snn"]["T"],
+        "grain": int(grain) if str(grain).isdigit() else grain,
+        "command": command_line(overrides),
+        "config": artifact_key(resolved),
+    }
