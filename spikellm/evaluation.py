@@ -49,7 +49,8 @@ def perplexity(model: PreTrainedModel, windows: Int[Tensor, "W L"], *, label: st
         targets = ids[0, 1:].to(hidden.device)
         loss = 0.0
         for rows, wanted in zip(hidden.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True):
-            loss += cross_entropy(head(rows).float(), wanted, reduction="sum").item()
+            logits = head(rows).float()  # of tied embeddings the head may lie on another GPU than the last layer
+            loss += cross_entropy(logits, wanted.to(logits.device), reduction="sum").item()
         losses.append(loss / len(targets))
         progress.set_postfix(ppl=f"{math.exp(min(sum(losses) / len(losses), 80)):.3f}")
     mean = sum(losses) / len(losses)

@@ -121,7 +121,7 @@ def _job(folder: Path, name: str, *, open: bool = True) -> dict[str, Any]:
         "measured_on": _measured_on(results),
         "published": _published(results),
         "facts": _facts(results),
-        "stages": [(stage, f"{record['seconds']:.1f}", "was there" if record["cached"] else "") for stage, record in results["stages"].items()],
+        "stages": [(name, f"{done['seconds']:.1f}", "(was there)" if done["cached"] else "") for name, done in results["stages"].items()],
         "maps": [(column, plots.svg(figure, f"{folder.name}-{column}")) for column, figure in maps if figure],
         "pictures": [
             (path.stem.replace("_", " "), base64.b64encode(path.read_bytes()).decode()) for path in sorted((folder / "plots").glob("*.png"))

@@ -54,8 +54,7 @@ class Job:
 
 def _record(composed: DictConfig, overrides: list[str]) -> dict[str, Any]:
     """What a job is, whether it fails or not: model, T, grain, its command, a hash of its resolved configuration."""
-    resolved = OmegaConf.to_container(composed, resolve=True, enum_to_str=True)
-    assert isinstance(resolved, dict)
+    resolved: Any = OmegaConf.to_container(composed, resolve=True, enum_to_str=True)
     grain = resolved["snn"]["grain"]
     return {
         "model": resolved["model"]["name"],

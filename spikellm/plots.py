@@ -20,7 +20,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 INK = "#1d2733"  # text and axes; `svg` replaces it by the colour of the surrounding text
 # Okabe and Ito's colours: told apart also without red or green.
 COLOURS, MARKERS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"), "osD^vP"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 9,
     "svg.fonttype": "none",
     "axes.spines.top": False,
@@ -143,7 +143,7 @@ def site_map(sites: list[dict[str, str]], column: str, title: str) -> Figure | N
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
         bar = figure.colorbar(image, ax=axes, fraction=0.05)
-        bar.outline.set_visible(False)  # type: ignore[operator]
+        bar.outline.set_visible(False)
         axes.set(xlabel="layer", title=title)
     return figure
 

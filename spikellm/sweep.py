@@ -17,6 +17,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, open_dict, read_write
@@ -74,7 +75,7 @@ class Reporter(Callback):
             log.info("continuing the sweep in %s: %s of %s jobs are finished", folder, done, asked["jobs"] or "?")
         write_json(folder / SWEEP, asked)
 
-    def on_job_end(self, config: DictConfig, **_: Any) -> None:
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
         if config.hydra.mode is RunMode.MULTIRUN:
             refresh(Path(config.hydra.sweep.dir))
 
