@@ -3,16 +3,24 @@
 `root/<stage>/<key>/` holds the result of a stage, `key` a hash of exactly what the result depends on. A folder is written
 beside its place and renamed, so that it is whole or absent, also after kill -9; a lock makes several processes (or
 machines on one shared file system) that want the same folder compute it once.
+
+The lock is the system's (flock), which goes with its process: a killed job or a machine that died leaves none behind (NFS
+frees it when the client's lease ends, a minute or two). Where a file system does not carry locks from machine to machine,
+the worst is that two compute the same: temporary names differ between machines and the first result to be whole stands.
 """
 
 import hashlib
 import json
 import logging
 import os
+import platform
 import shutil
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 from filelock import FileLock, Timeout
 
@@ -20,6 +28,8 @@ if TYPE_CHECKING:  # report.py imports this module before torch is wanted
     from torch import Tensor
 
 log = logging.getLogger(__name__)
+
+STALE_SECONDS = 24 * 3600  # another machine's temporary folder of this age belongs to nobody
 
 
 def artifact_key(inputs: dict[str, Any]) -> str:
@@ -60,14 +70,18 @@ class ArtifactStore:
         try:
             if target.is_dir():
                 return target, True
-            for stale in target.parent.glob(f"{target.name}.tmp-*"):  # of killed runs: the lock is ours
-                shutil.rmtree(stale, ignore_errors=True)
-            temporary = target.with_suffix(f".tmp-{os.getpid()}")
+            self._clear_temporary(target)
+            temporary = target.parent / f"{target.name}.tmp-{platform.node()}-{os.getpid()}-{uuid4().hex[:8]}"
             temporary.mkdir()
             try:
                 compute(temporary)
                 write_json(temporary / "inputs.json", inputs)
-                temporary.rename(target)
+                try:
+                    temporary.rename(target)
+                except OSError:  # there already: made meanwhile by a machine that does not see our lock
+                    if not target.is_dir():
+                        raise
+                    shutil.rmtree(temporary, ignore_errors=True)
             except BaseException:
                 shutil.rmtree(temporary, ignore_errors=True)
                 raise
@@ -75,10 +89,18 @@ class ArtifactStore:
         finally:
             lock.release()
 
+    @staticmethod
+    def _clear_temporary(target: Path) -> None:
+        """Remove what killed runs have left: on this machine at once, for the lock is ours; of others when it is old."""
+        for stale in target.parent.glob(f"{target.name}.tmp-*"):
+            with suppress(FileNotFoundError):
+                if f".tmp-{platform.node()}-" in stale.name or time.time() - stale.stat().st_mtime > STALE_SECONDS:
+                    shutil.rmtree(stale, ignore_errors=True)
+
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid4().hex[:12]}.tmp")  # process numbers may meet on two machines
     try:
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)

@@ -9,6 +9,8 @@ Numeric option groups: Hydra 1.3 refuses `grain=3` where `grain` is a group, so 
 """
 
 import re
+import shlex
+import signal
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -19,10 +21,12 @@ from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from spikellm.fields import field_help
+
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 NUMERIC_GROUPS = ("grain", "timesteps")
-STAGE_NAMES = ("calibrate", "search", "convert", "evaluate", "diagnose")
-DEFAULT_STAGES = STAGE_NAMES[:4]
+STAGE_NAMES = ("calibrate", "search", "convert", "evaluate", "diagnose", "report")
+DEFAULT_STAGES = STAGE_NAMES[:4]  # a report is written at the end of a run and of a sweep anyway
 ZERO_SHOT_TASKS = ("winogrande", "arc_challenge", "arc_easy", "piqa", "hellaswag")
 NETWORKS = ("ann", "base2", "snn")  # pretrained; base-2 phase coding with the same T; fitted codes
 MAX_T = 16
@@ -36,10 +40,24 @@ class InputError(ValueError):
 INPUT_ERRORS = (InputError, HydraException, OmegaConfBaseException, OSError, FloatingPointError)
 
 
-def explain(error: Exception) -> str:
+INTERRUPTED = 130  # exit code of a run that was stopped by SIGINT or SIGTERM
+
+
+def raise_on_termination() -> None:
+    """Let SIGTERM end a run as Ctrl-C does: by KeyboardInterrupt, so that whatever is half done is cleared away."""
+
+    def interrupt(number: int, _: object) -> None:
+        raise KeyboardInterrupt(signal.Signals(number).name)
+
+    signal.signal(signal.SIGTERM, interrupt)
+
+
+def explain(error: BaseException) -> str:
     """An error as one line: the message, what Hydra or the system leaves unsaid, and the cure."""
     text = str(error)
-    if isinstance(error, HydraException):
+    if isinstance(error, KeyboardInterrupt):
+        text = f"interrupted ({text or 'SIGINT'}): the same command goes on from here; what was finished is kept and not computed again"
+    elif isinstance(error, HydraException):
         text = text.partition("Config search path:")[0]
         if isinstance(error.__cause__, OmegaConfBaseException):
             text += f" ({str(error.__cause__).splitlines()[0]})"
@@ -61,12 +79,12 @@ class DType(Enum):
 
 
 class RotationKind(Enum):
-    hadamard = "hadamard"
-    none = "none"
+    hadamard = "hadamard"  # R1 to R4
+    none = "none"  # the model as it is
 
 
 class Coding(Enum):
-    phase = "phase"
+    phase = "phase"  # phase t of the code weighs base^-t
     phase_signed = "phase_signed"  # digits -1, 0, +1 in every phase: finer codes, or fewer spikes
     rate = "rate"  # traditional conversion: T equal spikes at most, their number is the value
     ttfs = "ttfs"  # traditional conversion: one spike, its time is the value
@@ -107,7 +125,7 @@ class DatasetSource(Enum):
 
 class Device(Enum):
     cpu = "cpu"
-    cuda = "cuda"
+    cuda = "cuda"  # one GPU
     auto = "auto"  # accelerate's device map over all GPUs
 
 
@@ -119,8 +137,8 @@ class EnergyTable(Enum):
 
 
 class Tracker(Enum):
-    none = "none"
-    wandb = "wandb"
+    none = "none"  # results.json and the console only
+    wandb = "wandb"  # Weights & Biases
 
 
 class TrackingMode(Enum):
@@ -138,7 +156,7 @@ def _check(condition: bool, key: str, value: Any, cure: str) -> None:
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
     name: str = MISSING  # short name, in results and folder names
-    source: ModelSource = MISSING
+    source: ModelSource = MISSING  # where the weights come from
     path: str = MISSING  # hub id, local folder, or package:file for gguf, or architecture for random
     revision: str | None = None  # branch, tag or commit on the hub
     dtype: DType = DType.float32  # of the weights and of evaluation; rotation is always float64
@@ -151,9 +169,9 @@ class SpikingConfig:
     T: int = MISSING  # time steps = phases of the code [steps]
     grain: str = MISSING  # number of grains G: 1, 2, 3, .. or auto; set by the group `grain`
     min_grain_length: int = 2  # phases in a grain, at least [steps]
-    coding: Coding = Coding.phase
+    coding: Coding = Coding.phase  # what a spike stands for
     max_spikes: int | None = None  # spikes of a neuron, at most; coding=few_spike only
-    execution: Execution = Execution.folded
+    execution: Execution = Execution.folded  # how the network is run
     step_chunk: int | None = None  # time steps per matrix product, at most; null: all T; execution=stepped only [steps]
     max_memory_gib: float | None = None  # weights and activations, at most: lowers step_chunk; null: no bound; execution=stepped only [GiB]
     softmax_norm: SoftmaxNorm = SoftmaxNorm.after  # where attention's softmax is normalised
@@ -182,7 +200,7 @@ class SpikingConfig:
 
 @dataclass(kw_only=True, slots=True)
 class RotationConfig:
-    kind: RotationKind = RotationKind.hadamard  # R1..R4; none: the model as it is
+    kind: RotationKind = RotationKind.hadamard  # rotations that spread outliers and leave the function as it is
     seed: int = 0  # of R1's random signs
 
 
@@ -201,14 +219,14 @@ class PrefixConfig:
 class TextConfig:
     """Where a stream of tokens comes from and how it is cut into windows."""
 
-    source: DatasetSource = MISSING
+    source: DatasetSource = MISSING  # where the text comes from
     path: str | None = None  # local file (source=text) or hub id (source=hub)
     name: str | None = None  # configuration of the hub data set
     split: str | None = None  # split of the hub data set; part of the topics for pydocs
     field: str = "text"  # column of the hub data set that holds the text
     skip_rows: int = 0  # first rows of the hub data set that are left out
     max_rows: int | None = None  # rows read from the hub data set after these (streamed where set)
-    window: int = 2048  # [tokens]
+    window: int = 2048  # length of a window [tokens]
     max_windows: int | None = None  # windows used; null: all
 
     def __post_init__(self) -> None:
@@ -242,7 +260,7 @@ class ZeroShotConfig:
 
 @dataclass(kw_only=True, slots=True)
 class DatasetConfig:
-    name: str = MISSING
+    name: str = MISSING  # short name, in results
     calibration: TextConfig = MISSING
     evaluation: TextConfig = MISSING
     extra: dict[str, TextConfig] = field(default_factory=dict)  # further evaluation texts by name; the group `texts` has presets
@@ -255,7 +273,7 @@ class DatasetConfig:
 
 @dataclass(kw_only=True, slots=True)
 class HardwareConfig:
-    device: Device = MISSING
+    device: Device = MISSING  # where the network is run
     compile: bool = True  # fuse each neuron's T steps into one pass (torch.compile)
     query_block: int = 256  # queries per block of attention; bounds memory [tokens]
     threads: int | None = None  # CPU threads; null: torch's choice
@@ -267,7 +285,7 @@ class HardwareConfig:
 
 @dataclass(kw_only=True, slots=True)
 class SearchConfig:
-    method: SearchMethod = SearchMethod.evolution
+    method: SearchMethod = SearchMethod.evolution  # how the codes are found
     groups: Groups = Groups.head  # neurons that share a table
     spike_weight: float | None = None  # lambda: a squared error counts exp(lambda x mean spikes of a neuron); null: 0, phase_signed 2.5
     tolerance: float = 0.02  # grain=auto: relative excess of the objective that a coarser grain may have
@@ -326,11 +344,39 @@ class EnergyConfig:
 
 @dataclass(kw_only=True, slots=True)
 class TrackingConfig:
-    kind: Tracker = MISSING
-    project: str = "spikellm"
+    kind: Tracker = MISSING  # where results are mirrored
+    project: str = "spikellm"  # project of Weights & Biases
     entity: str | None = None  # W&B user or team; null: the key's default
-    mode: TrackingMode = TrackingMode.auto
+    mode: TrackingMode = TrackingMode.auto  # whether runs are uploaded
     artifacts: bool = False  # also upload the codes, results.json and sites.csv as an artefact
+
+
+@dataclass(kw_only=True, slots=True)
+class PublishedRow:
+    """Figures that were published for one T and grain."""
+
+    T: int = MISSING  # time steps [steps]
+    grain: str = MISSING  # number of grains
+    figures: dict[str, float] = field(default_factory=dict)  # key of results.json -> published value, accuracies as fractions
+
+
+@dataclass(kw_only=True, slots=True)
+class ReferenceConfig:
+    """Published figures, printed beside the measured ones. Set by `experiment=published_*`."""
+
+    source: str | None = None  # where the figures were published
+    model: str | None = None  # model.name that they belong to
+    rows: list[PublishedRow] = field(default_factory=list)  # one entry per T and grain: T, grain, figures (key of results.json: value)
+
+    def figures(self, model: str, T: int, grain: str) -> dict[str, float]:
+        """Key of results.json -> published value for a job; empty where nothing was published."""
+        return next((row.figures for row in self.rows if (self.model, row.T, row.grain) == (model, T, grain)), {})
+
+
+@dataclass(kw_only=True, slots=True)
+class ReportConfig:
+    html: bool = True  # write report.html at the end of a run; a sweep always has one
+    folder: str | None = None  # run or sweep to report on; null: the newest below output_root; stages=[report] only
 
 
 @dataclass(kw_only=True, slots=True)
@@ -346,8 +392,10 @@ class Config:
     diagnostics: DiagnosticsConfig = field(default_factory=DiagnosticsConfig)
     spikes: SpikesConfig = field(default_factory=SpikesConfig)
     energy: EnergyConfig = field(default_factory=EnergyConfig)
-    stages: list[str] = field(default_factory=lambda: list(DEFAULT_STAGES))
-    seed: int = 0
+    report: ReportConfig = field(default_factory=ReportConfig)
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    stages: list[str] = field(default_factory=lambda: list(DEFAULT_STAGES))  # what to run; [report] alone rebuilds a report
+    seed: int = 0  # of the search
     output_root: str = MISSING  # runs, sweeps and artefacts lie below it
     objective: str = "perplexity.snn"  # key of results.json that main() returns (for optimising sweepers)
     save_model: bool = False  # write the spiking model (transformers format) into the artefact of convert; results.json says where
@@ -356,6 +404,10 @@ class Config:
         unknown = [stage for stage in self.stages if stage not in STAGE_NAMES]
         _check(not unknown, "stages", unknown, f"known stages: {', '.join(STAGE_NAMES)}")
         _check(bool(self.stages), "stages", self.stages, f"name at least one of {', '.join(STAGE_NAMES)}")
+        _check(
+            self.report.folder is None or self.stages == ["report"], "report.folder", self.report.folder,
+            "stages=[report] rebuilds the report of an earlier run or sweep; other stages write into the run's own folder",
+        )  # fmt: skip
 
 
 def tracking_options(composed: DictConfig) -> tuple[TrackingConfig, dict[str, Any]]:
@@ -367,8 +419,9 @@ def tracking_options(composed: DictConfig) -> tuple[TrackingConfig, dict[str, An
 
 
 def register() -> None:
-    """Make the schema and the resolver known to Hydra. Call before composing."""
+    """Make the schema and the resolvers known to Hydra. Call before composing."""
     OmegaConf.register_new_resolver("project_root", lambda: str(PROJECT_ROOT), replace=True)
+    OmegaConf.register_new_resolver("field_help", lambda: field_help(Config), replace=True)
     ConfigStore.instance().store(name="schema", node=Config)
 
 
@@ -388,3 +441,10 @@ def quote_numeric_options(arguments: list[str]) -> list[str]:
             raise InputError(f"{argument}: {match[2]}() does not work for the group {match[1]}; list the options, as in {match[1]}=1,2,3")
         quoted.append(argument)
     return quoted
+
+
+def command_line(arguments: list[str]) -> str:
+    """The command that repeats a run, as a person would type it: `quote_numeric_options` undone, quoted for the shell."""
+    groups = "|".join(NUMERIC_GROUPS)
+    typed = [argument.replace("'", "") if re.match(rf"({groups})=", argument) else argument for argument in arguments]
+    return " ".join(["python main.py", *map(shlex.quote, typed)])

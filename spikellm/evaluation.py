@@ -75,7 +75,7 @@ def readout_perplexities(
         hidden = model.base_model(ids, use_cache=False).last_hidden_state[0, :-1]
         targets = ids[0, 1:].to(hidden.device)
         sums = [
-            [cross_entropy(logits.float(), wanted, reduction="sum").item() for logits in readouts(rows)]
+            [cross_entropy(logits.float(), wanted.to(logits.device), reduction="sum").item() for logits in readouts(rows)]
             for rows, wanted in zip(hidden.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True)
         ]
         losses.append([sum(column) / len(targets) for column in zip(*sums, strict=True)])

@@ -30,7 +30,7 @@ def load_model(config: ModelConfig, hardware: HardwareConfig) -> PreTrainedModel
     device_map = _device_map(hardware)
     model: PreTrainedModel
     if config.source is ModelSource.random:
-        model = _random_model(config).to(dtype).to(device_map or "cpu")
+        model = _random_model(config).to(dtype).to("cpu" if device_map is None else "cuda")  # small: never spread
     else:
         if config.source is ModelSource.hub:  # refuse before gigabytes are fetched
             _check_type(config, _from_hub(config, AutoConfig, **_location(config)).model_type)
@@ -38,6 +38,7 @@ def load_model(config: ModelConfig, hardware: HardwareConfig) -> PreTrainedModel
         model = _from_hub(config, AutoModelForCausalLM, **arguments)
         if config.source is ModelSource.gguf:
             _forget_gguf(model)
+        _check_in_memory(config, hardware, model)
     _check_type(config, model.config.model_type)
     check_architecture(model)
     model.eval().requires_grad_(False)
@@ -116,6 +117,16 @@ def _device_map(hardware: HardwareConfig) -> str | None:
     if not torch.cuda.is_available():
         raise InputError(f"hardware.device={hardware.device.value}: no CUDA device found; take hardware=cpu")
     return hardware.device.value
+
+
+def _check_in_memory(config: ModelConfig, hardware: HardwareConfig, model: Any) -> None:
+    """accelerate's device map offloads what does not fit and leaves meta tensors in its place: they cannot be rotated."""
+    offloaded = sorted(name for name, parameter in model.named_parameters() if parameter.is_meta)
+    if offloaded:
+        raise InputError(
+            f"hardware.device={hardware.device.value} with model={config.name}: {len(offloaded)} weights do not fit into the memory "
+            f"of the GPUs ({offloaded[0]} ..); take more GPUs, model.dtype=bfloat16, or hardware=cpu"
+        )
 
 
 def _check_type(config: ModelConfig, model_type: str) -> None:

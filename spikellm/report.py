@@ -1,158 +1,163 @@
-"""What a person reads: results.json, sites.csv and spikes.csv of a run, its table on the console, the summary of a sweep.
+"""What a run and a sweep leave: results.json, tables and plots of a run, the summary of a sweep.
 
-Imported by Hydra before every run (the sweep callback), so no torch here.
+Imported before every run and for `--help`, so no torch here; the plots and report.html are made in files of their own.
+
+Zero-shot columns are lm-eval's acc for WinoGrande and acc_norm (by answer length) for ARC, PIQA and HellaSwag. The published table
+does not say which it reports; its full-precision neighbours in the literature are these.
 """
 
 import csv
 import json
 import logging
-from contextlib import suppress
+import shlex
+import shutil
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from hydra.core.hydra_config import HydraConfig
-from hydra.core.utils import JobReturn
-from hydra.experimental.callback import Callback
-from hydra.types import RunMode
-from omegaconf import DictConfig
+from filelock import FileLock
 
-from spikellm.artifacts import write_json, write_text
+from spikellm.artifacts import read_json, write_json, write_text
 
 log = logging.getLogger(__name__)
 
-RESULTS, SPIKES, FAILURE = "results.json", "spikes.csv", "error.json"
-SUMMARY_COLUMNS = ("model", "T", "grain", "ann", "base2", "snn", "ratio", "relative_mse", "folder", "error")
-NETWORK_NAMES = (("ANN", "ann"), ("base-2 SNN", "base2"), ("SNN", "snn"))
+RESULTS, SITES, SPIKES, FAILURE, SWEEP = "results.json", "sites.csv", "spikes.csv", "error.json", "sweep.json"
+# column of summary.csv -> key of results.json, and the column's heading in summary.md
+FIGURES = {
+    "ann": ("perplexity.ann", "ppl ANN"),
+    "base2": ("perplexity.base2", "ppl base 2"),
+    "snn": ("perplexity.snn", "ppl SNN"),
+    "wino": ("zero_shot.snn.winogrande.acc", "Wino"),
+    "arc_c": ("zero_shot.snn.arc_challenge.acc_norm", "ArcC"),
+    "arc_e": ("zero_shot.snn.arc_easy.acc_norm", "ArcE"),
+    "piqa": ("zero_shot.snn.piqa.acc_norm", "PIQA"),
+    "hellaswag": ("zero_shot.snn.hellaswag.acc_norm", "HellaSwag"),
+    "sops_per_token": ("spikes.sops_per_token", "SOPs / token"),
+    "pj_per_token": ("energy.snn_pj_per_token", "pJ / token"),
+    "relative_mse": ("search.relative_mse", "relative error"),
+}
+HEADINGS = {name: heading for name, (_, heading) in FIGURES.items()} | {"ratio": "SNN / ANN"}
+IDENTITY = ("model", "T", "grain")
+SHOWN_BY_COLUMNS = ("model", "snn.T", "timesteps", "grain")  # overrides that the column `options` need not repeat
+NOT_FINISHED = "not finished: the same command goes on with it"
 
 
-def job_place() -> tuple[Path, str | None]:
-    """The folder of the running job, and the name of its sweep; None for a single run."""
-    running = HydraConfig.get()
-    return Path(running.runtime.output_dir), Path(running.sweep.dir).name if running.mode is RunMode.MULTIRUN else None
+def value_at(results: Any, key: str) -> Any:
+    """What stands under a dotted key of results.json; None where there is nothing."""
+    for part in key.split("."):
+        results = results.get(part) if isinstance(results, dict) else None
+    return results
 
 
-def write_results(folder: Path, results: dict[str, Any], tables: dict[str, list[dict[str, Any]]]) -> Path:
-    """Write results.json, the tables by their file name (sites.csv, spikes.csv), and the plots of spikes; the path of results.json."""
+def objective(results: dict[str, Any] | None, key: str) -> float | None:
+    """The number that main() returns to an optimising sweeper."""
+    return value_at(results, key)
+
+
+def write_results(folder: Path, results: dict[str, Any], tables: dict[str, list[dict[str, Any]]], plots: list[Path]) -> Path:
+    """Write results.json, the tables by their file name, and plots/; the path of results.json. An earlier failure is forgotten."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in tables.items():
-        write_text(folder / name, _csv_text(rows, tuple(rows[0])))
-    write_json(folder / RESULTS, results)
+        write_text(folder / name, _csv_text(rows, list(rows[0])))
     if SPIKES in tables:
         from spikellm.spike_plots import draw_spikes  # a second to import: not before every run
 
         draw_spikes(folder, tables[SPIKES])
+    for plot in plots:
+        (folder / "plots").mkdir(exist_ok=True)
+        shutil.copyfile(plot, folder / "plots" / plot.name)
+    write_json(folder / RESULTS, results)
+    (folder / FAILURE).unlink(missing_ok=True)
     return folder / RESULTS
 
 
-def write_failure(folder: Path, reason: str) -> None:
-    """Leave the reason beside a job that failed, for the sweep's summary; nothing where the folder cannot be written."""
-    with suppress(OSError):
-        write_json(folder / FAILURE, {"error": reason})
+def write_failure(folder: Path, reason: str, job: dict[str, Any]) -> None:
+    """Leave the reason beside a job that failed or was interrupted, for the sweep's summary."""
+    if folder.is_dir():
+        write_json(folder / FAILURE, {"error": reason} | job)
 
 
-def objective(results: dict[str, Any], key: str) -> float | None:
-    """The number under a dotted key of results.json; None where there is none."""
-    value: Any = results
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    return value
-
-
-def console_table(results: dict[str, Any], path: Path) -> str:
-    """The last lines of a run."""
-    lines = [f"{results['model']}  T={results['T']}  grain={results['grain']}"]
-    if search := results.get("search"):
-        lines.append(
-            f"  relative error  base 2 {search['relative_mse_base2']:.3g}   fitted {search['relative_mse']:.3g}"
-            f"   worse than base 2 at {search['worse_than_base2']} of {results.get('sites', '?')} sites"
-        )
-    if perplexity := results.get("perplexity"):
-        lines.append(f"  perplexity, {perplexity['windows']} windows of {perplexity['window']} tokens")
-        lines += _perplexities(perplexity)
-    for text, figures in results.get("perplexity_by_text", {}).items():
-        lines.append(f"  perplexity, {text}, {figures['windows']} windows of {figures['window']} tokens")
-        lines += _perplexities(figures)
-    if anytime := results.get("anytime"):
-        lines.append("  perplexity when the last neuron is read after 1, 2, .. T steps")
-        lines.append("    " + "  ".join(f"{value:.4g}" for value in anytime["perplexity"]))
-    if accuracies := results.get("zero_shot"):
-        lines += _accuracies(accuracies)
-    if spikes := results.get("spikes"):
-        lines += _spike_lines(spikes, results["energy"])
-    lines.append(f"  results  {path}")
-    return "\n".join(lines)
-
-
-def _spike_lines(spikes: dict[str, Any], energy: dict[str, Any]) -> list[str]:
-    ann = energy["ann_pj_per_token"]
-    lines = [
-        f"  spikes, {spikes['windows']} windows of {spikes['window']} tokens   firing rate {spikes['firing_rate']:.3f}"
-        f"   at synapses {spikes['firing_rate_at_synapses']:.3f}   SOPs per token {spikes['sops_per_token']:.4g}",
-        f"  energy per token [uJ], {energy['table']}: MAC {energy['mac_pj']:g} pJ, AC {energy['ac_pj']:g} pJ ({energy['source']})",
-    ]
-    for name, key in (("ANN", "ann"), (f"{energy['int_bits']}-bit ANN", "int"), ("SNN", "snn")):
-        value = energy[f"{key}_pj_per_token"]
-        lines.append(f"    {name:<12}{value / 1e6:>12.4g}   x {value / ann:.4f}")
-    meets = [
-        f"{energy[key]:.3f} with the {name}"
-        for key, name in (("break_even_firing_rate", "ANN"), ("break_even_firing_rate_int", f"{energy['int_bits']}-bit ANN"))
-    ]
-    return [*lines, f"    even at a synaptic firing rate of {', '.join(meets)}"]
-
-
-def _perplexities(figures: dict[str, Any]) -> list[str]:
-    return [f"    {name:<12}{figures[key]:>12.3f}   x {figures[key] / figures['ann']:.4f}" for name, key in NETWORK_NAMES]
-
-
-def _accuracies(accuracies: dict[str, Any]) -> list[str]:
-    tasks = list(next(iter(accuracies.values())))
-    lines = ["  accuracy [%]  " + "".join(f"{task:>16}" for task in tasks) + f"{'mean':>9}"]
-    for name, key in NETWORK_NAMES:
-        if found := accuracies.get(key):
-            cells = [f"{100 * found[task]['acc']:.2f} +- {100 * found[task].get('acc_stderr', 0):.2f}" for task in tasks]
-            mean = 100 * sum(found[task]["acc"] for task in tasks) / len(tasks)
-            lines.append(f"    {name:<12}" + "".join(f"{cell:>16}" for cell in cells) + f"{mean:>9.2f}")
-    return lines
-
-
-class SweepSummary(Callback):
-    """Hydra callback: summary.csv and summary.md in a sweep's folder, brought up to date whenever a job ends.
-
-    Not when the sweep ends: Hydra leaves that call out where a job has failed.
-    """
-
-    def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
-        if config.hydra.mode is RunMode.MULTIRUN:
-            folder = Path(config.hydra.sweep.dir)
-            write_summary(folder, summary_rows(folder))
+def finished_results(folder: Path, config: str) -> dict[str, Any] | None:
+    """The results of a job that was finished in `folder` before with the same resolved configuration (its hash)."""
+    if not (folder / RESULTS).is_file() or (folder / FAILURE).is_file():
+        return None
+    results = read_json(folder / RESULTS)
+    return results if results.get("config") == config else None
 
 
 def summary_rows(folder: Path) -> list[dict[str, Any]]:
-    """One row per job of a sweep, failed jobs with their error."""
-    rows = []
-    for job in sorted((path for path in folder.iterdir() if path.is_dir()), key=_job_order):
-        if (job / RESULTS).is_file():
-            results = json.loads((job / RESULTS).read_text(encoding="utf-8"))
-            perplexity, search = results.get("perplexity", {}), results.get("search", {})
-            row = {key: results[key] for key in ("model", "T", "grain")} | {key: perplexity.get(key) for key in ("ann", "base2", "snn")}
-            row |= {"ratio": perplexity["snn"] / perplexity["ann"] if perplexity else None, "relative_mse": search.get("relative_mse")}
-            rows.append(row | {"folder": job.name, "error": None})
-        elif (job / FAILURE).is_file():
-            error = json.loads((job / FAILURE).read_text(encoding="utf-8"))["error"]
-            rows.append(dict.fromkeys(SUMMARY_COLUMNS) | {"folder": job.name, "error": error})
+    """One row per job of a sweep, failed and unfinished jobs with their error.
+
+    Columns: model, T, grain, those of FIGURES, their published values where there are any (NAME_published), ratio, options
+    (overrides in which the jobs differ beside these), folder, error.
+    """
+    rows, options = [], []
+    for job in sorted((path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")), key=_job_order):
+        failure = read_json(job / FAILURE) if (job / FAILURE).is_file() else None
+        if failure is None and (job / RESULTS).is_file():
+            found: dict[str, Any] = read_json(job / RESULTS)
+        elif failure is not None or (job / ".hydra").is_dir():
+            found = {"error": NOT_FINISHED} | (failure or {})
+        else:
+            continue  # not a job's folder
+        rows.append(_row(found) | {"folder": job.name, "error": found.get("error")})
+        options.append(_options(found))
+    common = set.intersection(*map(set, options)) if options else set()
+    published = [f"{name}_published" for name in FIGURES if any(f"{name}_published" in row for row in rows)]
+    for row, own in zip(rows, options, strict=True):
+        row["options"] = " ".join(option for option in own if option not in common) or None
+    return [{name: row.get(name) for name in summary_columns(published)} for row in rows]
+
+
+def summary_columns(published: list[str]) -> list[str]:
+    """Columns of a summary in their order; a published figure stands behind the measured one."""
+    columns = list(IDENTITY)
+    for name in FIGURES:
+        columns += [name, "ratio"] if name == "snn" else [name]
+        columns += [f"{name}_published"] if f"{name}_published" in published else []
+    return [*columns, "options", "folder", "error"]
+
+
+def _row(found: dict[str, Any]) -> dict[str, Any]:
+    row: dict[str, Any] = {key: found.get(key) for key in IDENTITY}
+    row |= {name: value_at(found, key) for name, (key, _) in FIGURES.items()}
+    row["ratio"] = row["snn"] / row["ann"] if row["snn"] and row["ann"] else None
+    figures = (found.get("reference") or {}).get("figures", {})
+    return row | {f"{name}_published": figures[key] for name, (key, _) in FIGURES.items() if key in figures}
+
+
+def _options(found: dict[str, Any]) -> list[str]:
+    overrides = [part for part in shlex.split(found.get("command", "")) if "=" in part]
+    return [part for part in overrides if part.partition("=")[0] not in SHOWN_BY_COLUMNS]
+
+
+def write_summary(folder: Path) -> list[dict[str, Any]]:
+    """Bring summary.csv (full precision) and summary.md (to read; accuracies in percent) up to date; the rows.
+
+    Jobs that end at the same time on several machines take turns, so that the last one sees all.
+    """
+    with FileLock(folder / ".summary.lock"):
+        rows = summary_rows(folder)
+        if rows:
+            write_text(folder / "summary.csv", _csv_text(rows, list(rows[0])))
+            write_text(folder / "summary.md", "\n".join("| " + " | ".join(line) + " |" for line in readable(rows)) + "\n")
     return rows
 
 
-def write_summary(folder: Path, rows: list[dict[str, Any]]) -> None:
-    """summary.csv with full precision, summary.md to read."""
-    lines = ["| " + " | ".join(SUMMARY_COLUMNS) + " |", "|" + " --- |" * len(SUMMARY_COLUMNS)]
-    lines += ["| " + " | ".join(_cell(row[column]) for column in SUMMARY_COLUMNS) + " |" for row in rows]
-    write_text(folder / "summary.csv", _csv_text(rows, SUMMARY_COLUMNS))
-    write_text(folder / "summary.md", "\n".join(lines) + "\n")
+def readable(rows: list[dict[str, Any]], *, rule: bool = True) -> list[list[str]]:
+    """The cells of a summary for people: heading, Markdown's rule, a line per job; columns without any value are left out."""
+    columns = [name for name in rows[0] if name in (*IDENTITY, "folder") or any(row[name] is not None for row in rows)]
+    table = [[heading(name) for name in columns]] + ([["---"] * len(columns)] if rule else [])
+    return table + [[_cell(name, row[name]) for name in columns] for row in rows]
 
 
-def _csv_text(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> str:
+def heading(column: str) -> str:
+    """A column's heading."""
+    name = column.removesuffix("_published")
+    return HEADINGS.get(name, name) + (", published" if name != column else "")
+
+
+def _csv_text(rows: list[dict[str, Any]], columns: list[str]) -> str:
     table = StringIO(newline="")
     writer = csv.DictWriter(table, fieldnames=columns, lineterminator="\n")
     writer.writeheader()
@@ -160,10 +165,13 @@ def _csv_text(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> str:
     return table.getvalue()
 
 
-def _cell(value: Any) -> str:
+def _cell(column: str, value: Any) -> str:
     if value is None:
         return ""
-    return f"{value:.5g}" if isinstance(value, float) else str(value).replace("|", "/")
+    if isinstance(value, float):
+        accuracy = FIGURES.get(column.removesuffix("_published"), ("",))[0].startswith("zero_shot")
+        return f"{100 * value:.2f}" if accuracy else f"{value:.5g}"
+    return str(value).replace("|", "/").replace("\n", " ")
 
 
 def _job_order(path: Path) -> tuple[int, str]:

@@ -159,6 +159,7 @@ def run_stages(config: Config, progress: Callable[[dict[str, Any]], None] = lamb
         "stages": {},
         "versions": versions(),
     }
+    results |= _published(config)
     found = Outcome(results=results, tables={}, plots=[])
     for name, stage in STAGES.items():
         if name not in config.stages:
@@ -173,6 +174,19 @@ def run_stages(config: Config, progress: Callable[[dict[str, Any]], None] = lamb
         log.info("%s: %.1f s%s", name, seconds, " (cached)" if outcome.cached else "")
         progress(results)
     return found
+
+
+def _published(config: Config) -> dict[str, Any]:
+    """Published figures for this job, where the experiment names any."""
+    reference, snn = config.reference, config.snn
+    if not reference.rows:
+        return {}
+    if figures := reference.figures(config.model.name, snn.T, snn.grain):
+        return {"reference": {"source": reference.source, "figures": figures}}
+    known = ", ".join(f"T={row.T} grain={row.grain}" for row in reference.rows)
+    log.warning("reference: nothing was published for %s, T=%s, grain=%s; there is %s, %s",
+                config.model.name, snn.T, snn.grain, reference.model, known)  # fmt: skip
+    return {}
 
 
 def versions() -> dict[str, str | None]:

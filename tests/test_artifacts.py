@@ -113,6 +113,50 @@ def test_a_killed_process_leaves_neither_result_nor_lock(tmp_path):
     assert not list(tmp_path.rglob("*.tmp-*"))  # what the killed process had left is cleared away
 
 
+def test_what_other_machines_are_writing_is_left_alone_until_it_is_old(tmp_path):
+    store = ArtifactStore(tmp_path)
+    target = store.folder("stage", {"a": 1})
+    young, old = (target.parent / f"{target.name}.tmp-other-{number}-0" for number in (1, 2))
+    for folder in (young, old):
+        folder.mkdir(parents=True)
+    os.utime(old, (0, 0))
+    store.load_or_compute("stage", {"a": 1}, write("mine"))
+    assert young.is_dir()
+    assert not old.exists()
+
+
+def test_a_result_that_another_machine_puts_there_first_stands(tmp_path):
+    """A file system without locks between machines: both compute, the first to be whole wins, nobody fails."""
+    store = ArtifactStore(tmp_path)
+
+    def lose(folder: Path) -> None:
+        write("mine")(folder)
+        target = store.folder("stage", {})
+        target.mkdir()
+        write("theirs")(target)
+
+    folder, _ = store.load_or_compute("stage", {}, lose)
+    assert (folder / "result.txt").read_text() == "theirs"
+    assert not list(tmp_path.rglob("*.tmp-*"))
+
+
+def write_often(path: str, text: str) -> None:
+    for _ in range(50):
+        write_json(Path(path), {"text": text})
+
+
+def test_writers_of_one_file_do_not_mix(tmp_path):
+    path = tmp_path / "summary.json"
+    workers = [fork.Process(target=write_often, args=(str(path), letter * 5000)) for letter in "ab"]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    assert [worker.exitcode for worker in workers] == [0, 0]
+    assert set(read_json(path)["text"]) in ({"a"}, {"b"})
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_json_is_replaced_whole(tmp_path):
     path = tmp_path / "results.json"
     write_json(path, {"a": 1})

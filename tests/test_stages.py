@@ -16,6 +16,7 @@ from spikellm.stages import STAGES, run_stages
 SMALL = [
     "model=tiny", "hardware.compile=false", "dataset.calibration.window=64", "dataset.calibration.max_windows=2",
     "dataset.evaluation.window=64", "dataset.evaluation.max_windows=2", "search.method=base2",
+    "report.html=false",
 ]  # fmt: skip
 
 
@@ -55,6 +56,29 @@ def test_killed_in_the_middle_of_each_stage_and_run_again(tmp_path):
     assert all(cached(results[1]).values())
     assert results[0]["perplexity"] == results[1]["perplexity"]
     assert not list((tmp_path / "artifacts").rglob("*.tmp-*"))
+
+
+def test_interrupted_in_each_stage_and_continued(tmp_path):
+    """Ctrl-C and SIGTERM in turn: one line, a readable reason, no half files; the same command goes on."""
+    arguments = [*SMALL, f"output_root={tmp_path}"]
+    for index, stage in enumerate(STAGES):
+        number = (signal.SIGINT, signal.SIGTERM)[index % 2]
+        folder = tmp_path / stage
+        done = launch(*arguments, f"hydra.run.dir={folder}", before=die_inside, values=(stage, number))
+        assert done.code == 130, done.err
+        assert len(done.err.splitlines()) == 1, done.err
+        assert done.err.startswith("interrupted")
+        assert "same command" in done.err
+        assert number.name in done.err
+        failure = json.loads((folder / "error.json").read_text())
+        assert failure["error"] == done.err.strip()
+        assert (failure["model"], failure["T"], failure["grain"]) == ("tiny", 8, 2)
+        assert not (folder / "results.json").exists()
+        assert not artefacts(tmp_path, stage)
+        assert not [path for path in tmp_path.rglob("*tmp*") if tmp_path in path.parents]
+    assert launch(*arguments, f"hydra.run.dir={tmp_path}/{stage}").code == 0
+    assert not (tmp_path / stage / "error.json").exists()  # forgotten
+    assert cached(json.loads((tmp_path / stage / "results.json").read_text())) == dict.fromkeys(STAGES, True) | {"evaluate": False}
 
 
 def fill_the_disk(size: int) -> None:

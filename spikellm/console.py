@@ -1,0 +1,72 @@
+"""The last lines of a run."""
+
+from pathlib import Path
+from typing import Any
+
+from spikellm.report import RESULTS, value_at
+
+NETWORK_NAMES = (("ANN", "ann"), ("base-2 SNN", "base2"), ("SNN", "snn"))
+
+
+def console_table(results: dict[str, Any], folder: Path) -> str:
+    """The last lines of a run."""
+    lines = [f"{results['model']}  T={results['T']}  grain={results['grain']}"]
+    if search := results.get("search"):
+        lines.append(
+            f"  relative error  base 2 {search['relative_mse_base2']:.3g}   fitted {search['relative_mse']:.3g}"
+            f"   worse than base 2 at {search['worse_than_base2']} of {results.get('sites', '?')} sites"
+        )
+    if perplexity := results.get("perplexity"):
+        lines.append(f"  perplexity, {perplexity['windows']} windows of {perplexity['window']} tokens")
+        lines += _perplexities(perplexity)
+    for text, figures in results.get("perplexity_by_text", {}).items():
+        lines.append(f"  perplexity, {text}, {figures['windows']} windows of {figures['window']} tokens")
+        lines += _perplexities(figures)
+    if anytime := results.get("anytime"):
+        lines.append("  perplexity when the last neuron is read after 1, 2, .. T steps")
+        lines.append("    " + "  ".join(f"{value:.4g}" for value in anytime["perplexity"]))
+    if accuracies := results.get("zero_shot"):
+        lines += _accuracies(accuracies)
+    if spikes := results.get("spikes"):
+        lines += _spike_lines(spikes, results["energy"])
+    if reference := results.get("reference"):
+        lines.append(f"  published in {reference['source']}")
+        for key, published in reference["figures"].items():
+            measured = value_at(results, key)
+            lines.append(f"    {key:<40}{published:>10.4g}   measured {'nothing' if measured is None else f'{measured:.4g}'}")
+    if (folder / "report.html").is_file():
+        lines.append(f"  report   {folder / 'report.html'}")
+    lines.append(f"  results  {folder / RESULTS}")
+    return "\n".join(lines)
+
+
+def _spike_lines(spikes: dict[str, Any], energy: dict[str, Any]) -> list[str]:
+    ann = energy["ann_pj_per_token"]
+    lines = [
+        f"  spikes, {spikes['windows']} windows of {spikes['window']} tokens   firing rate {spikes['firing_rate']:.3f}"
+        f"   at synapses {spikes['firing_rate_at_synapses']:.3f}   SOPs per token {spikes['sops_per_token']:.4g}",
+        f"  energy per token [uJ], {energy['table']}: MAC {energy['mac_pj']:g} pJ, AC {energy['ac_pj']:g} pJ ({energy['source']})",
+    ]
+    for name, key in (("ANN", "ann"), (f"{energy['int_bits']}-bit ANN", "int"), ("SNN", "snn")):
+        value = energy[f"{key}_pj_per_token"]
+        lines.append(f"    {name:<12}{value / 1e6:>12.4g}   x {value / ann:.4f}")
+    meets = [
+        f"{energy[key]:.3f} with the {name}"
+        for key, name in (("break_even_firing_rate", "ANN"), ("break_even_firing_rate_int", f"{energy['int_bits']}-bit ANN"))
+    ]
+    return [*lines, f"    even at a synaptic firing rate of {', '.join(meets)}"]
+
+
+def _perplexities(figures: dict[str, Any]) -> list[str]:
+    return [f"    {name:<12}{figures[key]:>12.3f}   x {figures[key] / figures['ann']:.4f}" for name, key in NETWORK_NAMES]
+
+
+def _accuracies(accuracies: dict[str, Any]) -> list[str]:
+    tasks = list(next(iter(accuracies.values())))
+    lines = ["  accuracy [%]  " + "".join(f"{task:>16}" for task in tasks) + f"{'mean':>9}"]
+    for name, key in NETWORK_NAMES:
+        if found := accuracies.get(key):
+            cells = [f"{100 * found[task]['acc']:.2f} +- {100 * found[task].get('acc_stderr', 0):.2f}" for task in tasks]
+            mean = 100 * sum(found[task]["acc"] for task in tasks) / len(tasks)
+            lines.append(f"    {name:<12}" + "".join(f"{cell:>16}" for cell in cells) + f"{mean:>9.2f}")
+    return lines

@@ -1,0 +1,76 @@
+"""One job in its folder, alone or in a sweep: run the stages, or return what was recorded, or rebuild a report; leave what happened."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from spikellm.artifacts import artifact_key
+from spikellm.config import Config, command_line, tracking_options
+from spikellm.report import finished_results, write_failure, write_results
+from spikellm.sweep import refresh
+from spikellm.tracking import tracked
+
+log = logging.getLogger(__name__)
+
+
+class Job:
+    """What Hydra asks for once."""
+
+    def __init__(self, composed: DictConfig) -> None:
+        hydra_config = HydraConfig.get()
+        self.composed = composed
+        self.folder = Path(hydra_config.runtime.output_dir)
+        self.sweep = None if hydra_config.mode is RunMode.RUN else Path(hydra_config.sweep.dir)
+        self.record = _record(composed, list(hydra_config.overrides.task))
+
+    def run(self) -> dict[str, Any] | None:
+        """The content of results.json, written; None where only a report was asked for."""
+        if list(self.composed.stages) == ["report"]:
+            from spikellm.html_report import rebuild
+
+            log.info("report  %s", rebuild(self._config()))
+            return None
+        if self.sweep and (recorded := finished_results(self.folder, self.record["config"])):
+            log.info("finished before, not run again")
+            return recorded
+        with tracked(*tracking_options(self.composed), folder=self.folder, group=self.sweep.name if self.sweep else None) as tracker:
+            config = self._config()  # a job with wrong input is tracked as failed
+            from spikellm.stages import run_stages  # imports torch: not before the input is known to be right
+
+            found = run_stages(config, tracker.log_results)
+            results = found.results | self.record
+            write_results(self.folder, results, found.tables, found.plots)
+            tracker.log_files(results, found.tables, self.folder)
+        if not self.sweep and (config.report.html or "report" in config.stages):
+            from spikellm.html_report import write_report
+
+            write_report(self.folder)
+        return results
+
+    def _config(self) -> Config:
+        config = OmegaConf.to_object(self.composed)
+        assert isinstance(config, Config)
+        return config
+
+    def fail(self, reason: str, *, interrupted: bool) -> None:
+        """Leave the reason in the folder, and in the sweep's summary where Hydra stops at once, without `on_job_end`."""
+        write_failure(self.folder, reason, self.record)
+        if self.sweep and interrupted:
+            refresh(self.sweep)
+
+
+def _record(composed: DictConfig, overrides: list[str]) -> dict[str, Any]:
+    """What a job is, whether it fails or not: model, T, grain, its command, a hash of its resolved configuration."""
+    resolved: Any = OmegaConf.to_container(composed, resolve=True, enum_to_str=True)
+    grain = resolved["snn"]["grain"]
+    return {
+        "model": resolved["model"]["name"],
+        "T": resolved["snn"]["T"],
+        "grain": int(grain) if str(grain).isdigit() else grain,
+        "command": command_line(overrides),
+        "config": artifact_key(resolved),
+    }

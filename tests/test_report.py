@@ -1,0 +1,110 @@
+"""What people read: tables of the console and of sweeps, from folders with known content."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from spikellm.report import console_table, finished_results, summary_rows, value_at, write_failure, write_results, write_summary
+
+SITE = "model.layers.{}.{}"
+KINDS = ("input_layernorm.output", "self_attn.q_Identity.input", "self_attn.softmax_Identity.input", "mlp.down_proj.input")
+
+
+def results(T: int, grain: int | str, snn: float, **more) -> dict:
+    """results.json of a job, as the contract has it."""
+    return {
+        "schema": 1, "model": "tiny", "T": T, "grain": grain, "sites": 10, "prefix_tokens": [1], "config": "0123",
+        "perplexity": {"ann": 10.0, "snn": snn, "base2": 2 * snn, "windows": 2, "window": 64, "tokens": 126},
+        "search": {"relative_mse": 0.25, "relative_mse_base2": 0.5, "worse_than_base2": 0},
+        "stages": {"calibrate": {"seconds": 1.5, "cached": True}}, "versions": {"spikellm": "0.1.0", "torch": "2"},
+        "command": f"python main.py model=tiny snn.T={T} grain={grain} seed=0",
+    } | more  # fmt: skip
+
+
+def sites(layers: int = 3) -> list[dict]:
+    return [
+        {"name": SITE.format(layer, kind), "tau": [1.0], "relative_error": 10.0**-layer, "firing_rate": 0.1 * (layer + 1)}
+        for layer in range(layers)
+        for kind in KINDS
+    ] + [{"name": "model.norm.output", "tau": [1.0], "relative_error": 0.5, "firing_rate": 0.5}]
+
+
+ZERO_SHOT = {
+    "zero_shot": {
+        network: {
+            "winogrande": {"acc": 0.5 + shift}, "arc_challenge": {"acc": 0.1, "acc_norm": 0.25 + shift},
+            "arc_easy": {"acc": 0.1, "acc_norm": 0.625 + shift}, "piqa": {"acc": 0.1, "acc_norm": 0.75 + shift},
+        }
+        for network, shift in (("ann", 0.0), ("snn", 0.015625))
+    },
+    "spikes": {"sops_per_token": 1234567.0},
+    "energy": {"snn_pj_per_token": 1.11e6},
+    "reference": {"source": "a table", "figures": {"perplexity.snn": 11.5, "zero_shot.snn.piqa.acc_norm": 0.7}},
+}  # fmt: skip
+
+
+def sweep(folder: Path) -> Path:
+    """A sweep with two finished jobs, a failed and an unfinished one."""
+    write_results(make(folder / "0-T4-G1"), results(4, 1, 12.0, **ZERO_SHOT), sites())
+    write_results(make(folder / "1-T4-Gauto"), results(4, "auto", 11.0, **ZERO_SHOT), sites())
+    reason = "snn.T=4 with grain=3: <b>too | few</b> steps"
+    write_failure(make(folder / "2-T4-G3"), reason, {"model": "tiny", "T": 4, "grain": 3, "command": "python main.py snn.T=4 seed=0"})
+    make(folder / "10-T6-G1" / ".hydra")
+    (folder / "sweep.json").write_text(json.dumps({"command": "python main.py -m snn.T=4,6", "overrides": [], "jobs": 4}))
+    return folder
+
+
+def make(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    return folder
+
+
+def test_summary_has_the_shape_of_the_published_table(tmp_path):
+    rows = write_summary(sweep(tmp_path))
+    read = list(csv.DictReader((tmp_path / "summary.csv").open()))
+    assert [row["folder"] for row in read] == ["0-T4-G1", "1-T4-Gauto", "2-T4-G3", "10-T6-G1"]  # by number
+    first = read[0]
+    wanted = {"model": "tiny", "T": "4", "grain": "1", "ann": "10.0", "base2": "24.0", "snn": "12.0", "ratio": "1.2", "wino": "0.515625"}
+    wanted |= {"arc_c": "0.265625", "arc_e": "0.640625", "piqa": "0.765625", "sops_per_token": "1234567.0", "error": ""}
+    wanted |= {"snn_published": "11.5", "piqa_published": "0.7", "relative_mse": "0.25", "pj_per_token": "1110000.0", "hellaswag": ""}
+    assert {key: first[key] for key in wanted} == wanted
+    assert (read[2]["T"], read[2]["grain"], read[2]["error"]) == ("4", "3", "snn.T=4 with grain=3: <b>too | few</b> steps")
+    assert read[3]["error"].startswith("not finished")
+    assert list(first) == list(rows[0])
+
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in (tmp_path / "summary.md").read_text().splitlines()]
+    assert len({len(line) for line in lines}) == 1
+    table = dict(zip(lines[0], lines[2], strict=True))
+    assert (table["Wino"], table["ArcC"], table["PIQA"], table["PIQA, published"]) == ("51.56", "26.56", "76.56", "70.00")
+    assert (table["ppl SNN"], table["ppl SNN, published"], table["SNN / ANN"]) == ("12", "11.5", "1.2")
+    assert "HellaSwag" not in table  # nobody measured it
+
+
+def test_a_later_failure_is_told_and_a_later_success_forgets_it(tmp_path):
+    job = make(tmp_path / "0-T4-G1")
+    write_results(job, results(4, 1, 12.0), None)
+    write_failure(job, "disk full", {"model": "tiny"})
+    assert summary_rows(tmp_path)[0]["error"] == "disk full"
+    assert (job / "results.json").is_file()  # an earlier result is not lost
+    assert finished_results(job, "0123") is None
+    write_results(job, results(4, 1, 12.0), None)
+    assert summary_rows(tmp_path)[0]["error"] is None
+    assert finished_results(job, "0123")["T"] == 4
+    assert finished_results(job, "4567") is None
+
+
+def test_published_figures_stand_beside_the_measured_ones_on_the_console(tmp_path):
+    text = console_table(results(4, 1, 12.0, **ZERO_SHOT), tmp_path)
+    lines = [line.split() for line in text.splitlines()]
+    assert ["perplexity.snn", "11.5", "measured", "12"] in lines
+    assert ["zero_shot.snn.piqa.acc_norm", "0.7", "measured", "0.7656"] in lines
+    assert text.splitlines()[-1].endswith(str(tmp_path / "results.json"))
+    missing = console_table(results(4, 1, 12.0, reference=ZERO_SHOT["reference"]), tmp_path)
+    assert "measured nothing" in missing
+
+
+@pytest.mark.parametrize(("key", "value"), [("perplexity.snn", 12.0), ("perplexity.nothing", None), ("T.deeper", None), ("T", 4)])
+def test_dotted_keys(key, value):
+    assert value_at(results(4, 1, 12.0), key) == value
