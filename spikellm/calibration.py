@@ -89,7 +89,7 @@ def calibrate(model: PreTrainedModel, windows: Int[Tensor, "W L"], prefix: Prefi
         bos = model.config.bos_token_id
         starts = windows[:PREFIX_WINDOWS, :PREFIX_LENGTH]
         tokens = find_prefix_tokens(model, starts, eta=prefix.eta, max_tokens=prefix.max_tokens, bos=bos)
-        tokens = keep_what_helps(model, starts, tokens, eta=prefix.eta)
+        tokens = keep_what_helps(model, starts, tokens, eta=prefix.eta, text=windows[:PREFIX_WINDOWS])
         attach_prefix(model, tokens)
         log.info("calibrate: prefix tokens %s", tokens)
     observers = {site: _observer(model, site) for site in model_sites(model)}

@@ -56,13 +56,17 @@ def find_prefix_tokens(model: PreTrainedModel, windows: Int[Tensor, "W L"], *, e
 
 
 @torch.no_grad()
-def keep_what_helps(model: PreTrainedModel, windows: Int[Tensor, "W L"], tokens: list[int], *, eta: float) -> list[int]:
+def keep_what_helps(
+    model: PreTrainedModel, windows: Int[Tensor, "W L"], tokens: list[int], *, eta: float, text: Int[Tensor, "W M"]
+) -> list[int]:
     """`tokens`, or the last of them alone.
 
     The others stay if it leaves an outlier a window, they take three quarters of these away, and the loss does not rise.
 
     Args:
         model: installed (`conversion.install`), without neurons; its prefix is changed.
+        windows: where outliers are counted.
+        text: where the loss is taken; longer, because a prefix moves it by half a percent.
     """
     if len(tokens) < 2:
         return tokens
@@ -75,7 +79,7 @@ def keep_what_helps(model: PreTrainedModel, windows: Int[Tensor, "W L"], tokens:
     losses = []
     for candidate in (tokens[-1:], tokens):
         attach_prefix(model, candidate)
-        rows = (window[None].to(model.device) for window in windows)
+        rows = (window[None].to(model.device) for window in text)
         losses.append(sum(model(ids, labels=ids).loss.item() for ids in rows))
     return tokens if losses[1] <= losses[0] else tokens[-1:]
 

@@ -83,7 +83,7 @@ def test_a_sweep_s_page_is_whole_in_itself(page):
 
 
 def test_a_run_s_page(tmp_path):
-    write_results(tmp_path, results(4, 1, 12.0, **ZERO_SHOT), sites())
+    write_results(tmp_path, results(4, 1, 12.0, **ZERO_SHOT), {"sites.csv": sites()}, [])
     text = Balance(write_report(tmp_path).read_text()).text
     for wanted in ("tiny, T = 4, grain 1", "python main.py model=tiny", "12.000", "1.2000", "76.56", "75.00", "a table", "2 windows of 64"):
         assert wanted in text, wanted
@@ -92,7 +92,7 @@ def test_a_run_s_page(tmp_path):
 def test_a_run_of_some_stages_has_a_page_too(tmp_path):
     partial = results(4, 1, 12.0)
     del partial["perplexity"], partial["search"]
-    write_results(tmp_path, partial, None)
+    write_results(tmp_path, partial, {}, [])
     assert "calibrate" in Balance(write_report(tmp_path).read_text()).text
 
 
@@ -100,7 +100,7 @@ def test_rebuilding(tmp_path):
     old, new = tmp_path / "runs" / "2001-01-01" / "00-00-00-a", tmp_path / "sweeps" / "2001-01-01" / "00-00-01"
     with pytest.raises(InputError, match=r"report\.folder=null.*no run or sweep"):
         rebuild(configure("stages=[report]", f"output_root={tmp_path}"))
-    write_results(make(old), results(4, 1, 12.0), None)
+    write_results(make(old), results(4, 1, 12.0), {}, [])
     sweep(make(new))
     assert rebuild(configure("stages=[report]", f"output_root={tmp_path}")) == new / "report.html"
     assert rebuild(configure("stages=[report]", f"report.folder={old}")) == old / "report.html"

@@ -113,6 +113,6 @@ def test_tokens_that_stay_outliers_wherever_they_stand_are_dropped():
     model = model_with_loud_tokens(LOUD)  # loud by its embedding: no prefix makes it quiet
     text = windows({3: LOUD, 8: LOUD}, {4: LOUD, 9: LOUD})
     assert find(model, text) == [LOUD, BOS]
-    assert keep_what_helps(model, text, [LOUD, BOS], eta=64.0) == [BOS]
-    assert keep_what_helps(model, text, [BOS], eta=64.0) == [BOS]
-    assert keep_what_helps(model, windows({}, {}), [LOUD, BOS], eta=64.0) == [BOS]  # nothing left to help with
+    assert keep_what_helps(model, text, [LOUD, BOS], eta=64.0, text=text) == [BOS]
+    assert keep_what_helps(model, text, [BOS], eta=64.0, text=text) == [BOS]
+    assert keep_what_helps(model, windows({}, {}), [LOUD, BOS], eta=64.0, text=text) == [BOS]  # nothing left to help with

@@ -119,7 +119,8 @@ def test_a_run_imports_and_knows_the_file_by_its_content(tmp_path, caplog):
     from spikellm.stages import run_stages
 
     def run(*arguments: str):
-        return run_stages(configure(*SMALL, f"output_root={tmp_path}", "snn.T=4", "grain='2'", *arguments))
+        found = run_stages(configure(*SMALL, f"output_root={tmp_path}", "snn.T=4", "grain='2'", *arguments))
+        return found.results, found.tables["sites.csv"]
 
     _, rows = run()
     first, second = ({row["name"]: entry(tau=tau, v0=0.2) for row in rows} for tau in (3.0, 4.0))

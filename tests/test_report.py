@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from spikellm.report import console_table, finished_results, summary_rows, value_at, write_failure, write_results, write_summary
+from spikellm.console import console_table
+from spikellm.report import finished_results, summary_rows, value_at, write_failure, write_results, write_summary
 
 SITE = "model.layers.{}.{}"
 KINDS = ("input_layernorm.output", "self_attn.q_Identity.input", "self_attn.softmax_Identity.input", "mlp.down_proj.input")
@@ -47,8 +48,8 @@ ZERO_SHOT = {
 
 def sweep(folder: Path) -> Path:
     """A sweep with two finished jobs, a failed and an unfinished one."""
-    write_results(make(folder / "0-T4-G1"), results(4, 1, 12.0, **ZERO_SHOT), sites())
-    write_results(make(folder / "1-T4-Gauto"), results(4, "auto", 11.0, **ZERO_SHOT), sites())
+    write_results(make(folder / "0-T4-G1"), results(4, 1, 12.0, **ZERO_SHOT), {"sites.csv": sites()}, [])
+    write_results(make(folder / "1-T4-Gauto"), results(4, "auto", 11.0, **ZERO_SHOT), {"sites.csv": sites()}, [])
     reason = "snn.T=4 with grain=3: <b>too | few</b> steps"
     write_failure(make(folder / "2-T4-G3"), reason, {"model": "tiny", "T": 4, "grain": 3, "command": "python main.py snn.T=4 seed=0"})
     make(folder / "10-T6-G1" / ".hydra")
@@ -84,12 +85,12 @@ def test_summary_has_the_shape_of_the_published_table(tmp_path):
 
 def test_a_later_failure_is_told_and_a_later_success_forgets_it(tmp_path):
     job = make(tmp_path / "0-T4-G1")
-    write_results(job, results(4, 1, 12.0), None)
+    write_results(job, results(4, 1, 12.0), {}, [])
     write_failure(job, "disk full", {"model": "tiny"})
     assert summary_rows(tmp_path)[0]["error"] == "disk full"
     assert (job / "results.json").is_file()  # an earlier result is not lost
     assert finished_results(job, "0123") is None
-    write_results(job, results(4, 1, 12.0), None)
+    write_results(job, results(4, 1, 12.0), {}, [])
     assert summary_rows(tmp_path)[0]["error"] is None
     assert finished_results(job, "0123")["T"] == 4
     assert finished_results(job, "4567") is None

@@ -149,7 +149,7 @@ def test_stages_write_accuracies_and_keep_them(folder, tmp_path):
     arguments = [*SMALL, *byte_model(tmp_path / "model"), f"output_root={tmp_path}", f"dataset.zero_shot.path={folder}"]
 
     def run(*more: str) -> dict:
-        return run_stages(configure(*arguments, "dataset.zero_shot.limit=6", *more))[0]
+        return run_stages(configure(*arguments, "dataset.zero_shot.limit=6", *more)).results
 
     first = run("dataset.zero_shot.tasks=[piqa,winogrande]")
     assert {network: list(found) for network, found in first["zero_shot"].items()} == {

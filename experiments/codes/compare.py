@@ -20,13 +20,14 @@ from spikellm.stages import run_stages
 CONF = Path(__file__).resolve().parents[2] / "conf"
 CODES = {
     "phase, grain=2": ["snn.coding=phase", "grain=2"],
+    "phase, signed digits": ["snn.coding=phase_signed", "grain=2"],
     "rate": ["snn.coding=rate", "grain=1"],
     "TTFS": ["snn.coding=ttfs", "grain=1"],
     "few spikes, k=2": ["snn.coding=few_spike", "snn.max_spikes=2", "grain=1"],
 }
 HEADINGS = (
-    "code", "perplexity", "x ANN", "relative squared error", "firing rate", "at synapses", "spikes / token", "SOPs / token", "energy [uJ / token]",
-    "x ANN's energy",
+    "code", "perplexity", "x ANN", "relative squared error", "firing rate", "at synapses", "spikes / token", "SOPs / token",
+    "energy [uJ / token]", "x ANN's energy",
 )  # fmt: skip
 
 
@@ -34,7 +35,7 @@ def run(overrides: list[str]) -> dict[str, Any]:
     """results.json of one job."""
     config = OmegaConf.to_object(compose("config", overrides=quote_numeric_options(overrides)))
     assert isinstance(config, Config)
-    return run_stages(config)[0]
+    return run_stages(config).results
 
 
 def row(name: str, results: dict[str, Any]) -> str:
