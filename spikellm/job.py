@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from spikellm.artifacts import artifact_key
 from spikellm.config import Config, command_line
-from spikellm.report import finished_results, write_failure, write_results
+from spikellm.report import NOT_FINISHED, finished_results, write_failure, write_results
 from spikellm.sweep import refresh
 
 log = logging.getLogger(__name__)
@@ -35,6 +35,7 @@ class Job:
         if self.sweep and (recorded := finished_results(self.folder, self.record["config"])):
             log.info("finished before, not run again")
             return recorded
+        write_failure(self.folder, NOT_FINISHED, self.record)  # what is found here should this process be killed
         from spikellm.stages import run_stages  # imports torch: not before the input is known to be right
 
         results, rows = run_stages(config)

@@ -9,6 +9,7 @@ import pytest
 from spikellm.report import console_table, finished_results, summary_rows, value_at, write_failure, write_results, write_summary
 
 SITE = "model.layers.{}.{}"
+OPTIONS = f"seed=0 dataset.evaluation.path=/a/{'long/' * 20}name.txt"
 KINDS = ("input_layernorm.output", "self_attn.q_Identity.input", "self_attn.softmax_Identity.input", "mlp.down_proj.input")
 
 
@@ -19,7 +20,7 @@ def results(T: int, grain: int | str, snn: float, **more) -> dict:
         "perplexity": {"ann": 10.0, "snn": snn, "base2": 2 * snn, "windows": 2, "window": 64, "tokens": 126},
         "search": {"relative_mse": 0.25, "relative_mse_base2": 0.5, "worse_than_base2": 0},
         "stages": {"calibrate": {"seconds": 1.5, "cached": True}}, "versions": {"spikellm": "0.1.0", "torch": "2"},
-        "command": f"python main.py model=tiny snn.T={T} grain={grain} seed=0",
+        "command": f"python main.py model=tiny snn.T={T} grain={grain} {OPTIONS}",
     } | more  # fmt: skip
 
 
@@ -50,7 +51,9 @@ def sweep(folder: Path) -> Path:
     write_results(make(folder / "0-T4-G1"), results(4, 1, 12.0, **ZERO_SHOT), sites())
     write_results(make(folder / "1-T4-Gauto"), results(4, "auto", 11.0, **ZERO_SHOT), sites())
     reason = "snn.T=4 with grain=3: <b>too | few</b> steps"
-    write_failure(make(folder / "2-T4-G3"), reason, {"model": "tiny", "T": 4, "grain": 3, "command": "python main.py snn.T=4 seed=0"})
+    write_failure(
+        make(folder / "2-T4-G3"), reason, {"model": "tiny", "T": 4, "grain": 3, "command": f"python main.py model=tiny snn.T=4 {OPTIONS}"}
+    )
     make(folder / "10-T6-G1" / ".hydra")
     (folder / "sweep.json").write_text(json.dumps({"command": "python main.py -m snn.T=4,6", "overrides": [], "jobs": 4}))
     return folder
@@ -73,6 +76,7 @@ def test_summary_has_the_shape_of_the_published_table(tmp_path):
     assert (read[2]["T"], read[2]["grain"], read[2]["error"]) == ("4", "3", "snn.T=4 with grain=3: <b>too | few</b> steps")
     assert read[3]["error"].startswith("not finished")
     assert list(first) == list(rows[0])
+    assert not any(row["options"] for row in read)  # all the same but for T and grain; one left no word
 
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in (tmp_path / "summary.md").read_text().splitlines()]
     assert len({len(line) for line in lines}) == 1
