@@ -8,7 +8,8 @@ from contextlib import suppress
 import hydra
 from omegaconf import DictConfig
 
-from spikellm.config import INPUT_ERRORS, INTERRUPTED, explain, quote_numeric_options, raise_on_termination, register
+from spikellm.command import INPUT_ERRORS, INTERRUPTED, explain, quote_numeric_options, raise_on_termination
+from spikellm.config import register
 from spikellm.console import console_table
 from spikellm.job import Job
 from spikellm.report import objective

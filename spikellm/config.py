@@ -3,28 +3,19 @@
 `conf/` holds deltas only. Hydra composes YAML and command line onto these dataclasses; `main.py` turns the result into
 instances once (`OmegaConf.to_object`), which runs the checks below. No DictConfig goes further, and this module imports
 no torch, so that `--help` and a sweep's composition stay fast.
-
-Numeric option groups: Hydra 1.3 refuses `grain=3` where `grain` is a group, so `quote_numeric_options` writes
-`grain='3'` before Hydra reads the command line.
 """
 
-import re
-import shlex
-import signal
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from spikellm.fields import field_help
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
-NUMERIC_GROUPS = ("grain", "timesteps")
 STAGE_NAMES = ("calibrate", "search", "convert", "evaluate", "diagnose", "report")
 DEFAULT_STAGES = STAGE_NAMES[:4]  # a report is written at the end of a run and of a sweep anyway
 ZERO_SHOT_TASKS = ("winogrande", "arc_challenge", "arc_easy", "piqa", "hellaswag")
@@ -34,36 +25,6 @@ MAX_T = 16
 
 class InputError(ValueError):
     """Wrong input from the user: the message names the key, the value and the cure; main.py prints it as one line."""
-
-
-# What main.py reports as one line with exit code 2; anything else is a defect and keeps its traceback.
-INPUT_ERRORS = (InputError, HydraException, OmegaConfBaseException, OSError, FloatingPointError)
-
-
-INTERRUPTED = 130  # exit code of a run that was stopped by SIGINT or SIGTERM
-
-
-def raise_on_termination() -> None:
-    """Let SIGTERM end a run as Ctrl-C does: by KeyboardInterrupt, so that whatever is half done is cleared away."""
-
-    def interrupt(number: int, _: object) -> None:
-        raise KeyboardInterrupt(signal.Signals(number).name)
-
-    signal.signal(signal.SIGTERM, interrupt)
-
-
-def explain(error: BaseException) -> str:
-    """An error as one line: the message, what Hydra or the system leaves unsaid, and the cure."""
-    text = str(error)
-    if isinstance(error, KeyboardInterrupt):
-        text = f"interrupted ({text or 'SIGINT'}): the same command goes on from here; what was finished is kept and not computed again"
-    elif isinstance(error, HydraException):
-        text = text.partition("Config search path:")[0]
-        if isinstance(error.__cause__, OmegaConfBaseException):
-            text += f" ({str(error.__cause__).splitlines()[0]})"
-    elif isinstance(error, OSError):
-        text = f"{error.filename or 'output'}: {error.strerror or error}; hydra.run.dir= and output_root= choose where results are written"
-    return " ".join(text.split())
 
 
 class ModelSource(Enum):
@@ -404,6 +365,11 @@ class Config:
         unknown = [stage for stage in self.stages if stage not in STAGE_NAMES]
         _check(not unknown, "stages", unknown, f"known stages: {', '.join(STAGE_NAMES)}")
         _check(bool(self.stages), "stages", self.stages, f"name at least one of {', '.join(STAGE_NAMES)}")
+        binary = self.snn.coding is Coding.phase
+        given = f"{self.search.import_file} with snn.coding={self.snn.coding.value}"
+        _check(binary or self.search.import_file is None, "search.import_file", given, "such a file holds codes of snn.coding=phase")
+        given = f"gradient with snn.coding={self.snn.coding.value}"
+        _check(binary or self.search.method is not SearchMethod.gradient, "search.method", given, "it finds codes of snn.coding=phase")
         _check(
             self.report.folder is None or self.stages == ["report"], "report.folder", self.report.folder,
             "stages=[report] rebuilds the report of an earlier run or sweep; other stages write into the run's own folder",
@@ -423,28 +389,3 @@ def register() -> None:
     OmegaConf.register_new_resolver("project_root", lambda: str(PROJECT_ROOT), replace=True)
     OmegaConf.register_new_resolver("field_help", lambda: field_help(Config), replace=True)
     ConfigStore.instance().store(name="schema", node=Config)
-
-
-def quote_numeric_options(arguments: list[str]) -> list[str]:
-    """The command line with bare integers of the numeric groups quoted: grain=1,2 -> grain='1','2'.
-
-    Raises:
-        InputError: range() or choice() of a numeric group, which cannot be quoted.
-    """
-    groups = "|".join(NUMERIC_GROUPS)
-    quoted = []
-    for argument in arguments:
-        if match := re.fullmatch(rf"({groups})=(\d+|auto)(,(\d+|auto))*", argument):
-            group, _, options = argument.partition("=")
-            argument = f"{group}=" + ",".join(f"'{option}'" for option in options.split(","))
-        elif match := re.match(rf"({groups})=\s*(range|choice|interval|glob)\(", argument):
-            raise InputError(f"{argument}: {match[2]}() does not work for the group {match[1]}; list the options, as in {match[1]}=1,2,3")
-        quoted.append(argument)
-    return quoted
-
-
-def command_line(arguments: list[str]) -> str:
-    """The command that repeats a run, as a person would type it: `quote_numeric_options` undone, quoted for the shell."""
-    groups = "|".join(NUMERIC_GROUPS)
-    typed = [argument.replace("'", "") if re.match(rf"({groups})=", argument) else argument for argument in arguments]
-    return " ".join(["python main.py", *map(shlex.quote, typed)])

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from spikellm.config import Coding, Config, Groups, ImportV0, InputError, SearchMethod
+from spikellm.config import Coding, Config, Groups, ImportV0, SearchMethod
 from spikellm.gradient import Schedule
 from spikellm.published import import_fits
 from spikellm.search import MAX_GRAINS, CodeFit, base2_search, gradient_search, search
@@ -30,9 +30,6 @@ def find_codes(config: Config, statistics: dict[str, SiteStatistics]) -> dict[st
     merged = {name: site.merged() for name, site in statistics.items()} if options.groups is Groups.site else statistics
     if snn.coding not in (Coding.phase, Coding.phase_signed):
         return traditional_codes(config, merged)
-    if snn.coding is Coding.phase_signed and (options.import_file is not None or options.method is SearchMethod.gradient):
-        given = "search.method=gradient" if options.import_file is None else f"search.import_file={options.import_file}"
-        raise InputError(f"{given}: finds digits 0 and 1 and does not go with snn.coding=phase_signed; take snn.coding=phase")
     if options.spike_weight and options.method is not SearchMethod.evolution:
         log.warning("search.spike_weight=%g has no effect with search.method=%s", options.spike_weight, options.method.value)
     if options.import_file is not None:

@@ -81,8 +81,9 @@ def _sweep(folder: Path) -> dict[str, Any]:
         options = f", {row['options']}" if row["options"] else ""
         jobs.append(_job(folder / row["folder"], f"{row['model']}, T = {row['T']}, grain {row['grain']}{options}", open=row is best))
     asked = read_json(folder / SWEEP) if (folder / SWEEP).is_file() else {}
+    models = ", ".join(sorted({row["model"] for row in finished})) or "none finished"
     return {
-        "title": f"Sweep of {len(rows)} jobs: {', '.join(sorted({row['model'] for row in finished})) or 'none finished'}",
+        "title": f"Sweep of {asked.get('jobs') or len(rows)} jobs: {models}",
         "folder": folder.name,
         "command": asked.get("command"),
         "table_lines": readable([row | {"error": None} for row in rows], rule=False),

@@ -9,8 +9,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from spikellm.artifacts import artifact_key
-from spikellm.config import Config, command_line, tracking_options
-from spikellm.report import finished_results, write_failure, write_results
+from spikellm.command import command_line
+from spikellm.config import Config, tracking_options
+from spikellm.report import NOT_FINISHED, finished_results, write_failure, write_results
 from spikellm.sweep import refresh
 from spikellm.tracking import tracked
 
@@ -37,6 +38,7 @@ class Job:
         if self.sweep and (recorded := finished_results(self.folder, self.record["config"])):
             log.info("finished before, not run again")
             return recorded
+        write_failure(self.folder, NOT_FINISHED, self.record)  # what is found here should this process be killed
         with tracked(*tracking_options(self.composed), folder=self.folder, group=self.sweep.name if self.sweep else None) as tracker:
             config = self._config()  # a job with wrong input is tracked as failed
             from spikellm.stages import run_stages  # imports torch: not before the input is known to be right

@@ -72,7 +72,7 @@ def write_results(folder: Path, results: dict[str, Any], tables: dict[str, list[
 
 
 def write_failure(folder: Path, reason: str, job: dict[str, Any]) -> None:
-    """Leave the reason beside a job that failed or was interrupted, for the sweep's summary."""
+    """Leave the reason beside a job that failed or was interrupted, for people and for the sweep's summary."""
     if folder.is_dir():
         write_json(folder / FAILURE, {"error": reason} | job)
 
@@ -102,7 +102,8 @@ def summary_rows(folder: Path) -> list[dict[str, Any]]:
             continue  # not a job's folder
         rows.append(_row(found) | {"folder": job.name, "error": found.get("error")})
         options.append(_options(found))
-    common = set.intersection(*map(set, options)) if options else set()
+    known = [set(own) for own in options if own]  # a job that left no word has none
+    common = set.intersection(*known) if known else set()
     published = [f"{name}_published" for name in FIGURES if any(f"{name}_published" in row for row in rows)]
     for row, own in zip(rows, options, strict=True):
         row["options"] = " ".join(option for option in own if option not in common) or None

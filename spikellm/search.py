@@ -341,16 +341,16 @@ def spikes_per_neuron(
 
 
 def save_fits(path: Path, fits: Mapping[str, CodeFit]) -> None:
-    """Write the codes of all sites, by site name, to a safetensors file."""
+    """Write the codes of all sites, by number and name of the site, to a safetensors file (which sorts what it holds)."""
     names = [field.name for field in fields(CodeFit)]
-    values = {f"{site}.{name}": getattr(fit, name) for site, fit in fits.items() for name in names}
+    values = {f"{number:05d}.{site}.{name}": getattr(fit, name) for number, (site, fit) in enumerate(fits.items()) for name in names}
     write_tensors(path, {key: torch.as_tensor(value).cpu().contiguous() for key, value in values.items() if value is not None})
 
 
 def load_fits(path: Path) -> dict[str, CodeFit]:
     """Read what `save_fits` wrote."""
     found: dict[str, dict[str, Any]] = {}
-    for key, value in load_file(path).items():
-        name, _, field = key.rpartition(".")
+    for key, value in sorted(load_file(path).items()):
+        name, _, field = key.partition(".")[2].rpartition(".")
         found.setdefault(name, {})[field] = value.item() if field in ("max_spikes", "two_sided", "signed") else value
     return {name: CodeFit(**values) for name, values in found.items()}

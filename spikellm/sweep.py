@@ -23,7 +23,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, open_dict, read_write
 
 from spikellm.artifacts import read_json, write_json
-from spikellm.config import command_line
+from spikellm.command import command_line
 from spikellm.report import SWEEP, summary_rows, write_summary
 
 log = logging.getLogger(__name__)

@@ -20,7 +20,8 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from spikellm.artifacts import artifact_key
-from spikellm.config import InputError, Tracker, TrackingConfig, TrackingMode, explain
+from spikellm.command import explain
+from spikellm.config import InputError, Tracker, TrackingConfig, TrackingMode
 
 log = logging.getLogger(__name__)
 

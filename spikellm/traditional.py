@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from spikellm.coding import uniform_table
-from spikellm.config import Coding, Config, InputError, SearchMethod
+from spikellm.config import Coding, Config, SearchMethod
 from spikellm.evolution import CHUNK, base2_codes, squared_error
 from spikellm.neuron import fused
 from spikellm.search import CodeFit, held_out_points, spikes_per_neuron, weighted_error, weighted_points
@@ -46,15 +46,9 @@ def spike_bound(coding: Coding, max_spikes: int | None) -> int | None:
 
 
 def traditional_codes(config: Config, statistics: Mapping[str, SiteStatistics]) -> dict[str, CodeFit]:
-    """The codes of `snn.coding`, with a warning for every option that has no effect on them.
-
-    Raises:
-        InputError: phase codes are to be imported.
-    """
+    """The codes of `snn.coding`, with a warning for every option that has no effect on them."""
     options, snn = config.search, config.snn
     kind = f"snn.coding={snn.coding.value}"
-    if options.import_file is not None:
-        raise InputError(f"search.import_file={options.import_file}: holds phase codes and does not go with {kind}; take snn.coding=phase")
     if snn.grain != "1":
         log.warning("grain=%s has no effect with %s, which has no grains", snn.grain, kind)
     if options.method is not SearchMethod.evolution:

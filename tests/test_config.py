@@ -8,7 +8,8 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from spikellm.config import MAX_T, Config, Device, InputError, ModelSource, quote_numeric_options, register
+from spikellm.command import quote_numeric_options
+from spikellm.config import MAX_T, Config, Device, InputError, ModelSource, register
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 GROUPS = ("model", "timesteps", "grain", "dataset", "texts", "hardware", "tracking", "experiment")

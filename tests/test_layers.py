@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     {"fields"},
     {"config", "hadamard", "neuron", "coding", "temporal", "energy"},
-    {"sites", "data", "artifacts", "spike_plots"},
+    {"sites", "data", "artifacts", "spike_plots", "command"},
     {"model", "tracking"},
     {"rotation", "prefix", "attention", "modules", "statistics", "evolution", "zero_shot"},
     {"conversion", "evaluation", "gradient", "stepped_modules"},
@@ -27,15 +27,25 @@ LAYERS = (
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 # library -> the only files that may import it
 RESERVED = {
-    "hydra": {"main", "config", "sweep", "job"},
-    "omegaconf": {"main", "config", "sweep", "job"},
+    "hydra": {"main", "config", "command", "sweep", "job"},
+    "omegaconf": {"main", "config", "command", "sweep", "job"},
     "matplotlib": {"plots", "spike_plots", "code_plots"},
     "jinja2": {"html_report"},
     "wandb": {"tracking"},
     "lm_eval": {"zero_shot"},
 }
 MATHEMATICS = LAYERS[1] - {"config"}
-NO_TORCH = {"fields", "config", "report", "artifacts", "sweep", "job"}  # Hydra imports these before every run and for --help
+# Hydra imports these before every run and for --help.
+NO_TORCH = {
+    "fields",
+    "config",
+    "command",
+    "console",
+    "report",
+    "artifacts",
+    "sweep",
+    "job",
+}
 PUBLIC = "__init__"
 
 FILES = {path.stem: path for path in [ROOT / "main.py", *sorted((ROOT / "spikellm").rglob("*.py"))]}

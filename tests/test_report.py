@@ -10,6 +10,7 @@ from spikellm.console import console_table
 from spikellm.report import finished_results, summary_rows, value_at, write_failure, write_results, write_summary
 
 SITE = "model.layers.{}.{}"
+OPTIONS = f"seed=0 dataset.evaluation.path=/a/{'long/' * 20}name.txt"
 KINDS = ("input_layernorm.output", "self_attn.q_Identity.input", "self_attn.softmax_Identity.input", "mlp.down_proj.input")
 
 
@@ -20,7 +21,7 @@ def results(T: int, grain: int | str, snn: float, **more) -> dict:
         "perplexity": {"ann": 10.0, "snn": snn, "base2": 2 * snn, "windows": 2, "window": 64, "tokens": 126},
         "search": {"relative_mse": 0.25, "relative_mse_base2": 0.5, "worse_than_base2": 0},
         "stages": {"calibrate": {"seconds": 1.5, "cached": True}}, "versions": {"spikellm": "0.1.0", "torch": "2"},
-        "command": f"python main.py model=tiny snn.T={T} grain={grain} seed=0",
+        "command": f"python main.py model=tiny snn.T={T} grain={grain} {OPTIONS}",
     } | more  # fmt: skip
 
 
@@ -40,8 +41,11 @@ ZERO_SHOT = {
         }
         for network, shift in (("ann", 0.0), ("snn", 0.015625))
     },
-    "spikes": {"sops_per_token": 1234567.0},
-    "energy": {"snn_pj_per_token": 1.11e6},
+    "spikes": {"sops_per_token": 1234567.0, "firing_rate": 0.25, "firing_rate_at_synapses": 0.5, "windows": 1, "window": 64},
+    "energy": {
+        "ann_pj_per_token": 4e6, "snn_pj_per_token": 1.11e6, "int_pj_per_token": 5e5, "int_bits": 5, "table": "fp32", "mac_pj": 4.6,
+        "ac_pj": 0.9, "source": "a paper", "break_even_firing_rate": 0.6, "break_even_firing_rate_int": 0.1,
+    },
     "reference": {"source": "a table", "figures": {"perplexity.snn": 11.5, "zero_shot.snn.piqa.acc_norm": 0.7}},
 }  # fmt: skip
 
@@ -51,7 +55,9 @@ def sweep(folder: Path) -> Path:
     write_results(make(folder / "0-T4-G1"), results(4, 1, 12.0, **ZERO_SHOT), {"sites.csv": sites()}, [])
     write_results(make(folder / "1-T4-Gauto"), results(4, "auto", 11.0, **ZERO_SHOT), {"sites.csv": sites()}, [])
     reason = "snn.T=4 with grain=3: <b>too | few</b> steps"
-    write_failure(make(folder / "2-T4-G3"), reason, {"model": "tiny", "T": 4, "grain": 3, "command": "python main.py snn.T=4 seed=0"})
+    write_failure(
+        make(folder / "2-T4-G3"), reason, {"model": "tiny", "T": 4, "grain": 3, "command": f"python main.py model=tiny snn.T=4 {OPTIONS}"}
+    )
     make(folder / "10-T6-G1" / ".hydra")
     (folder / "sweep.json").write_text(json.dumps({"command": "python main.py -m snn.T=4,6", "overrides": [], "jobs": 4}))
     return folder
@@ -74,6 +80,7 @@ def test_summary_has_the_shape_of_the_published_table(tmp_path):
     assert (read[2]["T"], read[2]["grain"], read[2]["error"]) == ("4", "3", "snn.T=4 with grain=3: <b>too | few</b> steps")
     assert read[3]["error"].startswith("not finished")
     assert list(first) == list(rows[0])
+    assert not any(row["options"] for row in read)  # all the same but for T and grain; one left no word
 
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in (tmp_path / "summary.md").read_text().splitlines()]
     assert len({len(line) for line in lines}) == 1

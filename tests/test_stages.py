@@ -10,8 +10,10 @@ import torch
 from launch import die_inside, launch
 from test_config import configure
 
-from spikellm.config import InputError
+from spikellm.config import DEFAULT_STAGES, InputError
 from spikellm.stages import STAGES, run_stages
+
+EVERY_STAGE = f"stages=[{','.join(STAGES)}]"
 
 SMALL = [
     "model=tiny", "hardware.compile=false", "dataset.calibration.window=64", "dataset.calibration.max_windows=2",
@@ -37,7 +39,7 @@ def artefacts(root: Path, stage: str) -> list[Path]:
 
 def test_killed_in_the_middle_of_each_stage_and_run_again(tmp_path):
     """One store for all: each attempt goes one stage further, and what was there before stays as it was."""
-    arguments = [*SMALL, f"output_root={tmp_path}"]
+    arguments = [*SMALL, EVERY_STAGE, f"output_root={tmp_path}"]
     kept: dict[Path, bytes] = {}
     for stage in STAGES:
         done = launch(*arguments, before=die_inside, values=(stage,))
@@ -52,7 +54,7 @@ def test_killed_in_the_middle_of_each_stage_and_run_again(tmp_path):
     second = launch(*arguments, f"hydra.run.dir={tmp_path}/second")
     assert second.code == 0, second.err
     results = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("first", "second")]
-    assert cached(results[0]) == {"calibrate": True, "search": True, "convert": True, "evaluate": False}
+    assert cached(results[0]) == {"calibrate": True, "search": True, "convert": True, "evaluate": False, "diagnose": False}
     assert all(cached(results[1]).values())
     assert results[0]["perplexity"] == results[1]["perplexity"]
     assert not list((tmp_path / "artifacts").rglob("*.tmp-*"))
@@ -60,7 +62,7 @@ def test_killed_in_the_middle_of_each_stage_and_run_again(tmp_path):
 
 def test_interrupted_in_each_stage_and_continued(tmp_path):
     """Ctrl-C and SIGTERM in turn: one line, a readable reason, no half files; the same command goes on."""
-    arguments = [*SMALL, f"output_root={tmp_path}"]
+    arguments = [*SMALL, EVERY_STAGE, f"output_root={tmp_path}"]
     for index, stage in enumerate(STAGES):
         number = (signal.SIGINT, signal.SIGTERM)[index % 2]
         folder = tmp_path / stage
@@ -100,7 +102,7 @@ def test_a_full_disk_gets_one_line_and_damages_nothing(tmp_path):
 def test_what_a_stage_depends_on_decides_what_is_computed_again(tmp_path):
     first = run(tmp_path)
     assert not any(cached(first).values())
-    everything = dict.fromkeys(STAGES, True)
+    everything = dict.fromkeys(DEFAULT_STAGES, True)
     again = run(tmp_path)
     assert cached(again) == everything
     assert again["perplexity"] == first["perplexity"]
@@ -240,7 +242,7 @@ def test_stepped_execution_gives_the_folded_perplexity_and_its_course(tmp_path, 
     assert "anytime" not in folded
     results = run(tmp_path, "snn.execution=stepped", "snn.step_chunk=3")
     assert results["execution"] == "stepped"
-    assert cached(results) == {"calibrate": True, "search": True, "convert": True, "evaluate": False}
+    assert cached(results) == {"calibrate": True, "search": True, "convert": True, "evaluate": False, "diagnose": False}
     assert results["perplexity"]["snn"] == pytest.approx(folded["perplexity"]["snn"], rel=1e-3)
     assert results["perplexity"]["base2"] == folded["perplexity"]["base2"]
     course = results["anytime"]["perplexity"]

@@ -15,7 +15,7 @@ from test_config import CONF
 from test_stages import SMALL, artefacts
 
 from spikellm.config import register
-from spikellm.report import NOT_FINISHED
+from spikellm.report import NOT_FINISHED, summary_rows
 from spikellm.sweep import count_jobs
 
 LAUNCHERS = sorted(path.stem for path in (CONF / "hydra" / "launcher").glob("*.yaml"))
@@ -46,6 +46,7 @@ def test_a_killed_sweep_started_again_finishes_what_was_missing(number, tmp_path
         assert [row["error"].partition(" ")[0] for row in summary(folder)] == ["", "interrupted"]
     else:
         assert done.code == -signal.SIGKILL
+        assert [(row["T"], row["error"]) for row in summary_rows(folder)] == [(4, None), (6, NOT_FINISHED)]
     first = folder / "0-T4-G1" / "results.json"
     before, written = first.read_bytes(), first.stat().st_mtime_ns
 
@@ -82,8 +83,6 @@ def test_a_complete_sweep_given_again(tmp_path):
 
 
 def test_jobs_without_a_word_are_named(tmp_path):
-    from spikellm.report import summary_rows
-
     (tmp_path / "1-T4-G1" / ".hydra").mkdir(parents=True)
     (tmp_path / "notes").mkdir()
     (row,) = summary_rows(tmp_path)

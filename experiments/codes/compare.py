@@ -14,7 +14,8 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from spikellm.config import Config, quote_numeric_options, register
+from spikellm.command import quote_numeric_options
+from spikellm.config import Config, register
 from spikellm.stages import run_stages
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
