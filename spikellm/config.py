@@ -5,6 +5,7 @@ instances once (`OmegaConf.to_object`), which runs the checks below. No DictConf
 no torch, so that `--help` and a sweep's composition stay fast.
 """
 
+import re
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path

@@ -54,7 +54,7 @@ def test_killed_in_the_middle_of_each_stage_and_run_again(tmp_path):
     second = launch(*arguments, f"hydra.run.dir={tmp_path}/second")
     assert second.code == 0, second.err
     results = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("first", "second")]
-    assert cached(results[0]) == {"calibrate": True, "search": True, "convert": True, "evaluate": False, "diagnose": False}
+    assert cached(results[0]) == dict.fromkeys(STAGES, True) | {"diagnose": False}
     assert all(cached(results[1]).values())
     assert results[0]["perplexity"] == results[1]["perplexity"]
     assert not list((tmp_path / "artifacts").rglob("*.tmp-*"))
@@ -80,7 +80,7 @@ def test_interrupted_in_each_stage_and_continued(tmp_path):
         assert not [path for path in tmp_path.rglob("*tmp*") if tmp_path in path.parents]
     assert launch(*arguments, f"hydra.run.dir={tmp_path}/{stage}").code == 0
     assert not (tmp_path / stage / "error.json").exists()  # forgotten
-    assert cached(json.loads((tmp_path / stage / "results.json").read_text())) == dict.fromkeys(STAGES, True) | {"evaluate": False}
+    assert cached(json.loads((tmp_path / stage / "results.json").read_text())) == dict.fromkeys(STAGES, True) | {"diagnose": False}
 
 
 def fill_the_disk(size: int) -> None:
@@ -242,7 +242,7 @@ def test_stepped_execution_gives_the_folded_perplexity_and_its_course(tmp_path, 
     assert "anytime" not in folded
     results = run(tmp_path, "snn.execution=stepped", "snn.step_chunk=3")
     assert results["execution"] == "stepped"
-    assert cached(results) == {"calibrate": True, "search": True, "convert": True, "evaluate": False, "diagnose": False}
+    assert cached(results) == dict.fromkeys(DEFAULT_STAGES, True) | {"evaluate": False}
     assert results["perplexity"]["snn"] == pytest.approx(folded["perplexity"]["snn"], rel=1e-3)
     assert results["perplexity"]["base2"] == folded["perplexity"]["base2"]
     course = results["anytime"]["perplexity"]
