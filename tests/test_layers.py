@@ -11,7 +11,7 @@ LAYERS = (
     {"config", "hadamard", "neuron", "coding", "temporal", "energy"},
     {"sites", "data", "artifacts", "tracking", "spike_plots"},
     {"model"},
-    {"rotation", "prefix", "attention", "modules", "statistics", "evolution"},
+    {"rotation", "prefix", "attention", "modules", "statistics", "evolution", "spike_counter"},
     {"conversion", "evaluation", "gradient"},
     {"calibration", "checkpoint", "search", "ledger"},
     {"published", "traditional", "accounts"},

@@ -25,8 +25,8 @@ CODES = {
     "few spikes, k=2": ["snn.coding=few_spike", "snn.max_spikes=2", "grain=1"],
 }
 HEADINGS = (
-    "code", "perplexity", "x ANN", "relative squared error", "firing rate", "at synapses", "spikes / token", "SOPs / token", "energy [uJ / token]",
-    "x ANN's energy",
+    "code", "perplexity", "x ANN", "relative squared error", "firing rate", "at synapses", "spikes / token", "SOPs / token",
+    "energy [uJ / token]", "x ANN's energy",
 )  # fmt: skip
 
 
