@@ -19,14 +19,13 @@ operand's row, whether or not something has been summed there yet; the 1 is its 
 `up` have been integrated: their spikes meet complete operands, and a value's spike only builds its sum. Pairs that the mask hides
 count nowhere. Counting each pair of spikes that meet (T^2 a product) would count work that nobody does.
 
-Folded execution makes no spikes, but the code of |x| tells which there would be (`neuron.count_spikes`); trains can be counted as well.
-Counters sit around neurons only while `count` runs. What stays dense is in `energy.py`, and is listed in results.json.
+Counters (`spike_counter.py`) sit around neurons only while `count` runs. What stays dense is in `energy.py`, and is listed in
+results.json.
 """
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 import torch
@@ -39,7 +38,7 @@ from spikellm.attention import SpikingAttention
 from spikellm.conversion import get_neuron, model_sites, set_neuron, site_groups
 from spikellm.energy import DecoderShape
 from spikellm.modules import SpikingLinear
-from spikellm.neuron import ROWS, PhaseNeuron, count_spikes
+from spikellm.neuron import PhaseNeuron
 from spikellm.sites import (
     ATTENTION,
     DOWN,
@@ -57,6 +56,8 @@ from spikellm.sites import (
     decoder_layers,
     head_width,
 )
+from spikellm.spike_counter import SpikeCounter
+from spikellm.stepped_modules import SteppedNeuron
 
 LINEARS = (QUERY, KEY, VALUE, OUTPUT, GATE, UP, DOWN)
 # The Linears that read a site's spikes.
@@ -66,77 +67,6 @@ READERS = {
     SiteKind.mlp_input: (GATE, UP),
     SiteKind.mlp_product: (DOWN,),
 }
-
-
-def train_counts(train: Int[Tensor, "T C I J"]) -> Int64[Tensor, "T C I"]:
-    """Spikes of either sign at every step, summed over J."""
-    return (train != 0).sum(-1)
-
-
-def synaptic_operations(counts: Int64[Tensor, "T C I"], fan_out: int | Int64[Tensor, " I"]) -> Int64[Tensor, "T C"]:
-    """Spikes times the fan-out of their place."""
-    return (counts * fan_out).sum(-1)
-
-
-class SpikeCounter(nn.Module):
-    """Sits in a neuron's slot, counts the spikes of what passes and lets the neuron answer.
-
-    Args:
-        neuron: of the slot.
-        axis: of x that columns (and the neuron's groups) divide.
-        columns: C, the slices that are counted apart: attention heads, or 1.
-        fan_out: synapses of a spike; a tensor [I] has one for every position.
-    """
-
-    def __init__(self, neuron: PhaseNeuron, *, axis: int, columns: int, fan_out: int) -> None:
-        super().__init__()
-        self.neuron, self.axis, self.columns = neuron, axis, columns
-        self.fan_out: int | Tensor = fan_out
-        self.whole = True  # False: `add_neurons` is told from outside (the softmax, where masked pairs are no neurons)
-        self.spikes = torch.zeros(neuron.table.T, columns, dtype=torch.int64)
-        self.sops = torch.zeros_like(self.spikes)
-        self.neurons = torch.zeros(columns, dtype=torch.int64)
-        self.synapses = torch.zeros(columns, dtype=torch.int64)
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.add_values(x)
-        return self.neuron(x)
-
-    def add_values(self, x: Tensor) -> None:
-        """Count what the neuron would fire for x, in folded execution."""
-        counts = []
-        for part, table in self.neuron.table.sides(x):
-            slices = math.lcm(table.groups, self.columns)
-            rows = {name: getattr(table, name).repeat_interleave(slices // table.groups, 0) for name in ROWS}
-            counts.append(count_spikes(self._arranged(part, slices), replace(table, **rows), compiled=self.neuron.compiled))
-        self._add(sum(counts[1:], start=counts[0]), x.numel())
-
-    def add_train(self, train: Int[Tensor, "T *x"]) -> None:
-        """Count a spike train, in time-stepped execution."""
-        self._add(torch.stack([train_counts(self._arranged(step, self.columns)[None])[0] for step in train]), train[0].numel())
-
-    def add_neurons(self, number: int, synapses: int) -> None:
-        """So many neurons a column, with so many synapses together, had the chance to fire."""
-        self.neurons += number
-        self.synapses += synapses
-
-    def _add(self, counts: Int64[Tensor, "T slices I"], elements: int) -> None:
-        counts = counts.unflatten(1, (self.columns, -1)).sum(2)
-        self.spikes += counts.sum(-1).cpu()
-        self.sops += synaptic_operations(counts, self.fan_out).cpu()
-        if self.whole:
-            number = elements // self.columns
-            positions = counts.shape[-1]
-            everywhere = self.fan_out if isinstance(self.fan_out, int) else int(self.fan_out.sum())
-            self.add_neurons(number, number // positions * everywhere)
-
-    def _arranged(self, x: Tensor, slices: int) -> Tensor:
-        """x as [slices, I, J]: positions of their own fan-out in the middle (I = 1 without)."""
-        if slices > 1:
-            axis = self.axis % x.ndim
-            x = x.unflatten(axis, (slices, -1)).movedim(axis, 0)
-        positions = 1 if isinstance(self.fan_out, int) else len(self.fan_out)
-        return x.reshape(slices, positions, -1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -241,6 +171,7 @@ class AttentionWatch:
 
     def __init__(self, attention: SpikingAttention, counters: dict[SiteKind, SpikeCounter]) -> None:
         self.counters, self.pairs = counters, 0
+        self.steps = attention.query.T if isinstance(attention.query, SteppedNeuron) else 1  # in the batch axis
         counters[SiteKind.softmax].whole = False
         self.handle = attention.register_forward_pre_hook(self._look)
 
@@ -248,7 +179,7 @@ class AttentionWatch:
         query, key, _, mask, _ = inputs
         assert isinstance(module, SpikingAttention)
         prefix = 0 if module.prefix_key is None else module.prefix_key.shape[1]
-        keys, queries = visibility(mask)
+        keys, queries = visibility(mask[: len(mask) // self.steps])
         heads, pairs = query.shape[1], int(keys.sum())
         self.pairs += pairs
         coded = 0 if module.normalise_after else prefix
@@ -277,8 +208,8 @@ def visibility(mask: Bool[Tensor, "B 1 L S"]) -> tuple[Int64[Tensor, "B L"], Int
 
 @contextmanager
 def counting(model: PreTrainedModel) -> Iterator[tuple[dict[Site, SpikeCounter], list[AttentionWatch]]]:
-    """Within: counters around the neurons of a converted model."""
-    counters = {}
+    """Within: counters around the neurons of a converted model, or fed by the trains of one that runs in steps (`stepped.py`)."""
+    counters, handles = {}, []
     for site in model_sites(model):
         neuron = get_neuron(model, site)
         assert isinstance(neuron, PhaseNeuron), f"{site.name} carries no neuron"
@@ -291,19 +222,22 @@ def counting(model: PreTrainedModel) -> Iterator[tuple[dict[Site, SpikeCounter],
         own = {site.kind: counter for site, counter in counters.items() if site.layer == index}
         watches.append(AttentionWatch(attention, own))
     for site, counter in counters.items():
-        set_neuron(model, site, counter)
+        if isinstance(counter.neuron, SteppedNeuron):
+            handles.append(counter.neuron.register_forward_hook(counter.look))
+        else:
+            set_neuron(model, site, counter)
     try:
         yield counters, watches
     finally:
-        for watch in watches:
-            watch.handle.remove()
+        for handle in (*handles, *(watch.handle for watch in watches)):
+            handle.remove()
         for site, counter in counters.items():
             set_neuron(model, site, counter.neuron)
 
 
 @torch.no_grad()
 def count(model: PreTrainedModel, windows: Int[Tensor, "W L"]) -> Ledger:
-    """The ledger of a converted model on `windows`, one window a forward.
+    """The ledger of a converted model on `windows`, one window a forward; within `stepped.stepped` counted from its spike trains.
 
     Every token counts, the last of a window too: its final norm fires into the language model's head.
     """

@@ -1,5 +1,6 @@
 """The ledger against a count that walks along every spike and every synapse of a small network."""
 
+import json
 from collections import Counter
 
 import pytest
@@ -8,10 +9,11 @@ from conftest import base2_table, base2_tables, tiny_model
 
 from spikellm import ledger
 from spikellm.conversion import convert, get_neuron, install, model_sites, site_groups
-from spikellm.neuron import PhaseTable, count_spikes, fire
+from spikellm.neuron import PhaseNeuron, PhaseTable, count_spikes, fire
 from spikellm.prefix import attach_prefix
 from spikellm.rotation import rotate
 from spikellm.sites import SiteKind
+from spikellm.spike_counter import SpikeCounter, train_counts
 
 T = 5
 
@@ -152,10 +154,8 @@ def test_codes_and_trains_count_the_same(groups):
     taus = [0.5 + 0.25 * index for index in range(groups)]
     x = torch.randn(2, 3, 12, generator=torch.Generator().manual_seed(0))
     x[0, 0, :4] = 0
-    from spikellm.neuron import PhaseNeuron
-
     neuron = PhaseNeuron(base2_table(taus, T), axis=-1, compiled=False)
-    folded, stepped = (ledger.SpikeCounter(neuron, axis=-1, columns=4 if groups != 1 else 2, fan_out=10) for _ in range(2))
+    folded, stepped = (SpikeCounter(neuron, axis=-1, columns=4 if groups != 1 else 2, fan_out=10) for _ in range(2))
     assert torch.equal(folded(x), neuron(x))
     train = fire(neuron.grouped(x), neuron.table)
     stepped.add_train(train.view(T, *x.shape))
@@ -169,7 +169,7 @@ def test_firing_rate_of_hand_traces():
     x = torch.tensor([0.5, -0.625, 0.875, 0.0, 0.03125])
     counts = count_spikes(x.view(1, 1, -1), base2_table(1.0, 3), compiled=False)
     assert counts.flatten().tolist() == [3, 1, 2]
-    assert ledger.train_counts(fire(x.view(1, 1, -1), base2_table(1.0, 3))).flatten().tolist() == [3, 1, 2]
+    assert train_counts(fire(x.view(1, 1, -1), base2_table(1.0, 3))).flatten().tolist() == [3, 1, 2]
 
 
 def test_observing_changes_nothing_and_leaves_nothing_behind(ids):
@@ -191,8 +191,6 @@ def test_padding_is_refused(ids):
 
 
 def test_a_ledger_survives_json():
-    import json
-
     found = ledger.count(converted(after=True), torch.arange(2, 10)[None])
     assert ledger.Ledger.from_json(json.loads(json.dumps(found.to_json()))) == found
 

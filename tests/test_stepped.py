@@ -1,6 +1,7 @@
 """The stepped network against the folded one, and what its wires carry."""
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -9,6 +10,7 @@ from conftest import TINY, base2_table, norm_ratio, tiny_model
 from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache
 
+from spikellm import ledger
 from spikellm.attention import SpikingAttention
 from spikellm.config import InputError
 from spikellm.conversion import convert, get_neuron, install, model_sites
@@ -281,3 +283,31 @@ def test_the_memory_bound_picks_the_chunk_or_names_the_cure():
     with pytest.raises(InputError, match=r"snn\.max_memory_gib=0\.001: .*512 tokens.* allow"):
         fitting_chunk(model, 512, chunk=None, max_gib=0.001)
     assert math.isfinite(sizes[-1])
+
+
+def other_tables(model, T: int, flags: dict) -> dict[str, PhaseTable]:
+    """`tables` with digits of another kind; two sides at SiLU, the negative ones finer."""
+    found = {}
+    for site in model_sites(model):
+        table = tables(model, T)[site.name]
+        if "two_sided" in flags:
+            if site.kind is SiteKind.activation:
+                rows = {name: torch.cat([getattr(table, name), 0.1 * getattr(table, name)]) for name in ("theta", "h", "d", "v0")}
+                table = PhaseTable(**rows, two_sided=True)
+        else:
+            table = replace(table, theta=0.7 * table.theta if "signed" in flags else table.theta, **flags)
+        found[site.name] = table
+    return found
+
+
+@pytest.mark.parametrize("normalise_after", [True, False], ids=["after", "before"])
+@pytest.mark.parametrize("flags", [{"two_sided": True}, {"signed": True}, {"max_spikes": 2}], ids=lambda flags: next(iter(flags)))
+def test_every_kind_of_digits_and_the_same_ledger_to_the_spike(flags, normalise_after, ids):
+    model = spiking(normalise_after=normalise_after)
+    convert(model, other_tables(model, 6, flags), compiled=False)
+    folded, counted = model(ids).logits, ledger.count(model, ids)
+    with stepped(model, chunk=4):
+        assert norm_ratio(model(ids).logits, folded) <= 1e-9
+        assert ledger.count(model, ids) == counted
+    assert ledger.count(model, ids) == counted
+    assert counted.spikes > 0
