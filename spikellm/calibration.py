@@ -3,8 +3,8 @@
 What an error counts. The residual stream r goes through an RMSNorm before anything reads it, which divides an error by the
 stream's size: an error in the MLP's output counts 1 / (|r|^2 + |mlp(r)|^2). That is the importance at down_proj's input (R4 and
 the weight spread errors evenly); at the activation it is multiplied by up^2, the factor on the error there. Without it a few
-tokens with massive residuals, whose errors hardly matter, would set tau at both sites. Errors of the softmax count by the
-row's sum (`attention.py`). Ours.
+tokens with massive residuals, whose errors hardly matter, would set tau at both sites. An error of e_ij in the softmax moves the
+output o_i by (v_j - o_i) / sum of the row, and counts by the square of that (`attention.py`). Ours.
 """
 
 import logging

@@ -13,7 +13,9 @@ time by surrogate gradients (`gradient.py`); here all sites evolve together (`ev
 
 Ours also: a table may use fewer grains than it may, so that more grains are never worse on the objective; grain=auto takes the
 coarsest G whose objective is within a tolerance of the best; a group whose fitted table is worse than base 2 on held-out data
-keeps base 2.
+keeps base 2. One-sided activations (SiLU) have a table for each sign. Signed digits (`neuron.py`) are searched in the same way, with
+one number more, the ratio of thresholds to resets. With a spike weight lambda the objective is multiplied by exp(lambda n), n the mean
+spikes of a neuron: lambda is the relative rise of the error at which one spike less a neuron is a fair exchange.
 """
 
 from collections.abc import Callable, Mapping

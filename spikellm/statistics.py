@@ -14,7 +14,7 @@ Windows go alternately to a fitting and a held-out part.
 """
 
 from dataclasses import dataclass, fields, replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 from jaxtyping import Float, Int
@@ -68,6 +68,11 @@ class SiteStatistics:
             zeros=self.zeros.sum(1, keepdim=True),
             maximum=self.maximum.amax(1, keepdim=True),
         )
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same statistics on another device: where they lie, codes are searched."""
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)})
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """For safetensors: `from_tensors` reads them back."""

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from spikellm import conversion, data, evaluation, rotation
 from spikellm.artifacts import ArtifactStore, artifact_key, write_json
 from spikellm.calibration import Calibration, calibrate
-from spikellm.config import Config, Execution, InputError, RotationKind, SoftmaxNorm
+from spikellm.config import Config, Device, Execution, InputError, RotationKind, SoftmaxNorm
 from spikellm.fitting import find_codes, search_summary
 from spikellm.hadamard import HAS_CUDA_KERNEL
 from spikellm.model import load_model, load_tokenizer, source_fingerprint
@@ -194,7 +194,8 @@ class Workspace:
         found.save(folder)
 
     def _search(self, folder: Path) -> None:
-        statistics = self.calibration()[0].statistics
+        device = "cpu" if self.config.hardware.device is Device.cpu else "cuda"
+        statistics = {name: site.to(device) for name, site in self.calibration()[0].statistics.items()}
         start = time.perf_counter()
         fits = find_codes(self.config, statistics)
         save_fits(folder / "codes.safetensors", fits)
