@@ -71,8 +71,10 @@ class SiteStatistics:
 
     def to(self, device: torch.device | str) -> Self:
         """The same statistics on another device: where they lie, codes are searched."""
-        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)})
+        tensors: dict[str, Any] = {
+            field.name: value.to(device) for field in fields(self) if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        return replace(self, **tensors)
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """For safetensors: `from_tensors` reads them back."""
