@@ -18,7 +18,7 @@ from torch import Tensor
 
 from spikellm.attention import SpikingAttention, exponentials, per_key_head, prefix_weights, probabilities, visible_blocks
 from spikellm.stepped_modules import SteppedNeuron, neuron_of, unbatch
-from spikellm.temporal import differences, integrate, spike_mixture, spike_pairs, step_weights
+from spikellm.temporal import differences, integrate, spike_mixture, spike_pairs, step_weights, weighted
 
 
 class SteppedAttention(SpikingAttention):
@@ -58,7 +58,7 @@ class SteppedAttention(SpikingAttention):
         q, k, v = (integrate(unbatch(x, T)) for x in (query, key, value))
         q, k, v, mask, prefix = self.operands(q, k, v, mask[: len(q)])
         q_spikes, k_spikes, v_spikes = self.query(q), self.key(k), self.value(v)
-        v = integrate(v_spikes * self._weights(self.value, v.shape[1]).to(v.dtype))
+        v = integrate(weighted(v_spikes, self._weights(self.value, v.shape[1]).to(v.dtype)))
         if self.normalise_after:  # one more column: its accumulator is the row's sum of coded exponentials
             v = torch.cat([v, v.new_ones(*v.shape[:-1], 1)], dim=-1)
         out = query.new_empty(T, *q.shape)
@@ -88,8 +88,7 @@ class SteppedAttention(SpikingAttention):
         q_weights = self._weights(self.query, H).to(dtype).expand(T, 1, H, L, 1).reshape(T, 1, K, -1, 1)
         stacked = query.reshape(T, B, K, -1, E)  # heads that share a key head, as in `per_key_head`
         pairs = spike_pairs(stacked, key, q_weights * scaling, self._weights(self.key, K).to(dtype))
-        scores = torch.zeros(B, H, L, key.shape[3], dtype=dtype, device=value.device)
-        top = scores.new_zeros(())
+        top = value.new_zeros(())
 
         def activations(cumulated: Tensor) -> Tensor:
             nonlocal top
@@ -98,14 +97,14 @@ class SteppedAttention(SpikingAttention):
             weights, top = exponentials(cumulated, mask)
             return weights
 
-        spikes = self.softmax(integrate(differences(activations, (pair.view_as(scores) for pair in pairs))))
+        spikes = self.softmax(integrate(differences(activations, (pair.view(B, H, L, -1) for pair in pairs))))
         weights = self._weights(self.softmax, H).to(dtype).expand(T, 1, H, L, 1).reshape(T, 1, K, -1, 1)
         mixtures = (part.view(B, H, L, -1) for part in spike_mixture(spikes.reshape(T, B, K, -1, key.shape[3]), value, weights))
         if not self.normalise_after:
             return mixtures
         share, sink = torch.ones_like(top), None
         if prefix is not None:
-            q = integrate(query * (self._weights(self.query, H).to(dtype) * scaling))
+            q = integrate(weighted(query, self._weights(self.query, H).to(dtype) * scaling))
             exact, share = prefix_weights(per_key_head(q, prefix[0].mT), top)
             sink = torch.cat([per_key_head(exact, prefix[1]), exact.sum(-1, keepdim=True)], dim=-1)
 

@@ -49,6 +49,11 @@ def step_weights(d: Float[Tensor, "C T"], size: int) -> Float[Tensor, "T size"]:
     return d.T.repeat_interleave(size // d.shape[0], dim=1)
 
 
+def weighted(spikes: Int8[Tensor, "T *shape"], weights: Float[Tensor, "T *#shape"]) -> Iterator[Float[Tensor, "*shape"]]:
+    """The currents d_t s_t of spikes that meet no other weight."""
+    return (step * weight for step, weight in zip(spikes, weights, strict=True))
+
+
 def chunks(T: int, chunk: int | None) -> Iterator[slice]:
     """The time steps in slices of at most `chunk`; None: all at once."""
     size = min(chunk or T, T)
