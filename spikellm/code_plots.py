@@ -33,7 +33,7 @@ def write_density_plots(folder: Path, statistics: Mapping[str, SiteStatistics], 
     for kind in SiteKind:
         names = [name for name in fits if name.endswith(kind.value)]
         rows = -(-len(names) // COLUMNS)
-        figure = Figure(figsize=(2.6 * min(COLUMNS, len(names)) + 0.6, 1.7 * rows + 1.0), layout="constrained")
+        figure = Figure(figsize=(max(6.0, 2.6 * min(COLUMNS, len(names)) + 0.6), 1.7 * rows + 1.0), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots(rows, min(COLUMNS, len(names)), squeeze=False).flatten()
         for axis, name in zip(axes, names, strict=False):
