@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spikellm.code_fit import CodeFit
 from spikellm.diagnostics import site_levels
-from spikellm.search import CodeFit
 from spikellm.sites import SiteKind
 from spikellm.statistics import SiteStatistics
 

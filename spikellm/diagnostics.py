@@ -17,10 +17,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from spikellm.code_fit import CodeFit
 from spikellm.conversion import clear, model_sites, place
 from spikellm.evaluation import perplexity
 from spikellm.neuron import PhaseTable, encode
-from spikellm.search import CodeFit, weighted_points
+from spikellm.search import weighted_points
 from spikellm.sites import SiteKind
 from spikellm.statistics import HELD_OUT, SiteStatistics
 

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from spikellm.code_fit import CodeFit
 from spikellm.config import Coding, Config, Groups, ImportV0, SearchMethod
 from spikellm.gradient import Schedule
 from spikellm.published import import_fits
-from spikellm.search import MAX_GRAINS, CodeFit, base2_search, gradient_search, search
+from spikellm.search import MAX_GRAINS, base2_search, gradient_search, search
 from spikellm.sites import SiteKind
 from spikellm.statistics import SiteStatistics
 from spikellm.traditional import traditional_codes

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spikellm.code_fit import CodeFit
 from spikellm.config import InputError
 from spikellm.evolution import Codes
-from spikellm.search import CodeFit
 from spikellm.statistics import SiteStatistics
 
 SHOWN = 3  # site names in a message

@@ -15,11 +15,12 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from spikellm.code_fit import CodeFit, held_out_points, spikes_per_neuron, weighted_error
 from spikellm.coding import uniform_table
 from spikellm.config import Coding, Config, SearchMethod
 from spikellm.evolution import CHUNK, base2_codes, squared_error
 from spikellm.neuron import fused
-from spikellm.search import CodeFit, held_out_points, spikes_per_neuron, weighted_error, weighted_points
+from spikellm.search import weighted_points
 from spikellm.statistics import HELD_OUT, SiteStatistics
 
 log = logging.getLogger(__name__)

@@ -14,13 +14,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from spikellm import conversion, data, evaluation, rotation
 from spikellm.artifacts import ArtifactStore, artifact_key, write_json
 from spikellm.calibration import Calibration, calibrate
+from spikellm.code_fit import CodeFit, load_fits, save_fits
 from spikellm.config import Config, Device, Execution, InputError, RotationKind, SoftmaxNorm
 from spikellm.fitting import find_codes, search_summary
 from spikellm.hadamard import HAS_CUDA_KERNEL
 from spikellm.model import load_model, load_tokenizer, source_fingerprint
 from spikellm.prefix import attach_prefix
 from spikellm.published import file_hash
-from spikellm.search import CodeFit, base2_search, load_fits, save_fits
+from spikellm.search import base2_search
 from spikellm.sites import HEAD
 from spikellm.stepped import fitting_chunk, stepped
 

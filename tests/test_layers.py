@@ -13,7 +13,7 @@ LAYERS = (
     {"sites", "data", "artifacts", "spike_plots", "command"},
     {"model", "tracking"},
     {"rotation", "prefix", "attention", "modules", "statistics", "evolution", "zero_shot"},
-    {"conversion", "evaluation", "gradient", "stepped_modules", "spike_counter"},
+    {"conversion", "evaluation", "gradient", "stepped_modules", "spike_counter", "code_fit"},
     {"calibration", "checkpoint", "search", "stepped_attention", "ledger"},
     {"published", "stepped", "traditional", "accounts", "diagnostics"},
     {"code_plots", "fitting"},

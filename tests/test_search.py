@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from spikellm.code_fit import load_fits, save_fits
 from spikellm.neuron import encode_plain
-from spikellm.search import base2_search, load_fits, save_fits, search
+from spikellm.search import base2_search, search
 from spikellm.statistics import FIT, HELD_OUT, Observer, SiteStatistics
 
 T = 4

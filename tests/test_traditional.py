@@ -6,10 +6,10 @@ import pytest
 import torch
 from conftest import base2_table
 
+from spikellm.code_fit import load_fits, save_fits
 from spikellm.coding import uniform_table
 from spikellm.config import Coding
 from spikellm.neuron import PhaseTable, encode, fire
-from spikellm.search import load_fits, save_fits
 from spikellm.statistics import FIT, HELD_OUT, Observer, SiteStatistics
 from spikellm.traditional import fit_traditional, spike_bound, variants
 

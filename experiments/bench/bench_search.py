@@ -14,9 +14,10 @@ import torch
 from tqdm.auto import tqdm
 
 from spikellm.calibration import Calibration
+from spikellm.code_fit import held_out_points, weighted_error
 from spikellm.config import PROJECT_ROOT, SearchConfig
 from spikellm.gradient import Schedule, descend_grains, draw_samples
-from spikellm.search import group_maxima, held_out_points, search, weighted_error
+from spikellm.search import group_maxima, search
 from spikellm.statistics import FIT, HELD_OUT, Observer, SiteStatistics
 
 RANDOM_SITES = 271

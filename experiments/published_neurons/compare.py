@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from spikellm.code_fit import held_out_points
 from spikellm.evolution import Codes, base2_codes, squared_error
 from spikellm.published import read_neurons
-from spikellm.search import held_out_points, search, weighted_points
+from spikellm.search import search, weighted_points
 from spikellm.statistics import FIT, HELD_OUT, Observer, SiteStatistics
 
 PUBLISHED = Path(__file__).resolve().parents[3] / "shared" / "data" / "published_neurons"
