@@ -81,6 +81,17 @@ def base2_tables(model, T: int = 6) -> dict[str, PhaseTable]:
     return {site.name: base2_table(1.0 if site.kind is SiteKind.softmax else 4.0, T) for site in model_sites(model)}
 
 
+def observed(x: torch.Tensor, **options):
+    """Statistics of x at one site, its first half the fitting part; options of `Observer`."""
+    from spikellm.statistics import FIT, HELD_OUT, Observer
+
+    observer = Observer("site", **options)
+    for part, half in zip((FIT, HELD_OUT), x.chunk(2), strict=True):
+        observer.part = part
+        observer(half)
+    return observer.result()
+
+
 def norm_ratio(actual: torch.Tensor, wanted: torch.Tensor) -> float:
     return ((actual - wanted).norm() / wanted.norm()).item()
 

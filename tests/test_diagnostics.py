@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import observed, tiny_model
 from torch import nn
 
 from spikellm.code_plots import write_density_plots
@@ -11,15 +11,6 @@ from spikellm.diagnostics import bound, damage, lloyd_max, site_levels, site_row
 from spikellm.evaluation import perplexity
 from spikellm.search import search
 from spikellm.sites import SiteKind
-from spikellm.statistics import FIT, HELD_OUT, Observer
-
-
-def observed(x: torch.Tensor, **options):
-    observer = Observer("site", **options)
-    for part, half in zip((FIT, HELD_OUT), x.chunk(2), strict=True):
-        observer.part = part
-        observer(half)
-    return observer.result()
 
 
 # Max 1960, table I: least mean squared error of a unit Gaussian with 2 n levels, symmetric about 0.

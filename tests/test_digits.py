@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from conftest import observed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spikellm.neuron import PhaseNeuron, PhaseTable, count_spikes, decode, encode, fire
 from spikellm.search import base2_search, search
-from spikellm.statistics import FIT, HELD_OUT, Observer
 
 
 def one_row(theta, h, d, v0=0.0, **flags) -> PhaseTable:
@@ -25,14 +25,6 @@ def non_adjacent(T: int) -> PhaseTable:
     """Powers of two down to 1; theta = 2/3 h gives the non-adjacent form."""
     powers = [2.0 ** (T - 1 - t) for t in range(T)]
     return one_row([2 * power / 3 for power in powers], powers, powers, signed=True)
-
-
-def observed(x: torch.Tensor, **options):
-    observer = Observer("site", **options)
-    for part, half in zip((FIT, HELD_OUT), x.chunk(2), strict=True):
-        observer.part = part
-        observer(half)
-    return observer.result()
 
 
 def test_balanced_ternary_writes_every_integer_of_its_range():
@@ -76,12 +68,19 @@ def test_what_a_wire_could_not_tell_is_refused():
         PhaseTable(**{name: row[:1] for name, row in rows.items()}, two_sided=True)
 
 
+KINDS = [{}, {"two_sided": True}, {"signed": True}, {"max_spikes": 2}, {"max_spikes": 2, "signed": True}]
+
+
+@pytest.mark.parametrize("flags", [{"two_sided": True}, {"max_spikes": 2, "signed": True}])
+def test_the_fused_pass_equals_the_plain_one(flags):
+    theta, h, d = torch.rand(3, 4, 3, generator=torch.Generator().manual_seed(0))
+    table = PhaseTable(theta=theta, h=h, d=d, v0=torch.zeros(4), **flags)
+    x = torch.randn(3, table.groups, 50, generator=torch.Generator().manual_seed(1))
+    assert torch.allclose(encode(x, table), encode(x, table, compiled=False), atol=1e-6)
+
+
 @settings(max_examples=60, deadline=None)
-@given(
-    st.integers(1, 6),
-    st.integers(0, 2**31),
-    st.sampled_from([{}, {"two_sided": True}, {"signed": True}, {"max_spikes": 2}, {"max_spikes": 2, "signed": True}]),
-)
+@given(st.integers(1, 6), st.integers(0, 2**31), st.sampled_from(KINDS))
 def test_encoding_is_the_decoded_train_and_counts_are_its_spikes(T, seed, flags):
     generator = torch.Generator().manual_seed(seed)
     groups = 2
@@ -93,7 +92,6 @@ def test_encoding_is_the_decoded_train_and_counts_are_its_spikes(T, seed, flags)
     assert train.shape == (T, *x.shape)
     assert set(train.unique().tolist()) <= {-1, 0, 1}
     assert torch.allclose(decode(train, table), encode(x, table, compiled=False), atol=1e-6)
-    assert torch.allclose(encode(x, table), encode(x, table, compiled=False), atol=1e-6)
     counted = count_spikes(x.movedim(1, 0), table, compiled=False)
     assert torch.equal(counted, train.ne(0).sum(-1).movedim(1, 2))
 
