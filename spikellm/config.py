@@ -76,7 +76,7 @@ class ImportV0(Enum):
 
 class Groups(Enum):
     site = "site"  # one table a site
-    head = "head"  # one table an attention head where there are heads
+    head = "head"  # one table an attention head where there are heads, one for each sign at the activation function
 
 
 class DatasetSource(Enum):
