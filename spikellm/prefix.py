@@ -124,6 +124,7 @@ def attach_prefix(model: PreTrainedModel, tokens: list[int]) -> None:
         return
     ids = torch.tensor([tokens], device=model.device)
     positions = torch.arange(-len(tokens), 0, device=model.device)[None]
-    cache = model.base_model(ids, position_ids=positions, use_cache=True).past_key_values
+    # as a tuple: transformers 5.24 renamed the output's field
+    _, cache = model.base_model(ids, position_ids=positions, use_cache=True, return_dict=False)
     for attention, entry in zip(attentions, cache.layers, strict=True):
         attention.set_prefix(entry.keys[0], entry.values[0])

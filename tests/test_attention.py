@@ -96,7 +96,7 @@ def test_generation_with_a_cache_equals_greedy_without(name, prefix, ids):
 def test_cached_logits_equal_the_whole_forward(ids):
     model = spiking(prefix=(1, 7))
     cache = DynamicCache(config=model.config)
-    parts = [model(part, past_key_values=cache, use_cache=True).logits for part in ids.split([20, 1, 19], dim=1)]
+    parts = [model(part, None, None, cache, use_cache=True).logits for part in ids.split([20, 1, 19], dim=1)]
     assert norm_ratio(torch.cat(parts, 1), model(ids, use_cache=False).logits) <= 1e-4
 
 

@@ -221,7 +221,7 @@ def test_generation_and_a_cache(ids):
     with stepped(model, chunk=2):
         assert generate().tolist() == wanted.tolist()
         cache = DynamicCache(config=model.config)
-        parts = [model(part, past_key_values=cache, use_cache=True).logits for part in ids.split([20, 1, 19], dim=1)]
+        parts = [model(part, None, None, cache, use_cache=True).logits for part in ids.split([20, 1, 19], dim=1)]
     assert norm_ratio(torch.cat(parts, 1), whole) <= 1e-9
 
 
