@@ -27,7 +27,7 @@ demo: setup  ## the main job on the embedded model and text
 	$(BIN)/python main.py
 
 test: setup  ## the test suite, with coverage
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --cov --cov-report=term:skip-covered
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --cov --cov-report=term:skip-covered
 
 lint: setup  ## ruff: rules and format
 	$(BIN)/ruff check .
