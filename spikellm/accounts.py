@@ -56,14 +56,9 @@ def spikes_record(ledger: Ledger) -> dict[str, Any]:
     tokens, T = ledger.tokens, ledger.T
     by_kind: dict[str, Any] = {}
     for kind in SiteKind:
-        sites = [site for site in ledger.sites if site.kind == kind.name]
-        spikes, sops = (sum(sum(map(sum, getattr(site, what))) for site in sites) for what in ("spikes", "sops"))
-        neurons = sum(sum(site.neurons) for site in sites)
-        by_kind[kind.name] = {
-            "firing_rate": spikes / (neurons * T),
-            "spikes_per_token": spikes / tokens,
-            "sops_per_token": sops / tokens,
-        }
+        rows = [_row(site, tokens) for site in ledger.sites if site.kind == kind.name]
+        neurons, spikes, sops = (sum(row[f"{what}_per_token"] for row in rows) for what in ("neurons", "spikes", "sops"))
+        by_kind[kind.name] = {"firing_rate": spikes / (neurons * T), "spikes_per_token": spikes, "sops_per_token": sops}
     steps = [sum(sum(site.spikes[t]) for site in ledger.sites) for t in range(T)]
     return {
         "windows": ledger.windows,

@@ -7,6 +7,7 @@ what has been computed before is taken from output_root. Prints the table of REA
 """
 
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,7 @@ def row(name: str, results: dict[str, Any]) -> str:
 
 
 def main() -> None:
+    os.environ.setdefault("TQDM_DISABLE", "" if sys.stderr.isatty() else "1")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     register()
     found = {}
