@@ -8,10 +8,12 @@ import re
 import shlex
 import signal
 
+from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from spikellm.config import InputError
+from spikellm.config import PROJECT_ROOT, Config, InputError, register
 
 NUMERIC_GROUPS = ("grain", "timesteps")
 # What main.py reports as one line with exit code 2; anything else is a defect and keeps its traceback.
@@ -60,6 +62,19 @@ def quote_numeric_options(arguments: list[str]) -> list[str]:
             raise InputError(f"{argument}: {match[2]}() does not work for the group {match[1]}; list the options, as in {match[1]}=1,2,3")
         quoted.append(argument)
     return quoted
+
+
+def compose_config(overrides: list[str]) -> Config:
+    """The checked configuration of `python main.py OVERRIDE ..`, for scripts and notebooks: `run_stages(compose_config([..]))`.
+
+    Raises:
+        InputError, HydraException, OmegaConfBaseException: an unknown key or option, a value out of range.
+    """
+    register()
+    with initialize_config_dir(config_dir=str(PROJECT_ROOT / "conf"), version_base="1.3"):
+        config = OmegaConf.to_object(compose("config", overrides=quote_numeric_options(overrides)))
+    assert isinstance(config, Config)
+    return config
 
 
 def command_line(arguments: list[str]) -> str:

@@ -3,13 +3,11 @@
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from spikellm.command import quote_numeric_options
-from spikellm.config import MAX_T, Config, Device, InputError, ModelSource, register
+from spikellm.command import compose_config, quote_numeric_options
+from spikellm.config import MAX_T, Config, Device, InputError, ModelSource
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 GROUPS = ("model", "timesteps", "grain", "dataset", "texts", "hardware", "tracking", "experiment")
@@ -30,12 +28,7 @@ PROMISED = {
 
 
 def configure(*arguments: str) -> Config:
-    """The configuration of a command line, as main.py makes it."""
-    register()
-    with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
-        config = OmegaConf.to_object(compose("config", overrides=quote_numeric_options(list(arguments))))
-    assert isinstance(config, Config)
-    return config
+    return compose_config(list(arguments))
 
 
 def test_defaults_are_the_contract():

@@ -9,17 +9,11 @@ what has been computed before is taken from output_root. Prints the table of REA
 import logging
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
-
-from spikellm.command import quote_numeric_options
-from spikellm.config import Config, register
+from spikellm.command import compose_config
 from spikellm.stages import run_stages
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
 CODES = {
     "phase, grain=2": ["snn.coding=phase", "grain=2"],
     "phase, signed digits": ["snn.coding=phase_signed", "grain=2"],
@@ -31,13 +25,6 @@ HEADINGS = (
     "code", "perplexity", "x ANN", "relative squared error", "firing rate", "at synapses", "spikes / token", "SOPs / token",
     "energy [uJ / token]", "x ANN's energy",
 )  # fmt: skip
-
-
-def run(overrides: list[str]) -> dict[str, Any]:
-    """results.json of one job."""
-    config = OmegaConf.to_object(compose("config", overrides=quote_numeric_options(overrides)))
-    assert isinstance(config, Config)
-    return run_stages(config).results
 
 
 def row(name: str, results: dict[str, Any]) -> str:
@@ -61,11 +48,7 @@ def row(name: str, results: dict[str, Any]) -> str:
 def main() -> None:
     os.environ.setdefault("TQDM_DISABLE", "" if sys.stderr.isatty() else "1")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    register()
-    found = {}
-    with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
-        for name, code in CODES.items():
-            found[name] = run([*sys.argv[1:], *code])
+    found = {name: run_stages(compose_config([*sys.argv[1:], *code])).results for name, code in CODES.items()}
     some = next(iter(found.values()))
     perplexity, spikes, energy = some["perplexity"], some["spikes"], some["energy"]
     print(

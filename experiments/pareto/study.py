@@ -1,0 +1,133 @@
+"""Perplexity against synaptic operations per token, over codes, T, grain and `search.spike_weight`.
+
+    python experiments/pareto/study.py [OVERRIDE ..]
+
+Overrides are those of main.py. All points share one calibration; what is in output_root already is not computed again, so a
+study that was stopped goes on. Prints the tables of README.md and draws pareto.png into output_root/studies/pareto.
+"""
+
+import logging
+import os
+import sys
+from itertools import cycle, pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from spikellm import plots
+from spikellm.command import compose_config
+from spikellm.stages import run_stages
+
+TARGET = 1.03  # perplexity ratio at which operations are compared
+
+
+class Point(NamedTuple):
+    """A job of the study, and with `ratio` [SNN / ANN], `sops` and `spikes` [per token] its result."""
+
+    code: str
+    T: int
+    grain: str
+    weight: float  # search.spike_weight
+    ratio: float = 0.0
+    sops: float = 0.0
+    rate: float = 0.0  # spikes per neuron and step
+    energy: float = 0.0  # of the pretrained model's
+
+    @property
+    def overrides(self) -> list[str]:
+        return [f"snn.coding={self.code}", f"snn.T={self.T}", f"grain={self.grain}", f"search.spike_weight={self.weight}"]
+
+
+WEIGHTS = {"phase": (0.0, 1.0, 2.0), "phase_signed": (0.0, 1.5, 2.5, 3.0, 4.0)}
+POINTS = [
+    *(Point(code, T, "2", weight) for T in (6, 8) for code, weights in WEIGHTS.items() for weight in weights),
+    *(Point("phase", T, "2", 0.0) for T in (4, 5, 7)),
+    *(Point("phase_signed", T, "2", weight) for T in (5,) for weight in (0.0, 1.5, 2.5)),
+    *(Point("phase_signed", T, "2", weight) for T in (4,) for weight in (0.0, 2.5)),
+    Point("phase_signed", 7, "2", 2.5),
+    *(Point(code, 6, grain, weight) for code, weight in (("phase", 0.0), ("phase_signed", 2.5)) for grain in ("1", "3", "auto")),
+]
+
+
+def measure(point: Point, overrides: list[str]) -> Point:
+    """The point with its figures."""
+    results: dict[str, Any] = run_stages(compose_config([*overrides, *point.overrides])).results
+    perplexity, spikes, energy = results["perplexity"], results["spikes"], results["energy"]
+    ratio, share = perplexity["snn"] / perplexity["ann"], energy["snn_pj_per_token"] / energy["ann_pj_per_token"]
+    return point._replace(ratio=ratio, sops=spikes["sops_per_token"], rate=spikes["firing_rate"], energy=share)
+
+
+def front(points: list[Point]) -> list[Point]:
+    """The points that no other betters in both, by operations."""
+    best: list[Point] = []
+    for point in sorted(points, key=lambda point: (point.sops, point.ratio)):
+        if not best or point.ratio < best[-1].ratio:
+            best.append(point)
+    return best
+
+
+def operations_at(points: list[Point], ratio: float) -> float | None:
+    """Operations a token at which the front reaches `ratio`, on the straight line between its neighbours; None if it does not."""
+    best = front(points)
+    if best and best[0].ratio <= ratio:
+        return best[0].sops
+    for left, right in pairwise(best):
+        if right.ratio <= ratio < left.ratio:
+            return left.sops + (right.sops - left.sops) * (left.ratio - ratio) / (left.ratio - right.ratio)
+    return None
+
+
+def draw(points: list[Point]) -> Figure:
+    """A line for every code and T in two grains, through the spike weights, and the front."""
+    with matplotlib.rc_context(plots.STYLE):
+        figure = Figure(figsize=(7, 4.4))
+        axes = figure.subplots()
+        best = front(points)
+        axes.plot([point.sops / 1e6 for point in best], [point.ratio for point in best], color="#bbbbbb", linewidth=5, label="front")
+        steps = sorted({point.T for point in points})
+        for code, colour in zip(WEIGHTS, plots.COLOURS, strict=False):
+            for T, marker in zip(steps, cycle(plots.MARKERS), strict=False):
+                chosen = sorted(point for point in points if (point.code, point.T, point.grain) == (code, T, "2"))
+                axes.plot([point.sops / 1e6 for point in chosen], [point.ratio for point in chosen], color=colour, marker=marker,
+                          markersize=4, linewidth=1, label=f"{code}, T={T}")  # fmt: skip
+        axes.axhline(TARGET, color=plots.INK, linewidth=0.8, linestyle=":")
+        axes.set(xlabel="synaptic operations per token [M]", ylabel="perplexity, SNN / ANN", yscale="log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.legend(ncols=2, fontsize=7)
+    return figure
+
+
+def main() -> None:
+    os.environ.setdefault("TQDM_DISABLE", "" if sys.stderr.isatty() else "1")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    overrides = sys.argv[1:]
+    found = []
+    for number, point in enumerate(POINTS, 1):
+        logging.info("%d of %d: %s", number, len(POINTS), " ".join(point.overrides))
+        found.append(measure(point, overrides))
+    best = set(front(found))
+    print("\n| code | T | grain | spike weight | perplexity / ANN | SOPs / token [M] | firing rate | energy / ANN | on the front |")
+    print("|" + " --- |" * 9)
+    for point in sorted(found, key=lambda point: point[:4]):
+        cells = [point.code, point.T, point.grain, f"{point.weight:g}", f"{point.ratio:.4f}", f"{point.sops / 1e6:.1f}"]
+        cells += [f"{point.rate:.3f}", f"{point.energy:.3f}", "yes" if point in best else ""]
+        print("| " + " | ".join(map(str, cells)) + " |")
+    print(f"\noperations at a ratio of {TARGET}\n\n| code | T | grain | SOPs / token [M] |\n|" + " --- |" * 4)
+    curves: dict[tuple[str, str, str], list[Point]] = {}
+    for point in found:
+        for T in (str(point.T), "any"):
+            curves.setdefault((point.code, T, point.grain), []).append(point)
+    at = {curve: sops for curve, points in curves.items() if (sops := operations_at(points, TARGET)) is not None}
+    for (code, T, grain), sops in sorted(at.items(), key=lambda item: item[1]):
+        print(f"| {code} | {T} | {grain} | {sops / 1e6:.1f} |")
+    folder = Path(compose_config(overrides).output_root) / "studies" / "pareto"
+    folder.mkdir(parents=True, exist_ok=True)
+    plots.png(draw(found), folder / "pareto.png")
+    print(f"\nfigure  {folder / 'pareto.png'}")
+
+
+if __name__ == "__main__":
+    main()
