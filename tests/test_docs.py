@@ -82,7 +82,7 @@ def test_every_experiment_folder_says_what_it_asks_and_how():
     for folder in (path for path in (PROJECT_ROOT / "experiments").iterdir() if path.is_dir() and path.name != "__pycache__"):
         text = (folder / "README.md").read_text(encoding="utf-8")
         assert text.startswith("# "), folder
-        assert "experiments/" in text or "make " in text, f"{folder}: no command"
+        assert re.search(r"^ *(python (experiments/|main\.py)|make )", text, re.M), f"{folder}: no command"
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
