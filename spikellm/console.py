@@ -62,11 +62,16 @@ def _perplexities(figures: dict[str, Any]) -> list[str]:
 
 
 def _accuracies(accuracies: dict[str, Any]) -> list[str]:
-    tasks = list(next(iter(accuracies.values())))
-    lines = ["  accuracy [%]  " + "".join(f"{task:>16}" for task in tasks) + f"{'mean':>9}"]
-    for name, key in NETWORK_NAMES:
-        if found := accuracies.get(key):
-            cells = [f"{100 * found[task]['acc']:.2f} +- {100 * found[task].get('acc_stderr', 0):.2f}" for task in tasks]
-            mean = 100 * sum(found[task]["acc"] for task in tasks) / len(tasks)
-            lines.append(f"    {name:<12}" + "".join(f"{cell:>16}" for cell in cells) + f"{mean:>9.2f}")
+    """A block for each of lm-eval's metrics: acc, and acc_norm of the tasks that have it."""
+    lines = []
+    for title, metric in (("accuracy [%]", "acc"), ("acc_norm [%]", "acc_norm")):
+        tasks = [task for task, found in next(iter(accuracies.values())).items() if metric in found]
+        if not tasks:
+            continue
+        lines.append(f"  {title}  " + "".join(f"{task:>16}" for task in tasks) + f"{'mean':>9}")
+        for name, key in NETWORK_NAMES:
+            if found := accuracies.get(key):
+                cells = [f"{100 * found[task][metric]:.2f} +- {100 * found[task].get(f'{metric}_stderr', 0):.2f}" for task in tasks]
+                mean = 100 * sum(found[task][metric] for task in tasks) / len(tasks)
+                lines.append(f"    {name:<12}" + "".join(f"{cell:>16}" for cell in cells) + f"{mean:>9.2f}")
     return lines

@@ -148,10 +148,12 @@ def _networks(results: dict[str, Any]) -> list[list[str]]:
 
 
 def _measured_on(results: dict[str, Any]) -> str | None:
-    perplexity = results.get("perplexity")
-    if not perplexity:
-        return None
-    return f"{perplexity['windows']} windows of {perplexity['window']} tokens, {perplexity['tokens']} predicted"
+    said = []
+    if perplexity := results.get("perplexity"):
+        said.append(f"{perplexity['windows']} windows of {perplexity['window']} tokens, {perplexity['tokens']} predicted")
+    if results.get("zero_shot"):
+        said.append("accuracies in %: acc for WinoGrande, acc_norm for the others")
+    return "; ".join(said) or None
 
 
 def _published(results: dict[str, Any]) -> dict[str, Any] | None:
