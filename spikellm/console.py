@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from spikellm.report import RESULTS, value_at
+from spikellm.report import RESULTS, extent, value_at
 
 NETWORK_NAMES = (("ANN", "ann"), ("base-2 SNN", "base2"), ("SNN", "snn"))
 
@@ -17,10 +17,10 @@ def console_table(results: dict[str, Any], folder: Path) -> str:
             f"   worse than base 2 at {search['worse_than_base2']} of {results.get('sites', '?')} sites"
         )
     if perplexity := results.get("perplexity"):
-        lines.append(f"  perplexity, {perplexity['windows']} windows of {perplexity['window']} tokens")
+        lines.append(f"  perplexity, {extent(perplexity)}")
         lines += _perplexities(perplexity)
     for text, figures in results.get("perplexity_by_text", {}).items():
-        lines.append(f"  perplexity, {text}, {figures['windows']} windows of {figures['window']} tokens")
+        lines.append(f"  perplexity, {text}, {extent(figures)}")
         lines += _perplexities(figures)
     if anytime := results.get("anytime"):
         lines.append("  perplexity when the last neuron is read after 1, 2, .. T steps")
@@ -43,7 +43,7 @@ def console_table(results: dict[str, Any], folder: Path) -> str:
 def _spike_lines(spikes: dict[str, Any], energy: dict[str, Any]) -> list[str]:
     ann = energy["ann_pj_per_token"]
     lines = [
-        f"  spikes, {spikes['windows']} windows of {spikes['window']} tokens   firing rate {spikes['firing_rate']:.3f}"
+        f"  spikes, {extent(spikes)}   firing rate {spikes['firing_rate']:.3f}"
         f"   at synapses {spikes['firing_rate_at_synapses']:.3f}   SOPs per token {spikes['sops_per_token']:.4g}",
         f"  energy per token [uJ], {energy['table']}: MAC {energy['mac_pj']:g} pJ, AC {energy['ac_pj']:g} pJ ({energy['source']})",
     ]

@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from spikellm import plots
 from spikellm.artifacts import read_json, write_text
 from spikellm.config import Config, InputError
-from spikellm.report import FIGURES, RESULTS, SITES, SWEEP, heading, readable, summary_rows, value_at, write_summary
+from spikellm.report import FIGURES, RESULTS, SITES, SWEEP, extent, heading, readable, summary_rows, value_at, write_summary
 
 REPORT, PICTURE = "report.html", "summary.png"
 SHOWN_MAPS = {"relative_error": "relative squared error", "firing_rate": "firing rate [spikes / (neuron x T)]"}
@@ -150,7 +150,7 @@ def _networks(results: dict[str, Any]) -> list[list[str]]:
 def _measured_on(results: dict[str, Any]) -> str | None:
     said = []
     if perplexity := results.get("perplexity"):
-        said.append(f"{perplexity['windows']} windows of {perplexity['window']} tokens, {perplexity['tokens']} predicted")
+        said.append(f"{extent(perplexity)}, {perplexity['tokens']} predicted")
     if results.get("zero_shot"):
         said.append("accuracies in %: acc for WinoGrande, acc_norm for the others")
     return "; ".join(said) or None

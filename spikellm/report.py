@@ -42,6 +42,12 @@ SHOWN_BY_COLUMNS = ("model", "snn.T", "timesteps", "grain")  # overrides that th
 NOT_FINISHED = "not finished: the same command goes on with it"
 
 
+def extent(figures: dict[str, Any]) -> str:
+    """On how much text figures were measured."""
+    windows, tokens = figures["windows"], figures["window"]
+    return f"{windows} window{'s' * (windows != 1)} of {tokens} tokens"
+
+
 def value_at(results: Any, key: str) -> Any:
     """What stands under a dotted key of results.json; None where there is nothing."""
     for part in key.split("."):
