@@ -14,7 +14,7 @@ def console_table(results: dict[str, Any], folder: Path) -> str:
     if search := results.get("search"):
         lines.append(
             f"  relative error  base 2 {search['relative_mse_base2']:.3g}   fitted {search['relative_mse']:.3g}"
-            f"   worse than base 2 at {search['worse_than_base2']} of {results.get('sites', '?')} sites"
+            f"   worse than base 2 at {search['worse_than_base2']} of {results['sites']} sites"
         )
     if perplexity := results.get("perplexity"):
         lines.append(f"  perplexity, {extent(perplexity)}")
@@ -29,6 +29,8 @@ def console_table(results: dict[str, Any], folder: Path) -> str:
         lines += _accuracies(accuracies)
     if spikes := results.get("spikes"):
         lines += _spike_lines(spikes, results["energy"])
+    if diagnosed := results.get("diagnostics"):
+        lines += _damage(diagnosed)
     if reference := results.get("reference"):
         lines.append(f"  published in {reference['source']}")
         for key, published in reference["figures"].items():
@@ -55,6 +57,19 @@ def _spike_lines(spikes: dict[str, Any], energy: dict[str, Any]) -> list[str]:
         for key, name in (("break_even_firing_rate", "ANN"), ("break_even_firing_rate_int", f"{energy['int_bits']}-bit ANN"))
     ]
     return [*lines, f"    even at a synaptic firing rate of {', '.join(meets)}"]
+
+
+def _damage(diagnosed: dict[str, Any]) -> list[str]:
+    """How far the codes are above the bound, and what spiking alone does the most damage."""
+    lines = []
+    if (above := diagnosed["median_above_bound"]) is not None:
+        lines.append(f"  squared error over the Lloyd-Max bound of as many levels, median of the sites: {above:.3g}")
+    if by_kind := diagnosed.get("perplexity_by_kind"):
+        lines.append(f"  perplexity / that without neurons ({by_kind['none']:.3f}), where one kind of site or one site spikes alone")
+        kinds = sorted((name for name in by_kind if name != "none"), key=lambda name: -by_kind[name])
+        worst = [(name, by_kind[name]) for name in kinds] + list(diagnosed["perplexity_by_site"].items())
+        lines += [f"    {value / by_kind['none']:.5f}  {name}" for name, value in worst]
+    return lines
 
 
 def _perplexities(figures: dict[str, Any]) -> list[str]:

@@ -51,7 +51,7 @@ def calibrate(work: Workspace) -> StageOutcome:
 def search(work: Workspace) -> StageOutcome:
     fits, folder, cached = work.fits()
     rows = [site_row(name, fit) for name, fit in fits.items()]
-    record = {"search": read_json(folder / "search.json"), "codes": str(folder / "codes.safetensors")}
+    record = {"sites": len(rows), "search": read_json(folder / "search.json"), "codes": str(folder / "codes.safetensors")}
     return StageOutcome(cached=cached, results=record, tables={"sites.csv": rows})
 
 

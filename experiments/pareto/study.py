@@ -93,9 +93,7 @@ def draw(points: list[Point]) -> Figure:
                 axes.plot([point.sops / 1e6 for point in chosen], [point.ratio for point in chosen], color=colour, marker=marker,
                           markersize=4, linewidth=1, label=f"{code}, T={T}")  # fmt: skip
         axes.axhline(TARGET, color=plots.INK, linewidth=0.8, linestyle=":")
-        axes.set(xlabel="synaptic operations per token [M]", ylabel="perplexity, SNN / ANN", yscale="log")
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.set(xlabel="synaptic operations per token [M]", ylabel="perplexity, SNN / ANN", ylim=(0.99, 1.11))
         axes.legend(ncols=2, fontsize=7)
     return figure
 
@@ -116,10 +114,9 @@ def main() -> None:
         cells += [f"{point.rate:.3f}", f"{point.energy:.3f}", "yes" if point in best else ""]
         print("| " + " | ".join(map(str, cells)) + " |")
     print(f"\noperations at a ratio of {TARGET}\n\n| code | T | grain | SOPs / token [M] |\n|" + " --- |" * 4)
-    curves: dict[tuple[str, str, str], list[Point]] = {}
+    curves: dict[tuple[str, int, str], list[Point]] = {}
     for point in found:
-        for T in (str(point.T), "any"):
-            curves.setdefault((point.code, T, point.grain), []).append(point)
+        curves.setdefault((point.code, point.T, point.grain), []).append(point)
     at = {curve: sops for curve, points in curves.items() if (sops := operations_at(points, TARGET)) is not None}
     for (code, T, grain), sops in sorted(at.items(), key=lambda item: item[1]):
         print(f"| {code} | {T} | {grain} | {sops / 1e6:.1f} |")
