@@ -116,3 +116,20 @@ def test_published_figures_stand_beside_the_measured_ones_on_the_console(tmp_pat
 @pytest.mark.parametrize(("key", "value"), [("perplexity.snn", 12.0), ("perplexity.nothing", None), ("T.deeper", None), ("T", 4)])
 def test_dotted_keys(key, value):
     assert value_at(results(4, 1, 12.0), key) == value
+
+
+def test_the_console_names_what_does_the_damage_worst_first(tmp_path):
+    diagnosed = {
+        "median_above_bound": 3.149,
+        "perplexity_by_kind": {"none": 20.0, "query": 20.5, "softmax": 22.0},
+        "perplexity_by_site": {"model.norm.output": 21.0},
+    }
+    lines = console_table(results(4, 1, 12.0, diagnostics=diagnosed), tmp_path).splitlines()
+    start = next(number for number, line in enumerate(lines) if "Lloyd-Max" in line)
+    assert lines[start].endswith(" 3.15")
+    assert "(20.000)" in lines[start + 1]
+    assert [line.split() for line in lines[start + 2 : start + 5]] == [
+        ["1.10000", "softmax"], ["1.02500", "query"], ["1.05000", "model.norm.output"]
+    ]  # fmt: skip
+    without = console_table(results(4, 1, 12.0, diagnostics={"median_above_bound": None}), tmp_path)
+    assert "Lloyd" not in without
