@@ -55,9 +55,10 @@ def spikes_record(ledger: Ledger) -> dict[str, Any]:
     """results.json: `spikes`."""
     tokens, T = ledger.tokens, ledger.T
     by_kind: dict[str, Any] = {}
+    rows = spike_rows(ledger)
     for kind in SiteKind:
-        rows = [_row(site, tokens) for site in ledger.sites if site.kind == kind.name]
-        neurons, spikes, sops = (sum(row[f"{what}_per_token"] for row in rows) for what in ("neurons", "spikes", "sops"))
+        chosen = [row for row in rows if row["kind"] == kind.name]
+        neurons, spikes, sops = (sum(row[f"{what}_per_token"] for row in chosen) for what in ("neurons", "spikes", "sops"))
         by_kind[kind.name] = {"firing_rate": spikes / (neurons * T), "spikes_per_token": spikes, "sops_per_token": sops}
     steps = [sum(sum(site.spikes[t]) for site in ledger.sites) for t in range(T)]
     return {

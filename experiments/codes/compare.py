@@ -7,7 +7,6 @@ what has been computed before is taken from output_root. Prints the table of REA
 """
 
 import logging
-import os
 import sys
 from typing import Any
 
@@ -46,7 +45,6 @@ def row(name: str, results: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    os.environ.setdefault("TQDM_DISABLE", "" if sys.stderr.isatty() else "1")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     found = {name: run_stages(compose_config([*sys.argv[1:], *code])).results for name, code in CODES.items()}
     some = next(iter(found.values()))

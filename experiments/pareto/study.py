@@ -7,7 +7,6 @@ study that was stopped goes on. Prints the tables of README.md and draws pareto.
 """
 
 import logging
-import os
 import sys
 from itertools import cycle, pairwise
 from pathlib import Path
@@ -24,30 +23,32 @@ TARGET = 1.03  # perplexity ratio at which operations are compared
 
 
 class Point(NamedTuple):
-    """A job of the study, and with `ratio` [SNN / ANN], `sops` and `spikes` [per token] its result."""
+    """A job of the study; the fields with defaults are its result."""
 
     code: str
     T: int
     grain: str
     weight: float  # search.spike_weight
-    ratio: float = 0.0
-    sops: float = 0.0
+    ratio: float = 0.0  # perplexity, SNN / ANN
+    sops: float = 0.0  # a token
     rate: float = 0.0  # spikes per neuron and step
-    energy: float = 0.0  # of the pretrained model's
+    energy: float = 0.0  # SNN / ANN
 
     @property
     def overrides(self) -> list[str]:
         return [f"snn.coding={self.code}", f"snn.T={self.T}", f"grain={self.grain}", f"search.spike_weight={self.weight}"]
 
 
-WEIGHTS = {"phase": (0.0, 1.0, 2.0), "phase_signed": (0.0, 1.5, 2.5, 3.0, 4.0)}
+CODES = ("phase", "phase_signed")
 POINTS = [
-    *(Point(code, T, "2", weight) for T in (6, 8) for code, weights in WEIGHTS.items() for weight in weights),
+    *(Point("phase", T, "2", weight) for T in (6, 8) for weight in (0.0, 1.0, 2.0)),
     *(Point("phase", T, "2", 0.0) for T in (4, 5, 7)),
-    *(Point("phase_signed", T, "2", weight) for T in (5,) for weight in (0.0, 1.5, 2.5)),
-    *(Point("phase_signed", T, "2", weight) for T in (4,) for weight in (0.0, 2.5)),
+    *(Point("phase", 6, grain, 0.0) for grain in ("1", "3", "auto")),
+    *(Point("phase_signed", T, "2", weight) for T in (6, 8) for weight in (0.0, 1.5, 2.5, 3.0, 4.0)),
+    *(Point("phase_signed", 5, "2", weight) for weight in (0.0, 1.5, 2.5)),
+    *(Point("phase_signed", 4, "2", weight) for weight in (0.0, 2.5)),
     Point("phase_signed", 7, "2", 2.5),
-    *(Point(code, 6, grain, weight) for code, weight in (("phase", 0.0), ("phase_signed", 2.5)) for grain in ("1", "3", "auto")),
+    *(Point("phase_signed", 6, grain, 2.5) for grain in ("1", "3", "auto")),
 ]
 
 
@@ -87,7 +88,7 @@ def draw(points: list[Point]) -> Figure:
         best = front(points)
         axes.plot([point.sops / 1e6 for point in best], [point.ratio for point in best], color="#bbbbbb", linewidth=5, label="front")
         steps = sorted({point.T for point in points})
-        for code, colour in zip(WEIGHTS, plots.COLOURS, strict=False):
+        for code, colour in zip(CODES, plots.COLOURS, strict=False):
             for T, marker in zip(steps, cycle(plots.MARKERS), strict=False):
                 chosen = sorted(point for point in points if (point.code, point.T, point.grain) == (code, T, "2"))
                 axes.plot([point.sops / 1e6 for point in chosen], [point.ratio for point in chosen], color=colour, marker=marker,
@@ -99,7 +100,6 @@ def draw(points: list[Point]) -> Figure:
 
 
 def main() -> None:
-    os.environ.setdefault("TQDM_DISABLE", "" if sys.stderr.isatty() else "1")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     overrides = sys.argv[1:]
     found = []
