@@ -8,6 +8,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -66,7 +67,7 @@ def main() -> None:
     peaks = {}
     for name, model in networks.items():
         perplexity(model, windows, label=f"{name}, warm-up")
-        peaks[name] = peak_mib(lambda model=model, name=name: perplexity(model, windows, label=f"{name}, memory"))
+        peaks[name] = peak_mib(partial(perplexity, model, windows, label=f"{name}, memory"))
     for _ in range(arguments.repeats):
         for name, model in networks.items():
             start = time.perf_counter()

@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from bench import MODEL, peak_mib, spiking
@@ -46,8 +47,8 @@ def main() -> None:
     for name, chunk in (("folded", None), ("stepped, all T steps a product", arguments.T), ("stepped, snn.step_chunk=1", 1)):
         with stepped(model, chunk=chunk) if chunk else nullcontext():
             perplexity(model, windows, label=f"{name}, warm-up")
-            peak = weights + peak_mib(lambda name=name: perplexity(model, windows, label=f"{name}, memory"))
-            spent = seconds(lambda name=name: perplexity(model, windows, label=name), arguments.repeats)
+            peak = weights + peak_mib(partial(perplexity, model, windows, label=f"{name}, memory"))
+            spent = seconds(partial(perplexity, model, windows, label=name), arguments.repeats)
         line = f"{name:<32} {spent:7.2f} s  {peak:6.0f} MiB"
         if reference and chunk:
             estimate = peak_bytes(model, arguments.window, chunk=chunk) / 2**20

@@ -63,15 +63,16 @@ def without_v0(codes: Codes) -> Codes:
 def errors(x: Tensor, weight: Tensor, codes: Codes) -> Tensor:
     """Squared errors [K] of K codes on weighted points [P], relative to the points' mean square."""
     rows = max(1, CHUNK // len(x))
-    tables = codes.spell()
+    theta, h, d, v0 = (table[None] for table in codes.spell())
     parts = [slice(start, start + rows) for start in range(0, len(codes.values), rows)]
-    found = [squared_error(x[None, None], weight[None, None], *(table[part][None] for table in tables))[0] for part in parts]
+    points = x[None, None], weight[None, None]
+    found = [squared_error(*points, theta[:, part], h[:, part], d[:, part], v0[:, part])[0] for part in parts]
     return torch.cat(found) / (weight * x.square()).sum()
 
 
 def best_tau(site: SiteStatistics, codes: Codes) -> Tensor:
     """tau [K] of least squared error on the fitting part."""
-    x, weight = weighted_points(site, 0, 2 ** (codes.assignment.shape[-1] + 3))  # eight points per level
+    x, weight, _ = weighted_points(site, 0, 2 ** (codes.assignment.shape[-1] + 3))  # eight points per level
     tau = AMPLITUDES * site.maximum.max()
     candidates = [errors(x, weight, with_tau(codes, each.expand(len(codes.values)))) for each in tau]
     return tau[torch.stack(candidates).argmin(0)]
