@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from spikellm.config import Device, HardwareConfig, InputError, ModelConfig, ModelSource
@@ -35,6 +36,9 @@ def load_model(config: ModelConfig, hardware: HardwareConfig) -> PreTrainedModel
         if config.source is ModelSource.hub:  # refuse before gigabytes are fetched
             _check_type(config, _from_hub(config, AutoConfig, **_location(config)).model_type)
         arguments = {"dtype": dtype, "device_map": device_map, "attn_implementation": "sdpa", **_location(config)}
+        if config.source is ModelSource.gguf and hasattr(transformers, "GgufConfig"):
+            # since transformers 5.24 weights may stay in GGUF's blocks, which cannot be rotated
+            arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
         model = _from_hub(config, AutoModelForCausalLM, **arguments)
         if config.source is ModelSource.gguf:
             _forget_gguf(model)

@@ -151,6 +151,7 @@ def run_stages(config: Config, progress: Callable[[dict[str, Any]], None] = lamb
     results: dict[str, Any] = {
         "schema": RESULTS_SCHEMA,
         "model": config.model.name,
+        "dtype": config.model.dtype.value,
         "T": config.snn.T,
         "grain": config.snn.grain if config.snn.grain == "auto" else int(config.snn.grain),
         "coding": config.snn.coding.value,

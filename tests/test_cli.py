@@ -15,7 +15,7 @@ SMALL = [
     "dataset.evaluation.window=64", "dataset.evaluation.max_windows=2", "search.method=base2",
 ]  # fmt: skip
 RESULT_KEYS = {
-    "schema", "model", "T", "grain", "coding", "execution", "seed", "perplexity", "sites", "prefix_tokens", "rotation", "search",
+    "schema", "model", "dtype", "T", "grain", "coding", "execution", "seed", "perplexity", "sites", "prefix_tokens", "rotation", "search",
     "stages", "versions", "spikes", "energy",
 }  # fmt: skip
 
