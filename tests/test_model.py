@@ -28,10 +28,11 @@ def test_random_weights_follow_their_seed_and_leave_the_global_one_alone():
 
 
 @pytest.mark.parametrize("path", ["llama", "mistral", "qwen2", "qwen3"])
-def test_every_supported_architecture_loads_in_its_dtype(path):
-    model = load_model(random_config(path, dtype=DType.bfloat16), CPU)
+@pytest.mark.parametrize("dtype", [DType.bfloat16, DType.float64])
+def test_every_supported_architecture_loads_in_its_dtype(path, dtype):
+    model = load_model(random_config(path, dtype=dtype), CPU)
     assert model.config.model_type == path
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, dtype.value)}
 
 
 def test_a_local_folder_loads_with_the_same_logits(tmp_path, ids):

@@ -1,18 +1,18 @@
 """The stepped network against the folded one, and what its wires carry."""
 
 import math
+from copy import deepcopy
 from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
-from conftest import TINY, base2_table, norm_ratio, tiny_model
+from conftest import TINY, base2_table, base2_tables, norm_ratio, tiny_model
 from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache
 
 from spikellm import ledger
 from spikellm.attention import SpikingAttention
-from spikellm.command import compose_config
 from spikellm.config import InputError
 from spikellm.conversion import convert, get_neuron, install, model_sites
 from spikellm.evaluation import perplexity, readout_perplexities
@@ -23,7 +23,6 @@ from spikellm.rotation import rotate
 from spikellm.sites import SiteKind
 from spikellm.stepped import fitting_chunk, peak_bytes, stepped
 from spikellm.stepped_modules import SteppedHead, SteppedLinear, SteppedNeuron, SteppedSpikingLinear, unbatch
-from spikellm.workspace import Workspace
 
 GROUPS = {
     SiteKind.query: 4,
@@ -315,13 +314,13 @@ def test_every_kind_of_digits_and_the_same_ledger_to_the_spike(flags, normalise_
 
 
 @pytest.mark.slow
-def test_in_float64_the_real_model_sends_the_same_spikes_either_way(smollm2, tmp_path):
-    """Few steps, so a single threshold crossed by rounding would be felt: in float32 these perplexities differ by some percent."""
-    network = ["model.dtype=float64", "snn.T=4", "grain=1", "search.method=base2", "hardware.compile=false"]
-    texts = [f"dataset.{name}.{option}" for name in ("calibration", "evaluation") for option in ("window=96", "max_windows=1")]
-    work = Workspace(compose_config([*network, *texts, f"output_root={tmp_path}"]))
-    model, windows = work.spiking(work.fits()[0]), work.evaluation_windows
-    assert next(model.parameters()).dtype == torch.float64
+def test_in_float64_the_real_model_sends_the_same_spikes_either_way(real_model, real_tokenizer):
+    """Few steps, so a single threshold crossed by rounding is felt: in float32 these perplexities differ by some percent."""
+    model = deepcopy(real_model).double()
+    rotate(model, seed=0)
+    install(model, rotated=True)
+    convert(model, base2_tables(model, T=4), compiled=False)
+    windows = torch.tensor(real_tokenizer("The capital of France is Paris, and the river on which it lies is the Seine.").input_ids)[None]
     folded, counted = perplexity(model, windows, label="folded"), ledger.count(model, windows)
     with stepped(model):
         assert perplexity(model, windows, label="stepped").value == pytest.approx(folded.value, rel=1e-9)
