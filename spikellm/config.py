@@ -35,7 +35,7 @@ class ModelSource(Enum):
 
 
 class DType(Enum):
-    float64 = "float64"  # rounding moves no spike: figures that another machine or execution gives too, in twice the time
+    float64 = "float64"  # rounding moves no spike: figures do not depend on the order of sums; twice the time
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
