@@ -5,23 +5,15 @@ windows that do not overlap; the tail is dropped.
 """
 
 import hashlib
-import logging
-import os
-import socket
-from functools import cache
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import torch
-from huggingface_hub import constants
 from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from spikellm.config import DatasetSource, InputError, TextConfig
-
-log = logging.getLogger(__name__)
 
 # Of ten topics of the language reference, in alphabetical order, two are evaluated on.
 PYDOCS_PERIOD, PYDOCS_EVALUATION = 5, 4
@@ -101,26 +93,7 @@ def _local_text(config: TextConfig, key: str) -> str:
         raise InputError(f"{key}.path={config.path}: not UTF-8 text (byte {error.start})") from error
 
 
-@cache
-def settle_for_cache_if_unreachable() -> None:
-    """Ask once whether the hub answers; if not, tell its client so, which otherwise retries for minutes.
-
-    A cached model or data set is then used, and a missing one is an error at once. Behind a proxy the client decides.
-    """
-    proxies = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
-    if constants.HF_HUB_OFFLINE or any(os.environ.get(name) for name in proxies):
-        return
-    hub = urlsplit(constants.ENDPOINT)
-    try:
-        socket.create_connection((hub.hostname, hub.port or 443), timeout=10).close()
-    except OSError:
-        log.warning("the hub does not answer: only its local cache is used")
-        constants.HF_HUB_OFFLINE = True
-        os.environ["HF_HUB_OFFLINE"] = "1"
-
-
 def _hub_text(config: TextConfig, key: str) -> str:
-    settle_for_cache_if_unreachable()
     import datasets
 
     if config.path is None:

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from spikellm.artifacts import artifact_key
 from spikellm.command import command_line
 from spikellm.config import Config, tracking_options
+from spikellm.hub import cache_if_silent
 from spikellm.report import NOT_FINISHED, finished_results, write_failure, write_results
 from spikellm.sweep import refresh
 from spikellm.tracking import tracked
@@ -43,7 +44,8 @@ class Job:
             config = self._config()  # a job with wrong input is tracked as failed
             from spikellm.stages import run_stages  # imports torch: not before the input is known to be right
 
-            found = run_stages(config, tracker.log_results)
+            with cache_if_silent(config):
+                found = run_stages(config, tracker.log_results)
             results = found.results | self.record
             write_results(self.folder, results, found.tables, found.plots)
             tracker.log_files(results, found.tables, self.folder)

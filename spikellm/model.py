@@ -15,7 +15,6 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from spikellm.config import Device, HardwareConfig, InputError, ModelConfig, ModelSource
-from spikellm.data import settle_for_cache_if_unreachable
 from spikellm.sites import ARCHITECTURES, check_architecture
 
 log = logging.getLogger(__name__)
@@ -101,8 +100,6 @@ def _packaged_file(config: ModelConfig) -> tuple[Path, str]:
 
 
 def _from_hub(config: ModelConfig, loader: Any, **arguments: Any) -> Any:
-    if config.source is ModelSource.hub and not Path(config.path).is_dir():
-        settle_for_cache_if_unreachable()
     try:
         return loader.from_pretrained(**arguments)
     except (OSError, ValueError) as error:

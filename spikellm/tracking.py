@@ -12,20 +12,19 @@ job's folder, for `wandb sync`. A tracker that breaks down costs the job a warni
 import json
 import logging
 import os
-import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 from spikellm.artifacts import artifact_key
 from spikellm.command import explain
 from spikellm.config import InputError, Tracker, TrackingConfig, TrackingMode
+from spikellm.hub import answers
 
 log = logging.getLogger(__name__)
 
-INIT_TIMEOUT_S, FINISH_TIMEOUT_S, CONNECT_TIMEOUT_S = 60, 600, 5
+INIT_TIMEOUT_S, FINISH_TIMEOUT_S = 60, 600
 
 
 class Tracking:
@@ -163,7 +162,7 @@ def _mode(config: TrackingConfig) -> Literal["online", "offline"]:
         return "offline"
     if not wandb.login(prompt=False, verify=False):
         obstacle = "no key (WANDB_API_KEY or `wandb login`)"
-    elif not _answers(wandb.setup().settings.base_url):
+    elif not answers(wandb.setup().settings.base_url):
         obstacle = "the W&B server does not answer"
     else:
         return "online"
@@ -171,17 +170,3 @@ def _mode(config: TrackingConfig) -> Literal["online", "offline"]:
         raise InputError(f"tracking.mode=online: {obstacle}; take tracking.mode=offline, and `wandb sync` later")
     log.info("tracking: %s, so W&B stays offline", obstacle)
     return "offline"
-
-
-def _answers(url: str) -> bool:
-    """Whether a server can be connected to; behind a proxy that is the proxy's business."""
-    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
-        return True
-    place = urlsplit(url)
-    try:
-        socket.create_connection(
-            (place.hostname, place.port or (443 if place.scheme == "https" else 80)), timeout=CONNECT_TIMEOUT_S
-        ).close()
-    except OSError:
-        return False
-    return True

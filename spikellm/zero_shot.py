@@ -29,7 +29,6 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spikellm.config import InputError, ZeroShotConfig
-from spikellm.data import settle_for_cache_if_unreachable
 
 log = logging.getLogger(__name__)
 
@@ -125,8 +124,6 @@ def load_tasks(config: ZeroShotConfig, names: list[str]) -> dict[str, Any]:
     Raises:
         InputError: see `read_rows`; the hub does not answer.
     """
-    if config.path is None:
-        settle_for_cache_if_unreachable()
     with tempfile.TemporaryDirectory() as folder, _only(logging.ERROR):
         import lm_eval.tasks
 

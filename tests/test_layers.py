@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     {"fields"},
     {"config", "hadamard", "neuron", "coding", "temporal", "energy"},
-    {"boundary"},
+    {"boundary", "hub"},
     {"sites", "data", "artifacts", "spike_plots", "command"},
     {"model", "tracking"},
     {"rotation", "prefix", "attention", "modules", "statistics", "evolution", "zero_shot"},
@@ -41,6 +41,7 @@ NO_TORCH = {
     "fields",
     "config",
     "boundary",
+    "hub",
     "command",
     "console",
     "report",
