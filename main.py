@@ -8,7 +8,7 @@ from contextlib import suppress
 import hydra
 from omegaconf import DictConfig
 
-from spikellm.command import INPUT_ERRORS, INTERRUPTED, explain, quote_numeric_options, raise_on_termination
+from spikellm.command import INPUT_ERRORS, exit_code, explain, quote_values, raise_on_termination
 from spikellm.config import register
 from spikellm.console import console_table
 from spikellm.job import Job
@@ -38,22 +38,18 @@ def main(composed: DictConfig) -> float | None:
     return objective(results, composed.objective)
 
 
+def run() -> None:
+    """`main` on the command line as Hydra can read it."""
+    sys.argv[1:] = quote_values(sys.argv[1:])
+    main()
+
+
 def cli() -> None:
     """The command line: wrong input ends with one line and exit code 2, a defect with its traceback."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then raises instead of printing and exiting with 1
     os.environ.setdefault("TQDM_DISABLE", "" if sys.stderr.isatty() else "1")
     raise_on_termination()
-    try:
-        sys.argv[1:] = quote_numeric_options(sys.argv[1:])
-        main()
-    except KeyboardInterrupt as error:
-        print(explain(error), file=sys.stderr)
-        sys.exit(INTERRUPTED)
-    except (*INPUT_ERRORS, SystemExit) as error:
-        if isinstance(error, SystemExit) and not isinstance(error.code, str):
-            raise
-        print(f"error: {error.code if isinstance(error, SystemExit) else explain(error)}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(exit_code(run))
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ class blamed_on:  # noqa: N801 (it reads as a statement)
         pass
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if isinstance(error, Exception) and not isinstance(error, InputError) and _of_a_library(error, trace):
+        if isinstance(error, Exception) and not isinstance(error, InputError) and is_of_a_library(error, trace):
             raise InputError(f"{self.what}: {reason(error)}; {self.cure}") from error
 
 
@@ -48,7 +48,7 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[:LONGEST]}" + (" .." if len(text) > LONGEST else "") if text else type(error).__name__
 
 
-def _of_a_library(error: Exception, trace: TracebackType | None) -> bool:
+def is_of_a_library(error: Exception, trace: TracebackType | None) -> bool:
     """See the module's text; `trace` begins in the function with the `with`. A full memory is nobody's input."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return False

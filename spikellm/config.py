@@ -5,15 +5,32 @@ instances once (`OmegaConf.to_object`), which runs the checks below. No DictConf
 no torch, so that `--help` and a sweep's composition stay fast.
 """
 
+import math
 import re
-from dataclasses import dataclass, field
-from enum import Enum
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from spikellm.choices import (
+    Coding,
+    DatasetSource,
+    Device,
+    DType,
+    EnergyTable,
+    Execution,
+    Groups,
+    ImportV0,
+    ModelSource,
+    RotationKind,
+    SearchMethod,
+    SoftmaxNorm,
+    Tracker,
+    TrackingMode,
+)
 from spikellm.fields import field_help
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
@@ -22,98 +39,23 @@ DEFAULT_STAGES = STAGE_NAMES[:4]  # a report is written at the end of a run and 
 ZERO_SHOT_TASKS = ("winogrande", "arc_challenge", "arc_easy", "piqa", "hellaswag")
 NETWORKS = ("ann", "base2", "snn")  # pretrained; base-2 phase coding with the same T; fitted codes
 MAX_T = 16
+MAX_THREADS = 1024
+MAX_NAME = 100  # of a name that becomes part of a path; file systems take 255 bytes [characters]
+MAX_COUNT, MAX_SEED = 2**31 - 1, 2**63 - 1  # torch takes 64-bit seeds
 
 
 class InputError(ValueError):
     """Wrong input from the user: the message names the key, the value and the cure; main.py prints it as one line."""
 
 
-class ModelSource(Enum):
-    gguf = "gguf"  # a GGUF file inside an installed Python package
-    hub = "hub"  # hub id or local folder in transformers' format
-    random = "random"  # freshly initialised, for tests
-
-
-class DType(Enum):
-    float64 = "float64"  # rounding moves no spike: figures do not depend on the order of sums; twice the time
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-class RotationKind(Enum):
-    hadamard = "hadamard"  # R1 to R4
-    none = "none"  # the model as it is
-
-
-class Coding(Enum):
-    phase = "phase"  # phase t of the code weighs base^-t
-    phase_signed = "phase_signed"  # digits -1, 0, +1 in every phase: finer codes, or fewer spikes
-    rate = "rate"  # traditional conversion: T equal spikes at most, their number is the value
-    ttfs = "ttfs"  # traditional conversion: one spike, its time is the value
-    few_spike = "few_spike"  # base 2, at most snn.max_spikes spikes
-
-
-class Execution(Enum):
-    folded = "folded"  # a layer's T steps in one pass
-    stepped = "stepped"  # spikes step by step; the same sums, about T times the work
-
-
-class SoftmaxNorm(Enum):
-    before = "before"  # probabilities are coded: the authors' network
-    after = "after"  # exponentials are coded, the output is divided by their sum
-
-
-class SearchMethod(Enum):
-    evolution = "evolution"  # tables fitted to each site's distribution
-    gradient = "gradient"  # the authors' search: surrogate gradients, tau the largest activation; minutes per site
-    base2 = "base2"  # base 2, tau the largest activation
-
-
-class ImportV0(Enum):
-    stored = "stored"  # the file's initial potential where it has one, the rule elsewhere
-    rule = "rule"  # tau 2^-T / 2 at every site, as the authors' own loader
-
-
-class Groups(Enum):
-    site = "site"  # one table a site
-    head = "head"  # one table an attention head where there are heads, one for each sign at the activation function
-
-
-class DatasetSource(Enum):
-    pydocs = "pydocs"  # the language reference that every CPython carries (pydoc_data.topics)
-    text = "text"  # a local UTF-8 text file
-    hub = "hub"  # a data set of the hub, rows joined by blank lines
-
-
-class Device(Enum):
-    cpu = "cpu"
-    cuda = "cuda"  # one GPU
-    auto = "auto"  # accelerate's device map over all GPUs
-
-
-class EnergyTable(Enum):
-    fp32 = "fp32"
-    fp16 = "fp16"
-    int8 = "int8"
-    custom = "custom"  # energy.mac_pj and energy.ac_pj
-
-
-class Tracker(Enum):
-    none = "none"  # results.json and the console only
-    wandb = "wandb"  # Weights & Biases
-
-
-class TrackingMode(Enum):
-    auto = "auto"  # online with a key and a server that answers, else offline
-    online = "online"
-    offline = "offline"  # files in the run's folder, for `wandb sync`
-    disabled = "disabled"  # nothing at all
-
-
 def _check(condition: bool, key: str, value: Any, cure: str) -> None:
     if not condition:
         raise InputError(f"{key}={value}: {cure}")
+
+
+def path_part(name: Any) -> str:
+    """`name` as the part of a path that it can be: the folder of a run, which Hydra makes before any check, stays where it belongs."""
+    return re.sub(r"[^\w.+ -]|^\.", "_", str(name))[:MAX_NAME]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -125,6 +67,10 @@ class ModelConfig:
     dtype: DType = DType.float32  # of the weights and of evaluation; rotation is always float64
     seed: int = 0  # of the weights; source=random only
     options: dict[str, Any] = field(default_factory=dict)  # overrides of the architecture's config; source=random only
+
+    def __post_init__(self) -> None:
+        plain = self.name.isprintable() and not re.search(r"^\.|[/\\]", self.name) and 1 <= len(self.name) <= MAX_NAME
+        _check(plain, "model.name", repr(self.name), f"is part of a folder's name: 1 to {MAX_NAME} letters, no / or \\, no dot in front")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -243,7 +189,8 @@ class HardwareConfig:
 
     def __post_init__(self) -> None:
         _check(self.query_block >= 1, "hardware.query_block", self.query_block, "must be at least 1")
-        _check(self.threads is None or self.threads >= 1, "hardware.threads", self.threads, "must be at least 1 or null")
+        allowed = self.threads is None or 1 <= self.threads <= MAX_THREADS
+        _check(allowed, "hardware.threads", self.threads, f"takes 1 to {MAX_THREADS}, or null")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -364,6 +311,14 @@ class Config:
     save_model: bool = False  # write the spiking model (transformers format) into the artefact of convert; results.json says where
 
     def __post_init__(self) -> None:
+        for key, value in _numbers(self):
+            if isinstance(value, float):
+                _check(math.isfinite(value), key, value, "must be a finite number")
+            elif key.endswith("seed"):
+                _check(abs(value) <= MAX_SEED, key, value, f"takes {-MAX_SEED} to {MAX_SEED}")
+            else:
+                _check(value >= 0 or key.startswith("model.options."), key, value, "must not be negative")
+                _check(abs(value) <= MAX_COUNT, key, value, f"is too large; at most {MAX_COUNT}")
         unknown = [stage for stage in self.stages if stage not in STAGE_NAMES]
         _check(not unknown, "stages", unknown, f"known stages: {', '.join(STAGE_NAMES)}")
         _check(bool(self.stages), "stages", self.stages, f"name at least one of {', '.join(STAGE_NAMES)}")
@@ -378,8 +333,45 @@ class Config:
         )  # fmt: skip
 
 
+def _numbers(node: Any, key: str = "") -> Iterator[tuple[str, int | float]]:
+    """Every number below a node, with its dotted key."""
+    if isinstance(node, int | float) and not isinstance(node, bool):
+        yield key, node
+    parts: dict[Any, Any] = {}
+    if is_dataclass(node):
+        parts = {each.name: getattr(node, each.name) for each in fields(node)}
+    elif isinstance(node, dict | list):
+        parts = node if isinstance(node, dict) else dict(enumerate(node))
+    for name, part in parts.items():
+        yield from _numbers(part, f"{key}.{name}" if key else str(name))
+
+
+def _refuse_unknown_keys(composed: DictConfig, prefix: str = "") -> None:
+    """`+snn.steps=4` can write beside the fields of a node, where nobody would read it."""
+    owner = OmegaConf.get_type(composed)
+    known = [each.name for each in fields(owner)] if is_dataclass(owner) else None
+    for key in map(str, composed):
+        node = composed._get_node(key)
+        _check(known is None or key in known, f"{prefix}{key}", node, f"no such key; there is {', '.join(known or ())}")
+        if isinstance(node, DictConfig) and not OmegaConf.is_missing(composed, key) and not OmegaConf.is_interpolation(composed, key):
+            _refuse_unknown_keys(node, f"{prefix}{key}.")
+
+
+def instantiate(composed: DictConfig) -> Config:
+    """The checked configuration from what Hydra has composed.
+
+    Raises:
+        InputError, OmegaConfBaseException: an unknown key, a missing or unsuitable value.
+    """
+    _refuse_unknown_keys(composed)
+    config = OmegaConf.to_object(composed)
+    assert isinstance(config, Config)
+    return config
+
+
 def tracking_options(composed: DictConfig) -> tuple[TrackingConfig, dict[str, Any]]:
     """How a job is tracked, and the configuration in plain types, which the tracker keeps: also of a job whose input is wrong."""
+    _refuse_unknown_keys(composed)
     options, tree = OmegaConf.to_object(composed.tracking), OmegaConf.to_container(composed, resolve=True, enum_to_str=True)
     assert isinstance(options, TrackingConfig)
     assert isinstance(tree, dict)
@@ -389,5 +381,6 @@ def tracking_options(composed: DictConfig) -> tuple[TrackingConfig, dict[str, An
 def register() -> None:
     """Make the schema and the resolvers known to Hydra. Call before composing."""
     OmegaConf.register_new_resolver("project_root", lambda: str(PROJECT_ROOT), replace=True)
+    OmegaConf.register_new_resolver("path_part", path_part, replace=True)
     OmegaConf.register_new_resolver("field_help", lambda: field_help(Config), replace=True)
     ConfigStore.instance().store(name="schema", node=Config)

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from spikellm.artifacts import artifact_key
 from spikellm.command import command_line
-from spikellm.config import Config, tracking_options
+from spikellm.config import instantiate, tracking_options
 from spikellm.hub import cache_if_silent
 from spikellm.report import NOT_FINISHED, finished_results, write_failure, write_results
 from spikellm.sweep import refresh
@@ -34,14 +34,14 @@ class Job:
         if list(self.composed.stages) == ["report"]:
             from spikellm.html_report import rebuild
 
-            log.info("report  %s", rebuild(self._config()))
+            log.info("report  %s", rebuild(instantiate(self.composed)))
             return None
         if self.sweep and (recorded := finished_results(self.folder, self.record["config"])):
             log.info("finished before, not run again")
             return recorded
         write_failure(self.folder, NOT_FINISHED, self.record)  # what is found here should this process be killed
         with tracked(*tracking_options(self.composed), folder=self.folder, group=self.sweep.name if self.sweep else None) as tracker:
-            config = self._config()  # a job with wrong input is tracked as failed
+            config = instantiate(self.composed)  # a job with wrong input is tracked as failed
             from spikellm.stages import run_stages  # imports torch: not before the input is known to be right
 
             with cache_if_silent(config):
@@ -54,11 +54,6 @@ class Job:
 
             write_report(self.folder)
         return results
-
-    def _config(self) -> Config:
-        config = OmegaConf.to_object(self.composed)
-        assert isinstance(config, Config)
-        return config
 
     def fail(self, reason: str, *, interrupted: bool) -> None:
         """Leave the reason in the folder, and in the sweep's summary where Hydra stops at once, without `on_job_end`."""

@@ -6,7 +6,7 @@ import pytest
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from spikellm.command import compose_config, quote_numeric_options
+from spikellm.command import compose_config, quote_values
 from spikellm.config import MAX_T, Config, Device, InputError, ModelSource
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
@@ -107,13 +107,13 @@ def test_a_value_wins_over_its_group():
     ],
 )
 def test_bare_integers_of_numeric_groups_are_quoted(argument, quoted):
-    assert quote_numeric_options([argument]) == [quoted]
+    assert quote_values([argument]) == [quoted]
 
 
 @pytest.mark.parametrize("argument", ["grain=range(1,3)", "timesteps=choice(4,6)", "grain=choice(1,2)", "timesteps=range(4,9)"])
 def test_sweep_functions_of_numeric_groups_are_refused_with_the_cure(argument):
     with pytest.raises(InputError, match=r"1,2,3") as caught:
-        quote_numeric_options([argument])
+        quote_values([argument])
     assert argument in str(caught.value)
 
 

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # A file imports only from layers before its own. A new file needs a place here.
 LAYERS = (
-    {"fields"},
+    {"fields", "choices"},
     {"config", "hadamard", "neuron", "coding", "temporal", "energy"},
     {"boundary", "hub"},
     {"sites", "data", "artifacts", "spike_plots", "command"},
@@ -39,6 +39,7 @@ MATHEMATICS = LAYERS[1] - {"config"}
 # Hydra imports these before every run and for --help.
 NO_TORCH = {
     "fields",
+    "choices",
     "config",
     "boundary",
     "hub",

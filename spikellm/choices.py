@@ -1,0 +1,86 @@
+"""What the configuration lets one choose from; the comment behind each member is its documentation (`--help`)."""
+
+from enum import Enum
+
+
+class ModelSource(Enum):
+    gguf = "gguf"  # a GGUF file inside an installed Python package
+    hub = "hub"  # hub id or local folder in transformers' format
+    random = "random"  # freshly initialised, for tests
+
+
+class DType(Enum):
+    float64 = "float64"  # rounding moves no spike: figures do not depend on the order of sums; twice the time
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class RotationKind(Enum):
+    hadamard = "hadamard"  # R1 to R4
+    none = "none"  # the model as it is
+
+
+class Coding(Enum):
+    phase = "phase"  # phase t of the code weighs base^-t
+    phase_signed = "phase_signed"  # digits -1, 0, +1 in every phase: finer codes, or fewer spikes
+    rate = "rate"  # traditional conversion: T equal spikes at most, their number is the value
+    ttfs = "ttfs"  # traditional conversion: one spike, its time is the value
+    few_spike = "few_spike"  # base 2, at most snn.max_spikes spikes
+
+
+class Execution(Enum):
+    folded = "folded"  # a layer's T steps in one pass
+    stepped = "stepped"  # spikes step by step; the same sums, about T times the work
+
+
+class SoftmaxNorm(Enum):
+    before = "before"  # probabilities are coded: the authors' network
+    after = "after"  # exponentials are coded, the output is divided by their sum
+
+
+class SearchMethod(Enum):
+    evolution = "evolution"  # tables fitted to each site's distribution
+    gradient = "gradient"  # the authors' search: surrogate gradients, tau the largest activation; minutes per site
+    base2 = "base2"  # base 2, tau the largest activation
+
+
+class ImportV0(Enum):
+    stored = "stored"  # the file's initial potential where it has one, the rule elsewhere
+    rule = "rule"  # tau 2^-T / 2 at every site, as the authors' own loader
+
+
+class Groups(Enum):
+    site = "site"  # one table a site
+    head = "head"  # one table an attention head where there are heads, one for each sign at the activation function
+
+
+class DatasetSource(Enum):
+    pydocs = "pydocs"  # the language reference that every CPython carries (pydoc_data.topics)
+    text = "text"  # a local UTF-8 text file
+    hub = "hub"  # a data set of the hub, rows joined by blank lines
+
+
+class Device(Enum):
+    cpu = "cpu"
+    cuda = "cuda"  # one GPU
+    auto = "auto"  # accelerate's device map over all GPUs
+
+
+class EnergyTable(Enum):
+    fp32 = "fp32"
+    fp16 = "fp16"
+    int8 = "int8"
+    custom = "custom"  # energy.mac_pj and energy.ac_pj
+
+
+class Tracker(Enum):
+    none = "none"  # results.json and the console only
+    wandb = "wandb"  # Weights & Biases
+
+
+class TrackingMode(Enum):
+    auto = "auto"  # online with a key and a server that answers, else offline
+    online = "online"
+    offline = "offline"  # files in the run's folder, for `wandb sync`
+    disabled = "disabled"  # nothing at all
