@@ -12,6 +12,7 @@ so write only the library's calls into the `with`. Errors of the system (OSError
 count wherever they are raised: compiled code leaves no frame.
 """
 
+import stat
 from pathlib import Path
 from types import TracebackType
 
@@ -38,6 +39,24 @@ class blamed_on:  # noqa: N801 (it reads as a statement)
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if isinstance(error, Exception) and not isinstance(error, InputError) and is_of_a_library(error, trace):
             raise InputError(f"{self.what}: {reason(error)}; {self.cure}") from error
+
+
+def read_file(path: str | Path, what: str, cure: str) -> bytes:
+    """The content of a file that a user names; a pipe, which may never come, or a device, which may never end, is not opened.
+
+    Args:
+        what, cure: as in `blamed_on`.
+
+    Raises:
+        InputError: there is none, it is of another kind, or it cannot be read.
+    """
+    with blamed_on(what, cure):
+        place = Path(path).expanduser()
+        mode = place.stat().st_mode
+    if not stat.S_ISREG(mode):
+        raise InputError(f"{what}: it is {'a folder' if stat.S_ISDIR(mode) else 'a pipe, socket or device'}, not a file; {cure}")
+    with blamed_on(what, cure):
+        return place.read_bytes()
 
 
 def reason(error: BaseException) -> str:

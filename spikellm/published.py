@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spikellm.boundary import read_file
 from spikellm.code_fit import CodeFit
 from spikellm.config import InputError
 from spikellm.evolution import Codes
@@ -39,10 +40,8 @@ def file_hash(path: Path) -> str:
     Raises:
         InputError: it cannot be read.
     """
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        raise _refusal(path, f"cannot be read ({error.strerror}); give the path of one of the authors' .pth files") from error
+    what, cure = f"search.import_file={path}: cannot be read", "give the path of one of the authors' .pth files"
+    return hashlib.sha256(read_file(path, what, cure)).hexdigest()
 
 
 def read_neurons(path: Path, *, T: int | None = None, G: int | None = None, stored_v0: bool = True) -> dict[str, Codes]:

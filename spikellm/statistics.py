@@ -175,7 +175,7 @@ class Observer(nn.Module):
         if self.counts is None or self.maximum is None:
             raise ValueError(f"site {self.site}: no activation passed while calibrating")
         if not torch.isfinite(self.maximum).all():
-            raise ValueError(f"site {self.site}: NaN or infinite activations; calibrate in another dtype (model.dtype=float32)")
+            raise ValueError(f"site {self.site}: NaN or infinite activations; a model.dtype of wider range may hold them")
         if self.maximum.max() >= 2.0 ** (LOWEST_EXPONENT + OCTAVES):
             raise ValueError(f"site {self.site}: activations reach {self.maximum.max():.3g}, beyond what the histogram holds")
         counts = self.counts.cpu()

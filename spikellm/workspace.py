@@ -18,7 +18,7 @@ from spikellm.code_fit import CodeFit, load_fits, save_fits
 from spikellm.config import Config, Device, Execution, InputError, RotationKind, SoftmaxNorm
 from spikellm.fitting import find_codes, search_summary
 from spikellm.hadamard import HAS_CUDA_KERNEL
-from spikellm.model import load_model, load_tokenizer, source_fingerprint
+from spikellm.model import load_model, load_tokenizer, source_fingerprint, vocabulary
 from spikellm.prefix import attach_prefix
 from spikellm.published import file_hash
 from spikellm.search import base2_search
@@ -45,6 +45,10 @@ class Workspace:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         return load_tokenizer(self.config.model)
+
+    @cached_property
+    def vocabulary(self) -> int | None:
+        return vocabulary(self.config.model)
 
     @cached_property
     def model_inputs(self) -> dict[str, Any]:
@@ -79,7 +83,7 @@ class Workspace:
     @cached_property
     def calibration_windows(self) -> torch.Tensor:
         """[W, L]."""
-        return data.token_windows(self.config.dataset.calibration, "dataset.calibration", self.tokenizer)
+        return data.token_windows(self.config.dataset.calibration, "dataset.calibration", self.tokenizer, self.vocabulary)
 
     @cached_property
     def networks(self) -> list[evaluation.Network]:
@@ -118,7 +122,7 @@ class Workspace:
     @property
     def evaluation_windows(self) -> torch.Tensor:
         """Windows of the main evaluation text [W, L]."""
-        return data.token_windows(self.config.dataset.evaluation, "dataset.evaluation", self.tokenizer)
+        return data.token_windows(self.config.dataset.evaluation, "dataset.evaluation", self.tokenizer, self.vocabulary)
 
     @property
     def snn_inputs(self) -> dict[str, Any]:

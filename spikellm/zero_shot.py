@@ -14,11 +14,12 @@ stays off: it knows requests by their text alone and would answer for the second
 import hashlib
 import json
 import logging
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from copy import copy
+from copy import deepcopy
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -28,12 +29,45 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from spikellm.boundary import blamed_on, read_file
 from spikellm.config import InputError, ZeroShotConfig
 
 log = logging.getLogger(__name__)
 
 MIN_TOKENS = 32  # in a sequence, the rest is padding
+SHOWN = 60  # of a value, in a message [characters]
 METRICS = ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What a field of a row may hold."""
+
+    meaning: str
+    accepts: Callable[[Any], bool]
+
+
+def _is_text(value: Any) -> bool:
+    """JSON can spell half a surrogate pair, which no tokenizer reads."""
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
+
+
+def _is_answer(value: Any) -> bool:
+    """A text of which something is left without [brackets], which HellaSwag's task strips: nothing has no likelihood."""
+    return _is_text(value) and re.sub(r"\[.*?\]", "", value).strip() != ""
+
+
+def _are_choices(value: Any) -> bool:
+    if not isinstance(value, dict) or not all(isinstance(value.get(key), list) for key in ("text", "label")):
+        return False
+    texts, labels = value["text"], value["label"]
+    return all(map(_is_answer, texts)) and all(map(_is_text, labels)) and len(texts) == len(labels) == len(set(labels))
+
+
+TEXT, ANSWER = Kind("a text", _is_text), Kind("a text that is not empty", _is_answer)
+ANY = Kind("anything", lambda _: True)  # the label: see `has_answer`
+CHOICES = Kind("{text: [texts], label: [as many different labels]}", _are_choices)
+ENDINGS = Kind("a list of texts that are not empty", lambda value: isinstance(value, list) and all(map(_is_answer, value)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,32 +76,36 @@ class Benchmark:
 
     file: str  # below lm_eval/tasks
     split: str  # the split that is scored, as published tables do
-    fields: tuple[str, ...]
-    has_answer: Callable[[dict[str, Any]], bool]  # the row's answer names one of its choices
+    fields: dict[str, Kind]
+    has_answer: Callable[[dict[str, Any]], bool]  # the last field of a row names one of its choices
 
 
 def _arc(file: str) -> Benchmark:
-    def has_answer(row: dict[str, Any]) -> bool:
-        labels, texts = row["choices"]["label"], row["choices"]["text"]
-        return len(labels) == len(texts) and row["answerKey"] in labels
+    fields = {"question": ANSWER, "choices": CHOICES, "answerKey": ANY}
+    return Benchmark(file=file, split="test", fields=fields, has_answer=lambda row: row["answerKey"] in row["choices"]["label"])
 
-    return Benchmark(file=file, split="test", fields=("question", "choices", "answerKey"), has_answer=has_answer)
+
+def _whole(value: Any) -> int:
+    """A number as JSON or as text; -1 for anything else. True is no 1."""
+    return int(value) if type(value) is int or (isinstance(value, str) and re.fullmatch("[0-9]{1,9}", value)) else -1
 
 
 BENCHMARKS = {
     "winogrande": Benchmark(
-        file="winogrande/default.yaml", split="validation", fields=("sentence", "option1", "option2", "answer"),
-        has_answer=lambda row: "_" in row["sentence"] and row["answer"] in ("1", "2"),
+        file="winogrande/default.yaml", split="validation",
+        fields={"sentence": TEXT, "option1": ANSWER, "option2": ANSWER, "answer": ANY},
+        has_answer=lambda row: row["sentence"].partition("_")[2].strip() != "" and row["answer"] in ("1", "2"),
     ),
     "arc_challenge": _arc("arc/arc_challenge.yaml"),
     "arc_easy": _arc("arc/arc_easy.yaml"),
     "piqa": Benchmark(
-        file="piqa/piqa.yaml", split="validation", fields=("goal", "sol1", "sol2", "label"),
-        has_answer=lambda row: row["label"] in (0, 1),
+        file="piqa/piqa.yaml", split="validation", fields={"goal": TEXT, "sol1": ANSWER, "sol2": ANSWER, "label": ANY},
+        has_answer=lambda row: type(row["label"]) is int and row["label"] in (0, 1),
     ),
     "hellaswag": Benchmark(
-        file="hellaswag/hellaswag.yaml", split="validation", fields=("activity_label", "ctx_a", "ctx_b", "endings", "label"),
-        has_answer=lambda row: 0 <= int(row["label"]) < len(row["endings"]),
+        file="hellaswag/hellaswag.yaml", split="validation",
+        fields={"activity_label": TEXT, "ctx_a": TEXT, "ctx_b": TEXT, "endings": ENDINGS, "label": ANY},
+        has_answer=lambda row: 0 <= _whole(row["label"]) < len(row["endings"]),
     ),
 }  # fmt: skip
 
@@ -76,38 +114,41 @@ def read_rows(folder: str, task: str) -> list[dict[str, Any]]:
     """The rows of FOLDER/TASK.jsonl, each with the fields of its benchmark and no others.
 
     Raises:
-        InputError: missing, unreadable or empty file; a row that is no JSON object, lacks a field or has no answer.
+        InputError: missing, unreadable or empty file; a row that is no JSON object, lacks a field, has one of another type or no answer.
     """
-    path, benchmark = Path(folder).expanduser() / f"{task}.jsonl", BENCHMARKS[task]
-    key = f"dataset.zero_shot.path={folder}"
+    key, name, benchmark = f"dataset.zero_shot.path={folder}", f"{task}.jsonl", BENCHMARKS[task]
+    wanted = f"{task} takes {', '.join(benchmark.fields)}"
+    content = read_file(f"{folder}/{name}", f"{key}: cannot read {name}", wanted)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise InputError(f"{key}: cannot read {path.name} ({error.strerror})") from error
+        lines = content.decode("utf-8-sig").split("\n")  # no other mark ends a line: JSON may hold them in its texts
     except UnicodeDecodeError as error:
-        raise InputError(f"{key}: {path.name} is not UTF-8 text (byte {error.start})") from error
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        place, wanted = f"{key}: {path.name} line {number}", f"{task} takes {', '.join(benchmark.fields)}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{place} is not JSON ({error.msg}); {wanted}") from error
-        missing = [name for name in benchmark.fields if not isinstance(row, dict) or name not in row]
-        if missing:
-            raise InputError(f"{place} has no {', '.join(missing)}; {wanted}")
-        try:
-            answered = benchmark.has_answer(row)
-        except (TypeError, ValueError, KeyError):
-            answered = False
-        if not answered:
-            raise InputError(f"{place}: {benchmark.fields[-1]}={row[benchmark.fields[-1]]!r} names none of its choices; {wanted}")
-        rows.append({name: row[name] for name in benchmark.fields})
+        raise InputError(f"{key}: {name} is not UTF-8 text (byte {error.start})") from error
+    rows = [_read_row(line, f"{key}: {name} line {number}", task, wanted) for number, line in enumerate(lines, start=1) if line.strip()]
     if not rows:
-        raise InputError(f"{key}: {path.name} has no rows")
+        raise InputError(f"{key}: {name} has no rows")
     return rows
+
+
+def _read_row(line: str, place: str, task: str, wanted: str) -> dict[str, Any]:
+    benchmark = BENCHMARKS[task]
+    with blamed_on(f"{place} is not JSON", wanted):
+        row = json.loads(line)
+    missing = [name for name in benchmark.fields if not isinstance(row, dict) or name not in row]
+    if missing:
+        raise InputError(f"{place} has no {', '.join(missing)}; {wanted}")
+    for name, kind in benchmark.fields.items():
+        if not kind.accepts(row[name]):
+            raise InputError(f"{place}: {name}={_shown(row[name])} must be {kind.meaning}; {wanted}")
+    if not benchmark.has_answer(row):
+        answer = list(benchmark.fields)[-1]
+        raise InputError(f"{place}: {answer}={_shown(row[answer])} names none of its choices; {wanted}")
+    return {name: row[name] for name in benchmark.fields}
+
+
+def _shown(value: Any) -> str:
+    """As it stands in the file, in ASCII, not too long."""
+    text = json.dumps(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]} .."
 
 
 def fingerprint(config: ZeroShotConfig, task: str) -> dict[str, Any]:
@@ -140,15 +181,17 @@ def load_tasks(config: ZeroShotConfig, names: list[str]) -> dict[str, Any]:
                     "data_files": {benchmark.split: str(rows)}, "cache_dir": f"{folder}/cache", "keep_in_memory": True,
                 }  # fmt: skip
             (Path(folder) / f"{name}.yaml").write_text(json.dumps(task), encoding="utf-8")  # JSON is YAML
+        key = f"dataset.zero_shot.tasks=[{','.join(names)}]"
         manager = lm_eval.tasks.TaskManager(include_path=folder, include_defaults=False)
-        try:
+        if config.path is None:
+            what, cure = f"{key}: the hub does not answer for them", "dataset.zero_shot.path=FOLDER reads local TASK.jsonl files"
+        else:
+            what, cure = (
+                f"{key} with dataset.zero_shot.path={config.path}",
+                "each row takes the types of the hub's data set",
+            )
+        with blamed_on(what, cure):
             return dict(manager.load(list(names))["tasks"])
-        except Exception as error:  # the hub client raises a dozen unrelated types when it is offline
-            reason = " ".join(str(error).split())[:200]
-            raise InputError(
-                f"dataset.zero_shot.tasks=[{','.join(names)}]: the hub does not answer for them ({reason}); "
-                "dataset.zero_shot.path=FOLDER reads local TASK.jsonl files"
-            ) from error
 
 
 def accuracy(
@@ -179,7 +222,8 @@ def accuracy(
             """Progress bars only where somebody looks on; no short sequences."""
 
             def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-                return super().loglikelihood(requests, disable_tqdm=disable_tqdm or not sys.stderr.isatty())
+                with blamed_on(f"dataset.zero_shot.tasks=[{task.task_name}]: lm-eval cannot score it", "take other rows or another model"):
+                    return super().loglikelihood(requests, disable_tqdm=disable_tqdm or not sys.stderr.isatty())
 
             def _model_call(self, inps: Tensor, *_: Any, **__: Any) -> Tensor:
                 length = inps.shape[1]
@@ -187,8 +231,11 @@ def accuracy(
 
         scorer = Scorer(
             pretrained=model,
-            tokenizer=copy(tokenizer),  # it is given a padding token
+            tokenizer=deepcopy(tokenizer),  # it is given a padding token
             batch_size=batch_size,
+            trust_remote_code=False,
+            # lm-eval asks for the token that stands for an empty context; no task here has one, and not every tokenizer a BOS or EOS
+            prefix_token_id=next((token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None), 0),
             add_bos_token=False if tokenizer.bos_token_id in prefix_tokens else None,
         )
     with _only(logging.WARNING):

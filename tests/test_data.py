@@ -1,5 +1,6 @@
 """Text to windows."""
 
+import os
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -7,6 +8,8 @@ import pytest
 
 from spikellm.config import DatasetSource, InputError, TextConfig
 from spikellm.data import fingerprint, token_windows
+from spikellm.published import file_hash
+from spikellm.zero_shot import read_rows
 
 KEY = "dataset.evaluation"
 
@@ -77,6 +80,38 @@ def test_wrong_texts_name_key_and_value(tmp_path):
         token_windows(text_config(None), KEY, None)
     with pytest.raises(InputError, match=rf"{KEY}\.split=everything"):
         token_windows(pydocs("everything"), KEY, None)
+
+
+def test_what_is_no_regular_file_is_not_opened(tmp_path):
+    """A pipe never comes, a device never ends: a test that opens one hangs."""
+    os.mkfifo(tmp_path / "pipe")
+    for path, kind in ((tmp_path / "pipe", "pipe"), ("/dev/zero", "device"), (tmp_path, "folder"), ("/dev/stdin/..", "")):
+        with pytest.raises(InputError, match=rf"{KEY}\.path=.*{kind}"):
+            token_windows(text_config(path), KEY, None)
+        with pytest.raises(InputError, match=rf"search\.import_file=.*{kind}"):
+            file_hash(Path(path))
+    os.mkfifo(tmp_path / "piqa.jsonl")
+    with pytest.raises(InputError, match=r"piqa\.jsonl: .*pipe"):
+        read_rows(str(tmp_path), "piqa")
+    with pytest.raises(InputError, match=rf"{KEY}\.path=~nobody_such/x"):
+        token_windows(text_config("~nobody_such/x"), KEY, None)
+
+
+def test_a_byte_order_mark_is_no_text(alphabet, tmp_path):
+    marked = tmp_path / "marked.txt"
+    marked.write_bytes(b"\xef\xbb\xbf" + alphabet.read_bytes())
+    assert (
+        token_windows(text_config(marked, window=8), KEY, None).tolist()
+        == token_windows(text_config(alphabet, window=8), KEY, None).tolist()
+    )
+    assert fingerprint(text_config(marked, window=8), KEY) == fingerprint(text_config(alphabet, window=8), KEY)
+
+
+def test_tokens_beyond_the_models_vocabulary_are_refused(alphabet):
+    config = text_config(alphabet, window=8)
+    assert token_windows(config, KEY, None, ord("z") + 1).shape == (3, 8)
+    with pytest.raises(InputError, match=rf"{KEY}: token {ord('z')} .*vocab_size={ord('z')}"):
+        token_windows(config, KEY, None, ord("z"))
 
 
 def test_an_unreachable_data_set_of_the_hub_names_itself():

@@ -1,6 +1,7 @@
 """Zero-shot accuracy against log-likelihoods that transformers gives, and lm-eval's own entry on the real model."""
 
 import json
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -21,15 +22,16 @@ from spikellm.stages import run_stages
 BOS = 256  # bytes are 0 to 255
 
 
-def byte_tokenizer(*, adds_bos: bool = False) -> PreTrainedTokenizerFast:
-    """Every byte a token."""
+def byte_tokenizer(*, adds_bos: bool = False, special: tuple[str, ...] = ("bos", "eos")) -> PreTrainedTokenizerFast:
+    """Every byte a token, and the special tokens that are named: from `BOS` on."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<s>", "</s>"])
+    named = {f"{name}_token": {"bos": "<s>", "eos": "</s>"}.get(name, f"<{name}>") for name in special}
+    tokenizer.add_special_tokens(list(named.values()))
     if adds_bos:
         tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named)
 
 
 def words(generator: torch.Generator, count: int) -> str:
@@ -145,6 +147,18 @@ def byte_model(folder: Path) -> list[str]:
     return ["model.source=hub", f"model.path={folder}"]
 
 
+@pytest.mark.parametrize("special", [named for count in range(4) for named in combinations(("bos", "eos", "pad"), count)])
+def test_every_set_of_special_tokens_will_do(special, tasks):
+    """No task has an empty context, so none is needed; what is not in the text changes no score."""
+    model, tokenizer = tiny_model(vocab_size=258), byte_tokenizer(special=special)
+    for name in ("piqa", "winogrande"):
+        found, wanted = (
+            zero_shot.accuracy(model, each, tasks[name], limit=4, batch_size=4, prefix_tokens=[]) for each in (tokenizer, byte_tokenizer())
+        )
+        assert found == wanted
+    assert len(tokenizer) == BOS + len(special)  # lm-eval adds a token for padding to its own copy
+
+
 def test_stages_write_accuracies_and_keep_them(folder, tmp_path):
     arguments = [*SMALL, *byte_model(tmp_path / "model"), f"output_root={tmp_path}", f"dataset.zero_shot.path={folder}"]
 
@@ -197,7 +211,6 @@ def test_a_file_that_is_no_benchmark_is_refused(content, named, tmp_path):
         ("winogrande", {"sentence": "no gap", "option1": "a", "option2": "b", "answer": "1"}),
         ("winogrande", {"sentence": "a _", "option1": "a", "option2": "b", "answer": ""}),
         ("arc_easy", {"question": "q", "choices": {"text": ["a"], "label": ["A"]}, "answerKey": "B"}),
-        ("arc_challenge", {"question": "q", "choices": ["a"], "answerKey": "A"}),
         ("hellaswag", {"activity_label": "a", "ctx_a": "b", "ctx_b": "c", "endings": ["a", "b"], "label": ""}),
     ],
 )
@@ -205,6 +218,45 @@ def test_a_row_without_an_answer_is_refused(task, row, tmp_path):
     (tmp_path / f"{task}.jsonl").write_text(json.dumps(row))
     with pytest.raises(InputError, match=r"line 1: .*names none of its choices"):
         zero_shot.read_rows(str(tmp_path), task)
+
+
+ARC = {"question": "q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "A"}
+SWAG = {"activity_label": "a", "ctx_a": "b", "ctx_b": "", "endings": ["c", "d"], "label": "1"}
+WINO = {"sentence": "a _ b", "option1": "c", "option2": "d", "answer": "1"}
+
+
+@pytest.mark.parametrize(
+    ("task", "good", "field", "values"),
+    [
+        ("piqa", GOOD, "goal", [None, 5, True, ["g"], "\ud800"]),
+        ("piqa", GOOD, "sol1", [["a"], "", " ", None, 5, {"a": "b"}]),
+        ("piqa", GOOD, "label", [True, 2, 0.0, "0", None, [0]]),
+        ("hellaswag", SWAG, "endings", ["abcd", [1, 2], ["a", None], [["a"], "b"], ["a", ""], ["a", "[header]"], None]),
+        ("hellaswag", SWAG, "label", [0.9, 2, True, "-1", "1.0", "", None, "\u00b2"]),
+        ("hellaswag", SWAG, "ctx_a", [None, 1]),
+        ("arc_easy", ARC, "choices", [["a"], {"text": ["a", "b"], "label": ["A", "A"]}, {"text": "ab", "label": ["A", "B"]}, {"text": [], "label": 1},
+                                      {"text": ["a", 1], "label": ["A", "B"]}, {"text": ["a"], "label": ["A", "B"]}, {"text": ["a", "b"]}]),
+        ("arc_challenge", ARC, "answerKey", ["C", 1, ["A"], None]),
+        ("arc_challenge", ARC, "question", ["", 7]),
+        ("winogrande", WINO, "option2", [None, ""]),
+        ("winogrande", WINO, "answer", [1, True, "3", ["1"]]),
+        ("winogrande", WINO, "sentence", [None, ["_"]]),
+    ],
+)  # fmt: skip
+def test_every_field_has_its_type(task, good, field, values, tmp_path):
+    path = tmp_path / f"{task}.jsonl"
+    path.write_text("\ufeff" + json.dumps(good) + "\r\n", encoding="utf-8")  # a byte order mark and another end of line do no harm
+    assert zero_shot.read_rows(str(tmp_path), task) == [good]
+    for value in values:
+        path.write_text(json.dumps(good) + "\n\n" + json.dumps(good | {field: value}))
+        with pytest.raises(InputError, match=rf"{task}\.jsonl line 3: {field}="):
+            zero_shot.read_rows(str(tmp_path), task)
+
+
+def test_lines_end_where_json_lines_do(tmp_path):
+    row = GOOD | {"goal": "one\u2028two\x85three"}
+    (tmp_path / "piqa.jsonl").write_text(json.dumps(row, ensure_ascii=False), encoding="utf-8")
+    assert zero_shot.read_rows(str(tmp_path), "piqa") == [row]
 
 
 @pytest.mark.parametrize(
