@@ -12,9 +12,9 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from spikellm import plots
-from spikellm.artifacts import read_json, write_text
+from spikellm.artifacts import write_text
 from spikellm.config import Config, InputError
-from spikellm.report import FIGURES, RESULTS, SITES, SWEEP, extent, heading, readable, summary_rows, value_at, write_summary
+from spikellm.report import FIGURES, RESULTS, SITES, SWEEP, extent, heading, read_record, readable, summary_rows, value_at, write_summary
 
 REPORT, PICTURE = "report.html", "summary.png"
 SHOWN_MAPS = {"relative_error": "relative squared error", "firing_rate": "firing rate [spikes / (neuron x T)]"}
@@ -54,7 +54,7 @@ def _reportable(folder: Path) -> bool:
 
 
 def _run(folder: Path) -> dict[str, Any]:
-    results = read_json(folder / RESULTS)
+    results = read_record(folder / RESULTS)
     name = f"{results['model']}, T = {results['T']}, grain {results['grain']}"
     return {
         "title": name,
@@ -80,7 +80,7 @@ def _sweep(folder: Path) -> dict[str, Any]:
     for row in finished:
         options = f", {row['options']}" if row["options"] else ""
         jobs.append(_job(folder / row["folder"], f"{row['model']}, T = {row['T']}, grain {row['grain']}{options}", open=row is best))
-    asked = read_json(folder / SWEEP) if (folder / SWEEP).is_file() else {}
+    asked = read_record(folder / SWEEP) if (folder / SWEEP).is_file() else {}
     models = ", ".join(sorted({row["model"] for row in finished})) or "none finished"
     return {
         "title": f"Sweep of {asked.get('jobs') or len(rows)} jobs: {models}",
@@ -90,7 +90,7 @@ def _sweep(folder: Path) -> dict[str, Any]:
         "figures": _sweep_figures(finished),
         "jobs": jobs,
         "failures": [(row["folder"], row["error"]) for row in rows if row["error"]],
-        "versions": read_json(folder / finished[0]["folder"] / RESULTS).get("versions", {}) if finished else {},
+        "versions": read_record(folder / finished[0]["folder"] / RESULTS).get("versions", {}) if finished else {},
     }
 
 
@@ -110,7 +110,7 @@ def _sweep_figures(rows: plots.Rows) -> list[tuple[str, str]]:
 
 def _job(folder: Path, name: str, *, open: bool = True) -> dict[str, Any]:
     """What the page shows of one finished job."""
-    results = read_json(folder / RESULTS)
+    results = read_record(folder / RESULTS)
     sites = list(csv.DictReader((folder / SITES).open(encoding="utf-8"))) if (folder / SITES).is_file() else []
     maps = [(column, plots.site_map(sites, column, title)) for column, title in SHOWN_MAPS.items()]
     settings = folder / ".hydra" / "config.yaml"

@@ -17,7 +17,9 @@ from typing import Any
 
 from filelock import FileLock
 
-from spikellm.artifacts import read_json, write_json, write_text
+from spikellm.artifacts import write_json, write_text
+from spikellm.boundary import blamed_on
+from spikellm.config import InputError
 
 log = logging.getLogger(__name__)
 
@@ -83,11 +85,29 @@ def write_failure(folder: Path, reason: str, job: dict[str, Any]) -> None:
         write_json(folder / FAILURE, {"error": reason} | job)
 
 
+def read_record(path: Path) -> dict[str, Any]:
+    """What a run or sweep wrote about itself: results.json, error.json or sweep.json.
+
+    Raises:
+        InputError: it cannot be read, as after a power cut.
+    """
+    cure = "give the run's or sweep's command again, which writes it anew"
+    with blamed_on(f"{path} is damaged", cure):
+        content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is damaged: it holds a {type(content).__name__}; {cure}")
+    return content
+
+
 def finished_results(folder: Path, config: str) -> dict[str, Any] | None:
     """The results of a job that was finished in `folder` before with the same resolved configuration (its hash)."""
     if not (folder / RESULTS).is_file() or (folder / FAILURE).is_file():
         return None
-    results = read_json(folder / RESULTS)
+    try:
+        results = read_record(folder / RESULTS)
+    except InputError as error:
+        log.warning("%s", error)
+        return None
     return results if results.get("config") == config else None
 
 
@@ -99,13 +119,13 @@ def summary_rows(folder: Path) -> list[dict[str, Any]]:
     """
     rows, options = [], []
     for job in sorted((path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")), key=_job_order):
-        failure = read_json(job / FAILURE) if (job / FAILURE).is_file() else None
-        if failure is None and (job / RESULTS).is_file():
-            found: dict[str, Any] = read_json(job / RESULTS)
-        elif failure is not None or (job / ".hydra").is_dir():
-            found = {"error": NOT_FINISHED} | (failure or {})
-        else:
+        record = next((job / name for name in (FAILURE, RESULTS) if (job / name).is_file()), None)
+        if record is None and not (job / ".hydra").is_dir():
             continue  # not a job's folder
+        try:
+            found = read_record(record) if record else {"error": NOT_FINISHED}
+        except InputError as error:
+            found = {"error": str(error)}
         rows.append(_row(found) | {"folder": job.name, "error": found.get("error")})
         options.append(_options(found))
     known = [set(own) for own in options if own]  # a job that left no word has none

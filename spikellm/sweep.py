@@ -5,13 +5,18 @@ report.html. Continuing works on three levels: stages are artefacts (`artifacts.
 same resolved configuration returns its recorded results (`report.finished_results`); and a sweep started with the same command as
 the newest unfinished one goes on in that one's folder, unless `hydra.sweep.dir` says where.
 
+A run or sweep has its folder to itself while it lasts: a folder named by the clock is made, or another with a number behind the name;
+into a folder that the user names, a second run at the same time is refused, and a second sweep unless it is the same one.
+
 The callback's methods run in the process that launches (`on_multirun_*`) and in that of each job (`on_job_end`), which the
 joblib and submitit launchers put elsewhere. Hydra leaves `on_multirun_end` out where a job has failed, so the last job's end counts too.
 """
 
 import logging
 import math
-import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +27,15 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, open_dict, read_write
 
-from spikellm.artifacts import read_json, write_json
-from spikellm.command import command_line
-from spikellm.report import SWEEP, summary_rows, write_summary
+from spikellm.artifacts import write_json
+from spikellm.command import INPUT_ERRORS, command_line, explain
+from spikellm.config import InputError
+from spikellm.report import SWEEP, read_record, summary_rows, write_summary
 
 log = logging.getLogger(__name__)
 
 RUNNING = ".running.lock"
+PATIENCE_S = 3.0  # for another process to say which sweep it is
 LOOKED_AT = 100  # newest sweeps among which an unfinished one is looked for
 
 
@@ -46,7 +53,24 @@ def _write_report(folder: Path) -> None:
 
 def _jobs(folder: Path) -> float:
     """How many jobs a sweep has; infinity where nobody knows."""
-    return (read_json(folder / SWEEP)["jobs"] if (folder / SWEEP).is_file() else None) or math.inf
+    return _asked(folder).get("jobs") or math.inf
+
+
+def _asked(folder: Path) -> dict[str, Any]:
+    """What sweep.json says; empty where it is missing or damaged."""
+    try:
+        return read_record(folder / SWEEP)
+    except InputError:
+        return {}
+
+
+@contextmanager
+def _stopping() -> Iterator[None]:
+    """Within a callback: wrong input ends the command. Hydra makes a warning of any other exception, and goes on."""
+    try:
+        yield
+    except INPUT_ERRORS as error:
+        raise SystemExit(explain(error)) from error
 
 
 def _complete(folder: Path) -> bool:
@@ -62,7 +86,23 @@ class Reporter(Callback):
     def __getstate__(self) -> dict[str, Any]:
         return {"_running": None}  # the lock stays with the process that launches
 
+    def on_run_start(self, config: DictConfig, **_: Any) -> None:
+        folder = Path(config.hydra.run.dir)
+        with _stopping():
+            if not _is_named(config, "hydra.run.dir") and folder.parents[1] == Path(config.output_root) / "runs":
+                folder = _made(folder)
+            else:
+                folder.mkdir(parents=True, exist_ok=True)
+            if not self._take(folder):
+                raise InputError(f"hydra.run.dir={folder}: another run is writing there; wait for its end or name another folder")
+        with read_write(config.hydra):
+            config.hydra.run.dir = str(folder)
+
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        with _stopping():
+            self._start(config)
+
+    def _start(self, config: DictConfig) -> None:
         task = list(config.hydra.overrides.task)
         asked = {"command": command_line(["-m", *_launching(config), *task]), "overrides": task, "jobs": count_jobs(config)}
         folder = self._choose(config, task)
@@ -77,35 +117,39 @@ class Reporter(Callback):
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
         if config.hydra.mode is RunMode.MULTIRUN:
-            refresh(Path(config.hydra.sweep.dir))
+            try:
+                refresh(Path(config.hydra.sweep.dir))
+            except INPUT_ERRORS as error:  # the other jobs go on; `on_multirun_end` tries again
+                log.error("summary: %s", explain(error))
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         folder = Path(config.hydra.sweep.dir)
-        write_summary(folder)
-        _write_report(folder)
+        with _stopping():
+            write_summary(folder)
+            _write_report(folder)
 
     def _choose(self, config: DictConfig, task: list[str]) -> Path:
         """The folder that the user names; or of the newest sweep with the same overrides, if it is unfinished; or a new one."""
         folder = Path(config.hydra.sweep.dir)
-        named = any(override.partition("=")[0].lstrip("+") == "hydra.sweep.dir" for override in config.hydra.overrides.hydra)
-        if not named and folder.parents[1] == Path(config.output_root) / "sweeps":
+        if not _is_named(config, "hydra.sweep.dir") and folder.parents[1] == Path(config.output_root) / "sweeps":
             for path in sorted(folder.parents[1].glob(f"*/*/{SWEEP}"), reverse=True)[:LOOKED_AT]:
-                if read_json(path)["overrides"] == task:
+                if _asked(path.parent).get("overrides") == task:
                     if not _complete(path.parent) and self._take(path.parent):
                         return path.parent
                     break
+            folder = _made(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if not self._take(folder):
-            if named:
-                log.warning("hydra.sweep.dir=%s: another process is running a sweep there", folder)
-            else:  # started in the same second
-                folder = folder.with_name(f"{folder.name}-{os.getpid()}")
-                folder.mkdir()
-                self._take(folder)
+            latest = time.monotonic() + PATIENCE_S
+            while _asked(folder).get("overrides") != task:
+                if time.monotonic() > latest:
+                    raise InputError(f"hydra.sweep.dir={folder}: another sweep is running there; wait for its end or name another folder")
+                time.sleep(0.1)
+            log.warning("hydra.sweep.dir=%s: another process is running the same sweep there", folder)
         return folder
 
     def _take(self, folder: Path) -> bool:
-        """Whether no other process is launching jobs into `folder`; if so, none can from now until this one ends."""
+        """Whether no other process has `folder`; if so, none can have it from now until this one ends."""
         lock = FileLock(folder / RUNNING)
         try:
             lock.acquire(timeout=0)
@@ -113,6 +157,25 @@ class Reporter(Callback):
             return False
         self._running = lock
         return True
+
+
+def _is_named(config: DictConfig, key: str) -> bool:
+    """Whether the command says which folder, not the clock."""
+    return any(override.partition("=")[0].lstrip("+") == key for override in config.hydra.overrides.hydra)
+
+
+def _made(folder: Path) -> Path:
+    """A folder that nobody had before: this one, or with a number behind its name where one was started in the same second."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    place, number = folder, 1
+    while True:
+        try:
+            place.mkdir()
+        except FileExistsError:
+            number += 1
+            place = folder.with_name(f"{folder.name}-{number}")
+        else:
+            return place
 
 
 def count_jobs(config: DictConfig) -> int | None:

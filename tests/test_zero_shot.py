@@ -234,8 +234,10 @@ WINO = {"sentence": "a _ b", "option1": "c", "option2": "d", "answer": "1"}
         ("hellaswag", SWAG, "endings", ["abcd", [1, 2], ["a", None], [["a"], "b"], ["a", ""], ["a", "[header]"], None]),
         ("hellaswag", SWAG, "label", [0.9, 2, True, "-1", "1.0", "", None, "\u00b2"]),
         ("hellaswag", SWAG, "ctx_a", [None, 1]),
-        ("arc_easy", ARC, "choices", [["a"], {"text": ["a", "b"], "label": ["A", "A"]}, {"text": "ab", "label": ["A", "B"]}, {"text": [], "label": 1},
-                                      {"text": ["a", 1], "label": ["A", "B"]}, {"text": ["a"], "label": ["A", "B"]}, {"text": ["a", "b"]}]),
+        ("arc_easy", ARC, "choices", [
+            ["a"], {"text": ["a", "b"], "label": ["A", "A"]}, {"text": "ab", "label": ["A", "B"]}, {"text": [], "label": 1},
+            {"text": ["a", 1], "label": ["A", "B"]}, {"text": ["a"], "label": ["A", "B"]}, {"text": ["a", "b"]},
+        ]),
         ("arc_challenge", ARC, "answerKey", ["C", 1, ["A"], None]),
         ("arc_challenge", ARC, "question", ["", 7]),
         ("winogrande", WINO, "option2", [None, ""]),
