@@ -67,7 +67,10 @@ def exit_code(run: Callable[[], object]) -> int:
         if not isinstance(error, INPUT_ERRORS):
             if not is_of_a_library(error, error.__traceback__):
                 raise
-            text = f"command line: {reason(error)}; python main.py --help lists groups, keys and values"  # Hydra, before a job began
+            if isinstance(error.__cause__, OSError):  # logging says "unable to configure" where it cannot write
+                text = explain(error.__cause__)
+            else:
+                text = f"command line: {reason(error)}; python main.py --help lists groups, keys and values"
         print(f"error: {text}", file=sys.stderr)
         return 2
     return 0

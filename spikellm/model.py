@@ -21,6 +21,8 @@ from spikellm.sites import ARCHITECTURES, check_architecture
 log = logging.getLogger(__name__)
 
 LEAST_POSITIONS = 2048  # of any supported pretrained model
+# Options of an architecture of which torch takes 0, and makes a network of nothing.
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
 
 
 def load_model(config: ModelConfig, hardware: HardwareConfig) -> PreTrainedModel:
@@ -178,6 +180,9 @@ def _check_type(config: ModelConfig, model_type: str) -> None:
 
 def _random_config(config: ModelConfig) -> Any:
     _check_type(config, config.path)
+    for key in SIZES:
+        if isinstance(size := config.options.get(key, 1), int) and size < 1:
+            raise InputError(f"model.options.{key}={size}: must be at least 1")
     given = ", ".join(f"{key}: {value}" for key, value in config.options.items())
     what = f"model.options={{{given}}} with model.path={config.path}"
     cure = "these do not fit each other; conf/model/tiny.yaml has some that do"
@@ -185,8 +190,6 @@ def _random_config(config: ModelConfig) -> Any:
         options = AutoConfig.for_model(config.path, **config.options)
         model = AutoModelForCausalLM.from_config(options, attn_implementation="sdpa", trust_remote_code=False)
         model(torch.zeros(1, 2, dtype=torch.long))
-    if not options.num_hidden_layers:
-        raise InputError(f"{what}: a model without layers; {cure}")
     return options
 
 

@@ -76,12 +76,16 @@ REFUSED_BY_COMPOSITION = [
     (["snn.coding=few_spike"], ["snn.max_spikes=null"]),
     (["snn.coding=few_spike", "snn.max_spikes=9"], ["snn.max_spikes=9", "snn.T=8"]),
     (["snn.max_spikes=2"], ["snn.max_spikes=2", "few_spike"]),
+    (["hydra.verbose=5"], ["command line"]),
+    (["+foo=1"], ["foo=1", "no such key"]),
 ]
 REFUSED_BY_STAGES = [
     (["dataset=text", "dataset.calibration.path=/no/such.txt"], ["dataset.calibration.path", "/no/such.txt"]),
     (["dataset=text", "dataset.calibration.path={empty}"], ["dataset.calibration.path", "empty.txt"]),
     (["dataset=text", "dataset.calibration.path={short}"], ["dataset.calibration.path", "short.txt", "window"]),
     (["dataset=text"], ["dataset.calibration.path=null"]),
+    (["dataset=text", "dataset.calibration.path=/d/it's (ü)=.txt"], ["dataset.calibration.path=/d/it's (ü)=.txt", "No such file"]),
+    (["model.options.hidden_size=65"], ["model.options", "hidden_size: 65"]),
     (["dataset=wikitext2"], ["dataset.calibration.path=Salesforce/wikitext"]),
     (["model.path=gpt2"], ["model.path=gpt2"]),
     (["model.path=phi3"], ["model.path=phi3"]),
@@ -158,10 +162,12 @@ def test_a_small_run_writes_what_the_contract_says(tmp_path):
 
 
 def test_stages_can_be_chosen(tmp_path):
-    done = launch(*SMALL, f"output_root={tmp_path}", "stages=[calibrate,search]")
+    done = launch(*SMALL, f"output_root={tmp_path}", "stages=[calibrate,search]", "model.options.max_position_embeddings=32")
     assert done.code == 0, done.err
+    assert done.out.count("max_position_embeddings") == 1  # windows beyond the context: told once
     results = json.loads(results_below(tmp_path)[0].read_text())
     assert list(results["stages"]) == ["calibrate", "search"]
+    assert all(number in results["warnings"][0] for number in ("window=64", "32 tokens"))
     assert "perplexity" not in results
     assert "-tiny-T8-G2" in results_below(tmp_path)[0].parent.name
 

@@ -1,12 +1,13 @@
 """Composition: every option of every group, the user's spellings, the checks of values."""
 
+import shlex
 from pathlib import Path
 
 import pytest
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from spikellm.command import compose_config, quote_values
+from spikellm.command import command_line, compose_config, quote_values
 from spikellm.config import MAX_T, Config, Device, InputError, ModelSource
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
@@ -108,6 +109,76 @@ def test_a_value_wins_over_its_group():
 )
 def test_bare_integers_of_numeric_groups_are_quoted(argument, quoted):
     assert quote_values([argument]) == [quoted]
+
+
+TYPED = [
+    "/d/ü.txt", "a=b", "/d/(a)/b", "it's", 'say "a"', "#", "C:\\ü\\'x'", "ü\\", "http://x/y?z=1&q=2", "日本 語", "a{b", "!x", "50%;", "`a`",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", TYPED)
+def test_values_mean_what_was_typed_and_the_command_repeats_them(value):
+    arguments = ["dataset=text", f"dataset.evaluation.path={value}", f"dataset.calibration.path={value}"]
+    assert configure(*arguments).dataset.evaluation.path == value
+    understood = quote_values(arguments)
+    repeated = shlex.split(command_line(understood))[2:]
+    assert quote_values(repeated) == understood == quote_values(understood)
+
+
+def test_the_command_shows_values_as_they_were_typed():
+    typed = ["grain=1,2", "dataset.evaluation.path=/d/it's (ü)=1.txt", "timesteps=8", "dataset.evaluation.path='/d/quoted'"]
+    assert shlex.split(command_line(quote_values(typed))) == ["python", "main.py", *typed]
+
+
+def test_a_leading_tilde_is_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/h")
+    assert configure("dataset=text", "dataset.evaluation.path=~/ü/x").dataset.evaluation.path == "/h/ü/x"
+    assert configure("output_root=~/x").output_root == "/h/x"
+
+
+@pytest.mark.parametrize("argument", ["seed=[1", "seed=f(x)", "dataset.evaluation.path=ü,b", "seed={a"])
+def test_what_may_be_grammar_is_answered_with_the_quoting_that_works(argument):
+    with pytest.raises(InputError) as caught:
+        quote_values([argument])
+    key, _, value = argument.partition("=")
+    (quoted,) = shlex.split(str(caught.value).rpartition(": ")[2])
+    assert quote_values([quoted]) == [quoted] == [f'{key}="{value}"']
+
+
+@pytest.mark.parametrize(
+    ("argument", "named"),
+    [
+        ("+foo=1", "^foo=1: no such key; there is model"),
+        ("+model.foo=1", r"^model\.foo=1: no such key; there is name"),
+        ("++snn.steps=4", r"^snn\.steps=4: no such key"),
+        ("+tracking.key=1", r"^tracking\.key=1: no such key"),
+        ("grain=null", "^grain=null: .*1, 2, 3, auto"),
+        ("grain=[1,2]", "^grain=.*1, 2, 3, auto"),
+        ("model=null", "^model=null: .*smollm2_135m"),
+        ("dataset=5", "^dataset=5: .*pydocs"),
+        ("=8", "^=8: .*KEY=VALUE"),
+        ("seed=" + "9" * 5000, "^seed=999"),
+        ("seed=99999999999999999999", "^seed=9"),
+        ("model.seed=-99999999999999999999", r"^model\.seed=-9"),
+        ("hardware.threads=2147483648", r"^hardware\.threads=2147483648"),
+        ("hardware.threads=-1", r"^hardware\.threads=-1"),
+        ("dataset.evaluation.window=100000000000", r"^dataset\.evaluation\.window=1"),
+        ("dataset.evaluation.skip_rows=-1", r"skip_rows=-1"),
+        ("search.gradient_samples=99999999999", r"^search\.gradient_samples"),
+        ("search.tolerance=nan", r"^search\.tolerance=nan"),
+        ("search.tolerance=inf", r"^search\.tolerance=inf"),
+        ("search.gradient_rate=inf", r"^search\.gradient_rate=inf"),
+        ("search.spike_weight=nan", r"^search\.spike_weight=nan"),
+        ("prefix.eta=inf", r"^prefix\.eta=inf"),
+        ("prefix.eta=nan", r"^prefix\.eta=nan"),
+        ("snn.max_memory_gib=inf", r"^snn\.max_memory_gib=inf"),
+        ("energy.mac_pj=inf", r"^energy\.mac_pj=inf"),
+        ("+model.options.rope_theta=nan", r"^model\.options\.rope_theta=nan"),
+    ],
+)
+def test_unknown_keys_and_impossible_numbers_are_refused_by_key(argument, named):
+    with pytest.raises(InputError, match=named):
+        configure(argument)
 
 
 @pytest.mark.parametrize("argument", ["grain=range(1,3)", "timesteps=choice(4,6)", "grain=choice(1,2)", "timesteps=range(4,9)"])
