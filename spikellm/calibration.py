@@ -5,10 +5,14 @@ stream's size: an error in the MLP's output counts 1 / (|r|^2 + |mlp(r)|^2). Tha
 the weight spread errors evenly); at the activation it is multiplied by up^2, the factor on the error there. Without it a few
 tokens with massive residuals, whose errors hardly matter, would set tau at both sites. An error of e_ij in the softmax moves the
 output o_i by (v_j - o_i) / sum of the row, and counts by the square of that (`attention.py`). Ours.
+
+Probabilities that are coded as they are (`snn.softmax_norm=before`) are added up along a row, and with them their errors: the mean error
+counts as often as there are probabilities in the row (`code_fit.bias_weight`), for which the rows' lengths are kept.
 """
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,6 +24,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from spikellm.artifacts import read_json, write_json, write_tensors
+from spikellm.attention import SpikingAttention
 from spikellm.config import PrefixConfig
 from spikellm.conversion import clear, model_sites, set_neuron, site_groups
 from spikellm.prefix import attach_prefix, find_prefix_tokens, keep_what_helps
@@ -37,7 +42,7 @@ from spikellm.sites import (
     SiteKind,
     decoder_layers,
 )
-from spikellm.statistics import FIT, HELD_OUT, Observer, SiteStatistics
+from spikellm.statistics import CHOOSE, FIT, REPORT, Observer, SiteStatistics
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +50,8 @@ log = logging.getLogger(__name__)
 SOFTMAX_ROW_STRIDE = 8
 # Where prefix tokens are looked for, windows and tokens of each: sinks arise at the start, and their number hardly varies.
 PREFIX_WINDOWS, PREFIX_LENGTH = 4, 512
+# The parts that windows go to, over and over: half of them are fitted to.
+PERIOD = (FIT, CHOOSE, FIT, REPORT)
 WEIGHTED_BY_RESIDUAL = (SiteKind.activation, SiteKind.mlp_product)
 TWO_SIDED = (SiteKind.activation,)
 
@@ -76,14 +83,12 @@ class Calibration:
 def calibrate(model: PreTrainedModel, windows: Int[Tensor, "W L"], prefix: PrefixConfig) -> Calibration:
     """Observe an installed model without neurons on `windows`; leaves it with its prefix and transparent slots.
 
-    Windows go alternately to the fitting and the held-out part; a single window is cut in two.
+    Windows go to the parts of the statistics in the order of `PERIOD`; windows too few for that are cut into pieces.
 
     Raises:
-        ValueError: a site saw NaN or infinite activations.
+        ValueError: too little text for all parts, or a site saw NaN or infinite activations.
     """
-    if len(windows) == 1:
-        half = windows.shape[1] // 2
-        windows = windows[0, : 2 * half].view(2, half)
+    pieces = enough_pieces(windows)
     tokens: list[int] = []
     if prefix.enabled:
         bos = model.config.bos_token_id
@@ -96,27 +101,76 @@ def calibrate(model: PreTrainedModel, windows: Int[Tensor, "W L"], prefix: Prefi
     for site, observer in observers.items():
         set_neuron(model, site, observer)
     importances = [MlpImportance(layer) for layer in decoder_layers(model)]
-    for index, window in enumerate(tqdm(windows, desc="calibrate", unit="window", disable=None)):
+    rows = {site.name: RowLengths(_attention(model, site)) for site in observers if site.kind is SiteKind.softmax}
+    for piece, part in zip(tqdm(pieces, desc="calibrate", unit="window", disable=None), cycle(PERIOD), strict=False):
         for observer in observers.values():
-            observer.part = HELD_OUT if index % 2 else FIT
-        model.base_model(window[None].to(model.device), use_cache=False)
-    for importance in importances:
-        importance.remove()
+            observer.part = part
+        model.base_model(piece[None].to(model.device), use_cache=False)
+    for watch in (*importances, *rows.values()):
+        watch.remove()
     clear(model)
-    return Calibration(statistics={site.name: observer.result() for site, observer in observers.items()}, prefix_tokens=tokens)
+    statistics = {site.name: observer.result() for site, observer in observers.items()}
+    statistics |= {name: replace(statistics[name], row_neurons=each.mean) for name, each in rows.items()}
+    return Calibration(statistics=statistics, prefix_tokens=tokens)
+
+
+def enough_pieces(windows: Int[Tensor, "W L"]) -> Int[Tensor, "P l"]:
+    """At least as many pieces of text as `PERIOD` has, of one length: the windows, or equal cuts of them.
+
+    Raises:
+        ValueError: windows of fewer tokens than cuts.
+    """
+    number, length = windows.shape
+    cuts = -(-len(PERIOD) // number)
+    if length < cuts:
+        raise ValueError(
+            f"dataset.calibration.window={length}: {number} windows of it cannot be cut into {len(PERIOD)} pieces; take a longer text "
+            f"or a larger dataset.calibration.window"
+        )
+    return windows[:, : length // cuts * cuts].reshape(number * cuts, -1)
 
 
 def _observer(model: PreTrainedModel, site: Site) -> Observer:
     softmax = site.kind is SiteKind.softmax
-    attention: Any = model.get_submodule(f"{LAYERS}.0.{ATTENTION}.{SPIKING_ATTENTION}")
     return Observer(
         site.name,
         groups=site_groups(model.config, site.kind),
         axis=GROUP_AXIS[site.kind],
         row_stride=SOFTMAX_ROW_STRIDE if softmax else 1,
-        weighted=attention.normalise_after if softmax else site.kind in WEIGHTED_BY_RESIDUAL,
+        weighted=_attention(model, site).normalise_after if softmax else site.kind in WEIGHTED_BY_RESIDUAL,
         two_sided=site.kind in TWO_SIDED,
     )
+
+
+def _attention(model: PreTrainedModel, site: Site) -> SpikingAttention:
+    attention = model.get_submodule(f"{LAYERS}.{site.layer}.{ATTENTION}.{SPIKING_ATTENTION}")
+    assert isinstance(attention, SpikingAttention)
+    return attention
+
+
+class RowLengths:
+    """Hook on one attention that keeps how many keys a query sees, the mean over the pairs of both; None where no errors add up."""
+
+    def __init__(self, attention: SpikingAttention) -> None:
+        self.pairs = self.squares = 0
+        self.handle = attention.register_forward_pre_hook(self._look)
+
+    def _look(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        assert isinstance(module, SpikingAttention)
+        if module.normalise_after:
+            return
+        prefix = 0 if module.prefix_key is None else module.prefix_key.shape[1]
+        keys = inputs[3].sum(-1) + prefix  # of the mask [B, 1, L, S]
+        self.pairs += int(keys.sum())
+        self.squares += int(keys.square().sum())
+
+    @property
+    def mean(self) -> float | None:
+        # the squared errors of row sums, S mse + S^2 bias^2 of a row of S, added up over rows: relative weight sum S^2 / sum S
+        return self.squares / self.pairs if self.pairs else None
+
+    def remove(self) -> None:
+        self.handle.remove()
 
 
 class MlpImportance:

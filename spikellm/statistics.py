@@ -10,7 +10,9 @@ come from: `attention.py` (softmax) and `calibration.py` (MLP).
 
 One-sided activations (SiLU) are counted apart by sign: `two_sided`.
 
-Windows go alternately to a fitting and a held-out part.
+Windows go to three parts: codes are fitted to FIT; CHOOSE decides between what was found and base 2, and between numbers of grains
+(`code_fit.py`); errors and firing rates are reported on REPORT, on which nothing is decided: a code may turn out worse than base 2
+there, and an activation beyond all of the other parts' is clipped as it would be in use.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -23,7 +25,8 @@ from torch import Tensor, nn
 MANTISSA_BITS = 8
 LOWEST_EXPONENT, OCTAVES = -40, 64  # values below 2^-40 count as zero; 2^24 and above are refused
 BINS = OCTAVES << MANTISSA_BITS
-FIT, HELD_OUT = 0, 1
+FIT, CHOOSE, REPORT = range(3)
+PARTS = 3
 _SHIFT = 23 - MANTISSA_BITS
 _FIRST = (127 + LOWEST_EXPONENT) << MANTISSA_BITS
 _CODES = 1 << (8 + MANTISSA_BITS)  # of a non-negative float32, exponent and leading mantissa bits
@@ -35,7 +38,9 @@ class SiteStatistics:
 
     C rows: one a group, or two where `two_sided`, first those of x >= 0, then those of x < 0. counts [parts, C, bins] float32;
     weights [parts, C, bins] float32, the summed importance of a bin's activations, None where all count the same; zeros
-    [parts, C] int64, activations of exactly zero or below the smallest bin; maximum [parts, C] float32. Parts are FIT and HELD_OUT.
+    [parts, C] int64, activations of exactly zero or below the smallest bin; maximum [parts, C] float32. Parts are FIT, CHOOSE and
+    REPORT. row_neurons: of a row whose outputs are added up as they are (the softmax normalised before coding), as a neuron sees it:
+    the mean over neurons of how many its row has; None where no such sum is taken.
     """
 
     counts: Float[Tensor, "P C bins"]
@@ -44,6 +49,12 @@ class SiteStatistics:
     maximum: Float[Tensor, "P C"]
     first_bin: int
     two_sided: bool = False
+    row_neurons: float | None = None
+
+    @property
+    def known_maximum(self) -> Float[Tensor, " C"]:
+        """The largest activation of each row that a code may know of: in all parts but the one that reports."""
+        return self.maximum[:REPORT].amax(0)
 
     @property
     def edges(self) -> Float[Tensor, " edges"]:
@@ -90,6 +101,7 @@ class SiteStatistics:
             maximum=tensors[f"{name}.maximum"],
             first_bin=int(tensors[f"{name}.first_bin"]),
             two_sided=bool(tensors[f"{name}.two_sided"]),
+            row_neurons=tensors[f"{name}.row_neurons"].item() if f"{name}.row_neurons" in tensors else None,
         )
 
 
@@ -134,8 +146,8 @@ class Observer(nn.Module):
     def _count(self, x: Tensor, importance: Tensor | None) -> None:
         values = self._grouped(x).float()
         if self.counts is None or self.maximum is None:
-            self.counts = torch.zeros(2, self.rows, BINS, dtype=torch.int64, device=x.device)
-            self.maximum = torch.zeros(2, self.rows, device=x.device)
+            self.counts = torch.zeros(PARTS, self.rows, BINS, dtype=torch.int64, device=x.device)
+            self.maximum = torch.zeros(PARTS, self.rows, device=x.device)
         # amax and amin carry NaN and infinity through to `result`
         highest, lowest = values.amax(1), -values.amin(1)
         peaks = torch.cat([highest, lowest]).clamp_min(0) if self.two_sided else torch.maximum(highest, lowest)
@@ -148,7 +160,7 @@ class Observer(nn.Module):
         self.counts[self.part] += self._histogram(index, None)
         if importance is not None:
             if self.weights is None:
-                self.weights = torch.zeros(2, self.rows, BINS, dtype=torch.float64, device=x.device)
+                self.weights = torch.zeros(PARTS, self.rows, BINS, dtype=torch.float64, device=x.device)
             self.weights[self.part] += self._histogram(index, self._grouped(importance).double().flatten())
 
     def _histogram(self, index: Tensor, weights: Tensor | None) -> Tensor:

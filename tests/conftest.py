@@ -83,10 +83,10 @@ def base2_tables(model, T: int = 6) -> dict[str, PhaseTable]:
 
 def observed(x: torch.Tensor, **options):
     """Statistics of x at one site, its first half the fitting part; options of `Observer`."""
-    from spikellm.statistics import FIT, HELD_OUT, Observer
+    from spikellm.statistics import CHOOSE, FIT, REPORT, Observer
 
     observer = Observer("site", **options)
-    for part, half in zip((FIT, HELD_OUT), x.chunk(2), strict=True):
+    for part, half in zip((CHOOSE, FIT, REPORT), x.chunk(2), strict=True):
         observer.part = part
         observer(half)
     return observer.result()

@@ -9,7 +9,7 @@ from test_config import configure
 from spikellm.gradient import BATCH, Schedule, SurrogateSpike, descend_grains, differentiable_encode, draw_samples
 from spikellm.neuron import PhaseTable, encode
 from spikellm.search import gradient_search
-from spikellm.statistics import HELD_OUT, Observer
+from spikellm.statistics import CHOOSE, FIT, REPORT, Observer
 
 QUICK = Schedule(outer=4, inner=10, samples=2000, rate=1e-3)
 
@@ -22,7 +22,7 @@ def laplacian(seed: int, *shape: int) -> torch.Tensor:
 def statistics(x: torch.Tensor, *, importance: torch.Tensor | None = None):
     """One site, the same values in both parts."""
     observer = Observer("site", weighted=importance is not None)
-    for part in (0, HELD_OUT):
+    for part in (FIT, CHOOSE, REPORT):
         observer.part = part
         observer(x)
         if importance is not None:

@@ -6,7 +6,7 @@ import torch
 from spikellm.code_fit import load_fits, save_fits
 from spikellm.neuron import encode_plain
 from spikellm.search import base2_search, search
-from spikellm.statistics import FIT, HELD_OUT, Observer, SiteStatistics
+from spikellm.statistics import CHOOSE, FIT, REPORT, Observer, SiteStatistics
 
 T = 4
 
