@@ -11,7 +11,9 @@ counts as often as there are probabilities in the row (`code_fit.bias_weight`), 
 """
 
 import logging
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 from typing import Any, Self
@@ -24,7 +26,6 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from spikellm.artifacts import read_json, write_json, write_tensors
-from spikellm.attention import SpikingAttention
 from spikellm.config import PrefixConfig
 from spikellm.conversion import clear, model_sites, set_neuron, site_groups
 from spikellm.prefix import attach_prefix, find_prefix_tokens, keep_what_helps
@@ -48,6 +49,9 @@ log = logging.getLogger(__name__)
 
 # Attention has L^2 probabilities a head: every eighth query suffices for their distribution.
 SOFTMAX_ROW_STRIDE = 8
+# Queries per block while observing [tokens], whatever hardware.query_block says: another one rounds sums in another order, which
+# carries activations over the edges of bins. A multiple of the stride, and 32 MiB a block at 32 heads and 2048 keys.
+QUERY_BLOCK = 128
 # Where prefix tokens are looked for, windows and tokens of each: sinks arise at the start, and their number hardly varies.
 PREFIX_WINDOWS, PREFIX_LENGTH = 4, 512
 # The parts that windows go to, over and over: half of them are fitted to.
@@ -89,33 +93,19 @@ def calibrate(model: PreTrainedModel, windows: Int[Tensor, "W L"], prefix: Prefi
         ValueError: too little text for all parts, or a site saw NaN or infinite activations.
     """
     pieces = enough_pieces(windows)
-    tokens: list[int] = []
-    if prefix.enabled:
-        bos = model.config.bos_token_id
-        starts = windows[:PREFIX_WINDOWS, :PREFIX_LENGTH]
-        tokens = find_prefix_tokens(model, starts, eta=prefix.eta, max_tokens=prefix.max_tokens, bos=bos)
-        tokens = keep_what_helps(model, starts, tokens, eta=prefix.eta, text=windows[:PREFIX_WINDOWS])
+    with _query_blocks(model, QUERY_BLOCK):
+        tokens = _prefix_tokens(model, windows[:PREFIX_WINDOWS], prefix) if prefix.enabled else []
         attach_prefix(model, tokens)
-        log.info("calibrate: prefix tokens %s", tokens)
-    observers = {site: _observer(model, site) for site in model_sites(model)}
-    for site, observer in observers.items():
-        set_neuron(model, site, observer)
-    importances = [MlpImportance(layer) for layer in decoder_layers(model)]
-    rows = {site.name: RowLengths(_attention(model, site)) for site in observers if site.kind is SiteKind.softmax}
-    for piece, part in zip(tqdm(pieces, desc="calibrate", unit="window", disable=None), cycle(PERIOD), strict=False):
-        for observer in observers.values():
-            observer.part = part
-        model.base_model(piece[None].to(model.device), use_cache=False)
-    for watch in (*importances, *rows.values()):
-        watch.remove()
-    clear(model)
-    statistics = {site.name: observer.result() for site, observer in observers.items()}
-    statistics |= {name: replace(statistics[name], row_neurons=each.mean) for name, each in rows.items()}
-    return Calibration(statistics=statistics, prefix_tokens=tokens)
+        with _observing(model) as observers:
+            for piece, part in zip(tqdm(pieces, desc="calibrate", unit="window", disable=None), cycle(PERIOD), strict=False):
+                for observer in observers.values():
+                    observer.part = part
+                model.base_model(piece[None].to(model.device), use_cache=False)
+    return Calibration(statistics={site.name: observer.result() for site, observer in observers.items()}, prefix_tokens=tokens)
 
 
 def enough_pieces(windows: Int[Tensor, "W L"]) -> Int[Tensor, "P l"]:
-    """At least as many pieces of text as `PERIOD` has, of one length: the windows, or equal cuts of them.
+    """The windows, or equal cuts of them where they are fewer than the parts of a `PERIOD`.
 
     Raises:
         ValueError: windows of fewer tokens than cuts.
@@ -124,53 +114,61 @@ def enough_pieces(windows: Int[Tensor, "W L"]) -> Int[Tensor, "P l"]:
     cuts = -(-len(PERIOD) // number)
     if length < cuts:
         raise ValueError(
-            f"dataset.calibration.window={length}: {number} windows of it cannot be cut into {len(PERIOD)} pieces; take a longer text "
-            f"or a larger dataset.calibration.window"
+            f"dataset.calibration.window={length}: {number} of it cannot be cut into the {len(PERIOD)} pieces that fitting, choosing and "
+            f"reporting need; take a larger window"
         )
     return windows[:, : length // cuts * cuts].reshape(number * cuts, -1)
 
 
+def _prefix_tokens(model: PreTrainedModel, text: Int[Tensor, "W L"], prefix: PrefixConfig) -> list[int]:
+    bos, starts = model.config.bos_token_id, text[:, :PREFIX_LENGTH]
+    tokens = find_prefix_tokens(model, starts, eta=prefix.eta, max_tokens=prefix.max_tokens, bos=bos)
+    tokens = keep_what_helps(model, starts, tokens, eta=prefix.eta, text=text)
+    log.info("calibrate: prefix tokens %s", tokens)
+    return tokens
+
+
+@contextmanager
+def _query_blocks(model: PreTrainedModel, size: int) -> Iterator[None]:
+    """Within: attention takes its queries in blocks of `size`."""
+    attentions: list[Any] = [layer.get_submodule(f"{ATTENTION}.{SPIKING_ATTENTION}") for layer in decoder_layers(model)]
+    before = [attention.query_block for attention in attentions]
+    try:
+        for attention in attentions:
+            attention.query_block = size
+        yield
+    finally:
+        for attention, own in zip(attentions, before, strict=True):
+            attention.query_block = own
+
+
+@contextmanager
+def _observing(model: PreTrainedModel) -> Iterator[dict[Site, Observer]]:
+    """Within: an observer in every slot; afterwards the slots are transparent."""
+    observers = {site: _observer(model, site) for site in model_sites(model)}
+    for site, observer in observers.items():
+        set_neuron(model, site, observer)
+    importances = [MlpImportance(layer) for layer in decoder_layers(model)]
+    try:
+        yield observers
+    finally:
+        for importance in importances:
+            importance.remove()
+        clear(model)
+
+
 def _observer(model: PreTrainedModel, site: Site) -> Observer:
     softmax = site.kind is SiteKind.softmax
+    attention: Any = model.get_submodule(f"{LAYERS}.0.{ATTENTION}.{SPIKING_ATTENTION}")
     return Observer(
         site.name,
         groups=site_groups(model.config, site.kind),
         axis=GROUP_AXIS[site.kind],
         row_stride=SOFTMAX_ROW_STRIDE if softmax else 1,
-        weighted=_attention(model, site).normalise_after if softmax else site.kind in WEIGHTED_BY_RESIDUAL,
+        held=softmax or site.kind in WEIGHTED_BY_RESIDUAL,
+        summed=softmax and not attention.normalise_after,
         two_sided=site.kind in TWO_SIDED,
     )
-
-
-def _attention(model: PreTrainedModel, site: Site) -> SpikingAttention:
-    attention = model.get_submodule(f"{LAYERS}.{site.layer}.{ATTENTION}.{SPIKING_ATTENTION}")
-    assert isinstance(attention, SpikingAttention)
-    return attention
-
-
-class RowLengths:
-    """Hook on one attention that keeps how many keys a query sees, the mean over the pairs of both; None where no errors add up."""
-
-    def __init__(self, attention: SpikingAttention) -> None:
-        self.pairs = self.squares = 0
-        self.handle = attention.register_forward_pre_hook(self._look)
-
-    def _look(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        assert isinstance(module, SpikingAttention)
-        if module.normalise_after:
-            return
-        prefix = 0 if module.prefix_key is None else module.prefix_key.shape[1]
-        keys = inputs[3].sum(-1) + prefix  # of the mask [B, 1, L, S]
-        self.pairs += int(keys.sum())
-        self.squares += int(keys.square().sum())
-
-    @property
-    def mean(self) -> float | None:
-        # the squared errors of row sums, S mse + S^2 bias^2 of a row of S, added up over rows: relative weight sum S^2 / sum S
-        return self.squares / self.pairs if self.pairs else None
-
-    def remove(self) -> None:
-        self.handle.remove()
 
 
 class MlpImportance:

@@ -15,7 +15,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from spikellm.attention import SpikingAttention
 from spikellm.conversion import convert, get_neuron, install, model_sites
-from spikellm.modules import SpikingLinear
+from spikellm.modules import OnlineHadamard
 from spikellm.neuron import PhaseNeuron, PhaseTable
 from spikellm.sites import LAYERS
 
@@ -94,8 +94,8 @@ class SpikingModelQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         for module in model.modules():
-            if isinstance(module, SpikingAttention | SpikingLinear):
-                module.reset_rotation()
+            if isinstance(module, OnlineHadamard):
+                module.reset()
         return model
 
     def is_serializable(self) -> bool:

@@ -6,7 +6,8 @@ reporting part (`statistics.py`), where any outcome is possible. Errors are weig
 several points a bin.
 
 Where outputs of S neurons are added up as they are (probabilities, `snn.softmax_norm=before`), the expected squared error of the sum is
-S mse + S^2 bias^2, so that a neuron's counts mse + S bias^2 in the search and in the choice. What is reported is the squared error alone.
+S mse + S^2 bias^2, so that a neuron's counts mse + S bias^2: the cost that is searched, chosen and compared with base 2 by. It equals the
+squared error, which is reported, everywhere else.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,11 +32,11 @@ SUBDIVISION = 4  # points per bin where errors are reported: a bin at the top is
 class CodeFit:
     """The code of one site, per neuron group [C, ..].
 
-    Bases are padded to the same number of grains by the last grain's. objective is the search's, on the fitting part. error and
-    error_base2 are weighted squared errors on the reporting part, power the weighted mean square there (base 2 with one tau for the
-    site); firing_rate = spikes / (neurons x T) there and share the site's neurons in a group; fallback: base 2 was kept;
-    max_spikes, two_sided, signed: of the neurons (`PhaseTable`; of a two-sided site the first half of the rows codes x >= 0, the
-    second x < 0).
+    Bases are padded to the same number of grains by the last grain's. objective is the search's, on the fitting part. On the reporting
+    part: error and error_base2, weighted squared errors (base 2 with one tau for the site); cost and cost_base2, with what the mean
+    error counts; power, the weighted mean square; firing_rate = spikes / (neurons x T) and share, the site's neurons in a group.
+    fallback: base 2 was kept; max_spikes, two_sided, signed: of the neurons (`PhaseTable`; of a two-sided site the first half of the
+    rows codes x >= 0, the second x < 0).
     """
 
     tau: Float[Tensor, " C"]
@@ -50,6 +51,8 @@ class CodeFit:
     objective: Float[Tensor, " C"]
     error: Float[Tensor, " C"]
     error_base2: Float[Tensor, " C"]
+    cost: Float[Tensor, " C"]
+    cost_base2: Float[Tensor, " C"]
     power: Float[Tensor, " C"]
     firing_rate: Float[Tensor, " C"]
     share: Float[Tensor, " C"]
@@ -77,6 +80,11 @@ class CodeFit:
     @property
     def relative_error_base2(self) -> float:
         return _ratio(self.error_base2, self.power)
+
+    @property
+    def worse_than_base2(self) -> bool:
+        """Whether the site would be better off with base 2, by the costs on the reporting part."""
+        return self.cost.double().sum().item() > self.cost_base2.double().sum().item()
 
     @property
     def mean_firing_rate(self) -> float:
@@ -141,13 +149,23 @@ class CodeFit:
         site = torch.where(known.amax() > 0, known.amax(), 1.0).expand_as(known)
         x, weight, count = part_points(statistics, REPORT)
         neurons = count.sum(-1) + statistics.zeros[REPORT]
-        rows = {name: getattr(table, name) for name in ROWS}
-        digits = table.max_spikes, table.signed
+        bias = bias_weight(statistics, weight, count / neurons.clamp_min(1)[:, None])
+        base2 = base2_codes(site, table.T)
+        theta, h, d, v0 = (getattr(table, name)[:, None] for name in ROWS)
+        error, cost = (
+            squared_error(x[:, None], weight[:, None], theta, h, d, v0, table.max_spikes, table.signed, None, each)[:, 0]
+            for each in (None, bias)
+        )
         return cls(
             **parameters,
-            **rows,
-            error=squared_error(x[:, None], weight[:, None], *(row[:, None] for row in rows.values()), *digits)[:, 0],
-            error_base2=weighted_error(x, weight, base2_codes(site, table.T), signed=table.signed),
+            theta=table.theta,
+            h=table.h,
+            d=table.d,
+            v0=table.v0,
+            error=error,
+            error_base2=weighted_error(x, weight, base2, signed=table.signed),
+            cost=cost,
+            cost_base2=weighted_error(x, weight, base2, signed=table.signed, bias_weight=bias),
             power=(weight * x.square()).sum(-1),
             firing_rate=spikes_per_neuron(x, count, neurons, table) / table.T,
             share=neurons / neurons.sum().clamp_min(1),
@@ -175,9 +193,7 @@ def part_points(
     return x.contiguous(), weight, counts
 
 
-def bias_weight(
-    statistics: SiteStatistics, weight: Float[Tensor, "C points"], share: Float[Tensor, "C points"]
-) -> Float[Tensor, "C 1"]:
+def bias_weight(statistics: SiteStatistics, weight: Float[Tensor, "C points"], share: Float[Tensor, "C points"]) -> Float[Tensor, "C 1"]:
     """How often the square of sum weight (y - x) counts beside sum weight (y - x)^2, for points with that share of a group's neurons.
 
     With weight = k share the mean squared error times k stands beside k S bias^2 = S / k (k bias)^2. 0 where no outputs are added up.

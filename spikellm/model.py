@@ -31,7 +31,7 @@ def load_model(config: ModelConfig, hardware: HardwareConfig) -> PreTrainedModel
     device_map = _device_map(hardware)
     model: PreTrainedModel
     if config.source is ModelSource.random:
-        model = _random_model(config).to(dtype).to("cpu" if device_map is None else "cuda")  # small: never spread
+        model = _random_model(config, dtype).to("cpu" if device_map is None else "cuda")  # small: never spread
     else:
         if config.source is ModelSource.hub:  # refuse before gigabytes are fetched
             _check_type(config, _from_hub(config, AutoConfig, **_location(config)).model_type)
@@ -146,10 +146,15 @@ def _random_config(config: ModelConfig) -> Any:
     return AutoConfig.for_model(config.path, **config.options)
 
 
-def _random_model(config: ModelConfig) -> Any:
+def _random_model(config: ModelConfig, dtype: torch.dtype) -> Any:
+    """The same weights in every dtype, rounded; RoPE's frequencies stay float32, as in a model that is read from a checkpoint."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return AutoModelForCausalLM.from_config(_random_config(config), attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_config(_random_config(config), attn_implementation="sdpa", dtype=torch.float32)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+    return model
 
 
 def _forget_gguf(model: PreTrainedModel) -> None:

@@ -10,9 +10,9 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     {"fields"},
     {"config", "hadamard", "neuron", "coding", "temporal", "energy"},
-    {"sites", "data", "artifacts", "spike_plots", "command"},
+    {"sites", "data", "artifacts", "spike_plots", "command", "modules"},
     {"model", "tracking"},
-    {"rotation", "prefix", "attention", "modules", "statistics", "evolution", "zero_shot"},
+    {"rotation", "prefix", "attention", "statistics", "evolution", "zero_shot"},
     {"conversion", "evaluation", "gradient", "stepped_modules", "spike_counter", "code_fit"},
     {"calibration", "checkpoint", "search", "stepped_attention", "ledger"},
     {"published", "stepped", "traditional", "accounts", "diagnostics"},
