@@ -63,7 +63,7 @@ def _damage(diagnosed: dict[str, Any]) -> list[str]:
     """How far the codes are above the bound, and what spiking alone does the most damage."""
     lines = []
     if (above := diagnosed["median_above_bound"]) is not None:
-        lines.append(f"  squared error over the Lloyd-Max bound of as many levels, median of the sites: {above:.3g}")
+        lines.append(f"  squared error over the Lloyd-Max bound of as many levels, median of the sites that have one: {above:.3g}")
     if by_kind := diagnosed.get("perplexity_by_kind"):
         lines.append(f"  perplexity / that without neurons ({by_kind['none']:.3f}), where one kind of site or one site spikes alone")
         kinds = sorted((name for name in by_kind if name != "none"), key=lambda name: -by_kind[name])
