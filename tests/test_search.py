@@ -4,14 +4,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import tiny_model
 
+from spikellm.calibration import calibrate
 from spikellm.code_fit import CodeFit, load_fits, save_fits
 from spikellm.coding import assignments
-from spikellm.config import Coding
+from spikellm.config import Coding, PrefixConfig
+from spikellm.conversion import clear, get_neuron, install, model_sites, place
 from spikellm.evolution import FIXED, base2_codes, first_population
 from spikellm.fitting import search_summary
 from spikellm.neuron import PhaseNeuron, encode_plain
 from spikellm.search import base2_search, group_maxima, search
+from spikellm.sites import SiteKind
 from spikellm.statistics import CHOOSE, FIT, REPORT, Observer, SiteStatistics
 from spikellm.traditional import fit_traditional
 
@@ -249,3 +253,21 @@ def test_codes_round_trip_through_a_file(by_grains, tmp_path):
     for name, fit in again.items():
         assert torch.equal(fit.table.theta, by_grains[2][name].table.theta)
         assert torch.equal(fit.assignment, by_grains[2][name].assignment)
+
+
+def test_rows_of_a_models_attention_stay_near_one():
+    """Calibrated, searched and placed: `snn.softmax_norm=before` codes probabilities whose sums change less."""
+    model = tiny_model(num_hidden_layers=1)
+    install(model, rotated=False, normalise_after=False)
+    windows = torch.randint(2, 256, (6, 256), generator=torch.Generator().manual_seed(0))
+    (site,) = (site for site in model_sites(model) if site.kind is SiteKind.softmax)
+    found = calibrate(model, windows[:4], PrefixConfig(enabled=False)).statistics[site.name]
+    off: dict[str, list[float]] = {"aware": [], "plain": []}
+    for name, statistics in {"aware": found, "plain": replace(found, row_neurons=None)}.items():
+        clear(model)
+        place(model, site, search({"": statistics}, T=5, G=1, seed=0, compiled=False)[""].table, compiled=False)
+        get_neuron(model, site).register_forward_hook(
+            lambda _module, inputs, coded, name=name: off[name].append((coded - inputs[0]).sum(-1).abs().mean().item())
+        )
+        model(windows[4:])
+    assert sum(off["aware"]) < 0.6 * sum(off["plain"])
