@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     {"fields"},
     {"config", "hadamard", "neuron", "coding", "temporal", "energy"},
+    {"boundary"},
     {"sites", "data", "artifacts", "spike_plots", "command"},
     {"model", "tracking"},
     {"rotation", "prefix", "attention", "modules", "statistics", "evolution", "zero_shot"},
@@ -39,6 +40,7 @@ MATHEMATICS = LAYERS[1] - {"config"}
 NO_TORCH = {
     "fields",
     "config",
+    "boundary",
     "command",
     "console",
     "report",
