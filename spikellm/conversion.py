@@ -14,7 +14,7 @@ from accelerate.hooks import add_hook_to_module
 from torch import nn
 from transformers import PreTrainedModel
 
-from spikellm.attention import IMPLEMENTATION, SpikingAttention
+from spikellm.attention import IMPLEMENTATION, SpikingAttention, refuse_other_implementation
 from spikellm.modules import SpikingActivation, SpikingLinear, SpikingRMSNorm
 from spikellm.neuron import PhaseNeuron, PhaseTable
 from spikellm.sites import (
@@ -66,7 +66,9 @@ def install(model: PreTrainedModel, *, rotated: bool, normalise_after: bool = Tr
             dtype=output.weight.dtype,
             device=output.weight.device,
         )
-        layer.get_submodule(ATTENTION).add_module(SPIKING_ATTENTION, spiking)
+        attention = layer.get_submodule(ATTENTION)
+        attention.add_module(SPIKING_ATTENTION, spiking)
+        attention.register_forward_pre_hook(refuse_other_implementation)
     final_norm = model.get_submodule(FINAL_NORM)
     model.set_submodule(FINAL_NORM, SpikingRMSNorm.adopt(final_norm))
     if hasattr(final_norm, "_hf_hook"):  # accelerate moves inputs between devices block by block, and this is a block
