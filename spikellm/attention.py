@@ -283,8 +283,8 @@ def visible(mask: Tensor, query: Float[Tensor, "B H L E"], key: Float[Tensor, "B
     return mask.expand(wanted[0], -1, -1, -1)
 
 
-def refuse_other_implementation(module: nn.Module, _: Any) -> None:
-    """Forward pre-hook of a layer's attention: with any other attention function its neurons and prefix would be passed by.
+def refuse_other_implementation(module: nn.Module, *_: Any) -> None:
+    """Forward hook of a layer's attention: any other attention function has passed its neurons and prefix by.
 
     Raises:
         ValueError: the model was set to another implementation.
@@ -292,7 +292,7 @@ def refuse_other_implementation(module: nn.Module, _: Any) -> None:
     chosen: Any = getattr(module.config, "_attn_implementation", None)
     if chosen != IMPLEMENTATION:
         raise ValueError(
-            f"attn_implementation={chosen!r} would leave out neurons of a spiking model; {IMPLEMENTATION!r} is the one that has them"
+            f"attn_implementation={chosen!r} leaves out neurons of a spiking model; {IMPLEMENTATION!r} is the one that has them"
         )
 
 

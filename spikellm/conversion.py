@@ -68,7 +68,7 @@ def install(model: PreTrainedModel, *, rotated: bool, normalise_after: bool = Tr
         )
         attention = layer.get_submodule(ATTENTION)
         attention.add_module(SPIKING_ATTENTION, spiking)
-        attention.register_forward_pre_hook(refuse_other_implementation)
+        attention.register_forward_hook(refuse_other_implementation)
     final_norm = model.get_submodule(FINAL_NORM)
     model.set_submodule(FINAL_NORM, SpikingRMSNorm.adopt(final_norm))
     if hasattr(final_norm, "_hf_hook"):  # accelerate moves inputs between devices block by block, and this is a block
