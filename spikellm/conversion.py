@@ -82,17 +82,32 @@ def model_sites(model: PreTrainedModel) -> list[Site]:
 
 
 def get_neuron(model: PreTrainedModel, site: Site) -> nn.Module:
-    """What sits in the slot of `site`."""
+    """What sits in the slot of `site`.
+
+    Raises:
+        ValueError: the model has no such slot.
+    """
+    return getattr(_slot_owner(model, site), site.slot[1])
+
+
+def _slot_owner(model: PreTrainedModel, site: Site) -> nn.Module:
     owner, attribute = site.slot
-    return getattr(model.get_submodule(owner), attribute)
+    try:
+        module = model.get_submodule(owner)
+    except AttributeError:
+        module = None
+    if not isinstance(getattr(module, attribute, None), nn.Module):
+        raise ValueError(f"{site.name}: the model has no slot {owner}.{attribute}; call install(model, rotated=..) first")
+    return module
 
 
 def set_neuron(model: PreTrainedModel, site: Site, neuron: nn.Module) -> None:
-    """Put `neuron` into the slot of `site`."""
-    owner, attribute = site.slot
-    module = model.get_submodule(owner)
-    assert isinstance(getattr(module, attribute, None), nn.Module), f"{site.name}: {owner} has no slot {attribute!r}"
-    setattr(module, attribute, neuron)
+    """Put `neuron` into the slot of `site`.
+
+    Raises:
+        ValueError: the model has no such slot.
+    """
+    setattr(_slot_owner(model, site), site.slot[1], neuron)
 
 
 def site_groups(config: Any, kind: SiteKind) -> int:
@@ -102,7 +117,7 @@ def site_groups(config: Any, kind: SiteKind) -> int:
     return config.num_key_value_heads if kind in (SiteKind.key, SiteKind.value) else 1
 
 
-def convert(model: PreTrainedModel, tables: Mapping[str, PhaseTable], *, compiled: bool) -> None:
+def convert(model: PreTrainedModel, tables: Mapping[str, PhaseTable], *, compiled: bool = True) -> None:
     """Put a neuron at every site of an installed model, in place.
 
     Args:
@@ -110,7 +125,7 @@ def convert(model: PreTrainedModel, tables: Mapping[str, PhaseTable], *, compile
         compiled: see `neuron.encode`.
 
     Raises:
-        ValueError: a site has no table, or a table no site.
+        ValueError: a site has no table, a table no site, groups that do not divide the site, or the model is not installed.
     """
     places = model_sites(model)
     missing = [site.name for site in places if site.name not in tables]

@@ -12,10 +12,13 @@ from typing import Any
 from torch import nn
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+# After an architecture: the model type of a saved spiking model. transformers repeats it to who opens one without this package.
+SPIKING_TYPE = ", spiking: pip install spikellm, import spikellm.checkpoint"
 
 LAYERS = "model.layers"
 EMBEDDING = "model.embed_tokens"
 FINAL_NORM = "model.norm"
+ROTARY = "model.rotary_emb"
 HEAD = "lm_head"
 ATTENTION, MLP = "self_attn", "mlp"
 ATTENTION_NORM, MLP_NORM = "input_layernorm", "post_attention_layernorm"
@@ -110,7 +113,7 @@ def check_architecture(model: nn.Module) -> None:
     Raises:
         ValueError: unsupported model type, or a module of the vocabulary is missing.
     """
-    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__).removesuffix(SPIKING_TYPE)
     if kind not in ARCHITECTURES:
         raise ValueError(f"architecture {kind!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
     modules = dict(model.named_modules())
