@@ -8,7 +8,8 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# Name -> module; imported on first use, so that `import spikellm` costs no torch. No name may be a module's: importing that would replace it.
+# Name -> module; imported on first use, so that `import spikellm` costs no torch. No name may be a module's, whose import would
+# replace it.
 _PUBLIC = {
     "PhaseNeuron": "neuron",
     "PhaseTable": "neuron",

@@ -17,7 +17,8 @@ Where the softmax is normalised (`snn.softmax_norm`), with scores s_j, the prefi
   P (E + 1) multiply-adds a query and head, beside the S E of the real keys.
 
 Queries are taken in blocks, and keys that no query of a block may see are left out: half of the work and a fraction of
-the memory of the full [H, L, S] matrix.
+the memory of the full [H, L, S] matrix. Scores, exponentials and sums are float32 at least, whatever the model's dtype: transformers'
+eager attention rounds scores to bfloat16, by 0.06 at a score of 20.
 """
 
 from typing import Any
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from spikellm.hadamard import hadamard_factors
+from spikellm.modules import OnlineHadamard, wide
 from spikellm.neuron import PhaseNeuron, encode_plain, fused
 from spikellm.sites import SPIKING_ATTENTION
 
@@ -62,9 +63,10 @@ class SpikingAttention(nn.Module):
         rotated: apply R3.
         normalise_after: see the module's text.
         query_block: queries per block [tokens].
+        dtype: of activations.
     """
 
-    rotation: Tensor | None
+    rotation: OnlineHadamard | None
     prefix_key: Tensor | None
     prefix_value: Tensor | None
 
@@ -84,18 +86,9 @@ class SpikingAttention(nn.Module):
         self.value: nn.Module = nn.Identity()
         self.softmax: nn.Module = nn.Identity()
         self.head_width, self.normalise_after, self.query_block, self.dtype = head_width, normalise_after, query_block, dtype
-        # not in the state dict: the width determines it
-        rotation = torch.empty(head_width, head_width, dtype=dtype, device=device) if rotated else None
-        self.register_buffer("rotation", rotation, persistent=False)
+        self.rotation = OnlineHadamard(head_width, dtype=dtype, device=device) if rotated else None
         self.register_buffer("prefix_key", None)
         self.register_buffer("prefix_value", None)
-        self.reset_rotation()
-
-    def reset_rotation(self) -> None:
-        """Fill R3's matrix (again: it is not in checkpoints)."""
-        if self.rotation is not None and not self.rotation.is_meta:
-            left, right = hadamard_factors(self.head_width, dtype=torch.float64)
-            self.rotation.copy_(torch.kron(left, right))
 
     def set_prefix(self, key: Float[Tensor, "K P E"], value: Float[Tensor, "K P E"]) -> None:
         """Keys (after RoPE, before R3) and values that stand before every sequence."""
@@ -126,6 +119,7 @@ class SpikingAttention(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None]:
         """What the neurons of q, k and v read, after R3, and the mask; the prefix among the keys, or apart from them."""
+        query, key, value = (x.to(wide(x.dtype)) for x in (query, key, value))
         prefix = None
         if self.prefix_key is not None and self.prefix_value is not None:
             prefix = (self.prefix_key.expand(len(key), -1, -1, -1), self.prefix_value.expand(len(key), -1, -1, -1))
@@ -133,27 +127,30 @@ class SpikingAttention(nn.Module):
                 key, value = torch.cat([prefix[0], key], dim=2), torch.cat([prefix[1], value], dim=2)
                 mask = torch.cat([mask.new_ones(*mask.shape[:-1], prefix[0].shape[2]), mask], dim=-1)
         if self.rotation is not None:
-            query, key = query @ self.rotation, key @ self.rotation
-            prefix = prefix and (prefix[0] @ self.rotation, prefix[1])
+            query, key = self.rotation(query), self.rotation(key)
+            prefix = prefix and (self.rotation(prefix[0]), prefix[1])
         return query, key, value, mask, prefix
 
     def _normalise_then_mix(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, _: Any) -> Float[Tensor, "B H l E"]:
         weights = self.softmax(probabilities(per_key_head(query, key.mT), mask))
-        return per_key_head(weights.to(value.dtype), value)
+        if (weigh := getattr(self.softmax, "weigh", None)) is not None:  # calibration
+            weigh(None, mask)
+        return per_key_head(weights, value)
 
     def _mix_then_normalise(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, prefix: tuple[Tensor, Tensor] | None
     ) -> Float[Tensor, "B H l E"]:
         weights, total, top = self._coded_exponentials(per_key_head(query, key.mT), mask)
-        mixed, share = per_key_head(weights.to(value.dtype), value), torch.ones_like(top)
+        mixed, share = per_key_head(weights, value), torch.ones_like(top)
         if prefix is not None:
             sink, share = prefix_weights(per_key_head(query, prefix[0].mT), top)
-            mixed = share * mixed + per_key_head(sink.to(value.dtype), prefix[1])
+            mixed = share * mixed + per_key_head(sink, prefix[1])
             total = share * total + sink.sum(-1, keepdim=True)
+        total = torch.where(total == 0, 1, total)  # no spike was sent, and there is no prefix: nothing is mixed
         output = mixed / total
         if (weigh := getattr(self.softmax, "weigh", None)) is not None:  # calibration
-            weigh((share / total).square() * squared_distances(output.to(value.dtype), value))
-        return output.to(value.dtype)
+            weigh((share / total).square() * squared_distances(output, value), mask)
+        return output
 
     def _coded_exponentials(self, scores: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """e^ [B, H, l, s], its row sums and the rows' largest scores [B, H, l, 1]; one pass if the neuron is compiled."""
@@ -180,23 +177,20 @@ def squared_distances(x: Float[Tensor, "B H l E"], y: Float[Tensor, "B K s E"]) 
 
 
 def probabilities(scores: Tensor, mask: Tensor) -> Tensor:
-    """softmax of the visible scores, in float32 at least."""
-    hidden = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    return hidden.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    """softmax of the visible scores; the row of a query that sees nothing (padding) is uniform, as in transformers."""
+    return scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1)
 
 
 def prefix_weights(scores: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
     """exp(s - M) of the prefix [B, H, l, P] and c = exp(m - M) [B, H, l, 1], with m = `top` and M the largest score of all."""
-    scores = scores.to(top.dtype)
     highest = torch.maximum(top, scores.amax(-1, keepdim=True))
     return (scores - highest).exp(), (top - highest).exp()
 
 
 def exponentials(scores: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """exp(s - m) with m the largest visible score of the row, 0 where masked; and m [B, H, l, 1]; in float32 at least."""
-    wide = torch.promote_types(scores.dtype, torch.float32)
-    scores = scores.to(wide).masked_fill(~mask, torch.finfo(wide).min)
-    top = scores.amax(-1, keepdim=True)
+    """exp(s - m) with m the largest visible score of the row, 0 where masked; and m [B, H, l, 1]."""
+    scores = scores.masked_fill(~mask, -torch.inf)
+    top = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).min)  # finite where a query sees nothing
     return (scores - top).exp(), top
 
 

@@ -8,6 +8,8 @@ output o_i by (v_j - o_i) / sum of the row, and counts by the square of that (`a
 """
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -28,7 +30,6 @@ from spikellm.sites import (
     ATTENTION,
     DOWN,
     GROUP_AXIS,
-    LAYERS,
     MLP,
     MLP_NORM,
     SPIKING_ATTENTION,
@@ -43,6 +44,9 @@ log = logging.getLogger(__name__)
 
 # Attention has L^2 probabilities a head: every eighth query suffices for their distribution.
 SOFTMAX_ROW_STRIDE = 8
+# Queries per block while observing [tokens], whatever hardware.query_block says: another one rounds sums in another order, which
+# carries activations over the edges of bins. A multiple of the stride, and 32 MiB a block at 32 heads and 2048 keys.
+QUERY_BLOCK = 128
 # Where prefix tokens are looked for, windows and tokens of each: sinks arise at the start, and their number hardly varies.
 PREFIX_WINDOWS, PREFIX_LENGTH = 4, 512
 WEIGHTED_BY_RESIDUAL = (SiteKind.activation, SiteKind.mlp_product)
@@ -84,37 +88,62 @@ def calibrate(model: PreTrainedModel, windows: Int[Tensor, "W L"], prefix: Prefi
     if len(windows) == 1:
         half = windows.shape[1] // 2
         windows = windows[0, : 2 * half].view(2, half)
-    tokens: list[int] = []
-    if prefix.enabled:
-        bos = model.config.bos_token_id
-        starts = windows[:PREFIX_WINDOWS, :PREFIX_LENGTH]
-        tokens = find_prefix_tokens(model, starts, eta=prefix.eta, max_tokens=prefix.max_tokens, bos=bos)
-        tokens = keep_what_helps(model, starts, tokens, eta=prefix.eta, text=windows[:PREFIX_WINDOWS])
+    with _query_blocks(model, QUERY_BLOCK):
+        tokens = _prefix_tokens(model, windows[:PREFIX_WINDOWS], prefix) if prefix.enabled else []
         attach_prefix(model, tokens)
-        log.info("calibrate: prefix tokens %s", tokens)
+        with _observing(model) as observers:
+            for index, window in enumerate(tqdm(windows, desc="calibrate", unit="window", disable=None)):
+                for observer in observers.values():
+                    observer.part = HELD_OUT if index % 2 else FIT
+                model.base_model(window[None].to(model.device), use_cache=False)
+    return Calibration(statistics={site.name: observer.result() for site, observer in observers.items()}, prefix_tokens=tokens)
+
+
+def _prefix_tokens(model: PreTrainedModel, text: Int[Tensor, "W L"], prefix: PrefixConfig) -> list[int]:
+    bos, starts = model.config.bos_token_id, text[:, :PREFIX_LENGTH]
+    tokens = find_prefix_tokens(model, starts, eta=prefix.eta, max_tokens=prefix.max_tokens, bos=bos)
+    tokens = keep_what_helps(model, starts, tokens, eta=prefix.eta, text=text)
+    log.info("calibrate: prefix tokens %s", tokens)
+    return tokens
+
+
+@contextmanager
+def _query_blocks(model: PreTrainedModel, size: int) -> Iterator[None]:
+    """Within: attention takes its queries in blocks of `size`."""
+    attentions: list[Any] = [layer.get_submodule(f"{ATTENTION}.{SPIKING_ATTENTION}") for layer in decoder_layers(model)]
+    before = [attention.query_block for attention in attentions]
+    try:
+        for attention in attentions:
+            attention.query_block = size
+        yield
+    finally:
+        for attention, own in zip(attentions, before, strict=True):
+            attention.query_block = own
+
+
+@contextmanager
+def _observing(model: PreTrainedModel) -> Iterator[dict[Site, Observer]]:
+    """Within: an observer in every slot; afterwards the slots are transparent."""
     observers = {site: _observer(model, site) for site in model_sites(model)}
     for site, observer in observers.items():
         set_neuron(model, site, observer)
     importances = [MlpImportance(layer) for layer in decoder_layers(model)]
-    for index, window in enumerate(tqdm(windows, desc="calibrate", unit="window", disable=None)):
-        for observer in observers.values():
-            observer.part = HELD_OUT if index % 2 else FIT
-        model.base_model(window[None].to(model.device), use_cache=False)
-    for importance in importances:
-        importance.remove()
-    clear(model)
-    return Calibration(statistics={site.name: observer.result() for site, observer in observers.items()}, prefix_tokens=tokens)
+    try:
+        yield observers
+    finally:
+        for importance in importances:
+            importance.remove()
+        clear(model)
 
 
 def _observer(model: PreTrainedModel, site: Site) -> Observer:
     softmax = site.kind is SiteKind.softmax
-    attention: Any = model.get_submodule(f"{LAYERS}.0.{ATTENTION}.{SPIKING_ATTENTION}")
     return Observer(
         site.name,
         groups=site_groups(model.config, site.kind),
         axis=GROUP_AXIS[site.kind],
         row_stride=SOFTMAX_ROW_STRIDE if softmax else 1,
-        weighted=attention.normalise_after if softmax else site.kind in WEIGHTED_BY_RESIDUAL,
+        held=softmax or site.kind in WEIGHTED_BY_RESIDUAL,
         two_sided=site.kind in TWO_SIDED,
     )
 

@@ -28,8 +28,8 @@ from spikellm.attention import SpikingAttention
 from spikellm.boundary import blamed_on
 from spikellm.config import InputError
 from spikellm.conversion import get_neuron, install, model_sites, place, set_neuron
-from spikellm.model import unfilled
-from spikellm.modules import SpikingLinear
+from spikellm.intake import unfilled
+from spikellm.modules import OnlineHadamard
 from spikellm.neuron import ROWS, PhaseNeuron, PhaseTable
 from spikellm.sites import ARCHITECTURES, ATTENTION, GROUP_AXIS, ROTARY, SPIKING_ATTENTION, SPIKING_TYPE, decoder_layers
 
@@ -38,6 +38,11 @@ SCHEMA = 1  # of `SpikingModelConfig`; raised when what is written no longer mea
 NOTICE = "none for a plain model: pip install spikellm, import spikellm.checkpoint, then AutoModelForCausalLM.from_pretrained"
 CURE = "copy or convert it again"
 EXECUTION = ("query_block", "compiled")  # how the network is computed, not which one it is: free to be edited
+
+
+def flags_of(owner: Any) -> dict[str, Any]:
+    """Which digits a table, its neuron or its record allows."""
+    return {name: getattr(owner, name) for name in ("max_spikes", "two_sided", "signed")}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,14 +66,12 @@ class SiteRecord:
         for row in ("h", "d"):
             if not getattr(table, row).any():
                 raise ValueError(f"{name}: {row} is 0 everywhere, which no code is")
-        flags = {"max_spikes": table.max_spikes, "two_sided": table.two_sided, "signed": table.signed}
-        return cls(T=table.T, groups=table.groups, sha256=digest(getattr(table, row) for row in ROWS), **flags)
+        return cls(T=table.T, groups=table.groups, sha256=digest(getattr(table, row) for row in ROWS), **flags_of(table))
 
     def empty(self) -> PhaseTable:
         """A table of this shape, to be filled; float64, which changes no value that a file can hold."""
         rows = torch.zeros(self.groups * (1 + self.two_sided), self.T, dtype=torch.float64)
-        flags: dict[str, Any] = {"max_spikes": self.max_spikes, "two_sided": self.two_sided, "signed": self.signed}
-        return PhaseTable(theta=rows, h=rows, d=rows, v0=rows[:, 0], **flags)
+        return PhaseTable(theta=rows, h=rows, d=rows, v0=rows[:, 0], **flags_of(self))
 
 
 @register_quantization_config(METHOD)
@@ -183,8 +186,8 @@ class SpikingModelQuantizer(HfQuantizer):
             if attention.prefix_key is not None and attention.prefix_value is not None:
                 attention.set_prefix(attention.prefix_key.to(attention.dtype), attention.prefix_value.to(attention.dtype))
         for module in model.modules():
-            if isinstance(module, SpikingAttention | SpikingLinear):
-                module.reset_rotation()
+            if isinstance(module, OnlineHadamard):
+                module.reset()
         rotary = model.get_submodule(ROTARY)
         for name, buffer in rotary.named_buffers():
             rotary.register_buffer(name, buffer.to(getattr(torch, config.rotary_dtype)), persistent=False)
@@ -213,26 +216,31 @@ class SpikingModel(PreTrainedModel):
     """Mixed into an architecture's model: a checkpoint fills it or is refused, and it is saved as what it is."""
 
     @classmethod
-    def from_pretrained(cls, name: Any, *arguments: Any, output_loading_info: bool = False, **options: Any) -> Any:
+    def from_pretrained(cls, *arguments: Any, output_loading_info: bool = False, **options: Any) -> Any:
+        place = str(arguments[0] if arguments else options.get("pretrained_model_name_or_path"))
+        options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        load: Any = super().from_pretrained
         try:
-            with blamed_on(str(name), CURE):
-                model, info = super().from_pretrained(name, *arguments, output_loading_info=True, **options)
-        except ValueError as error:  # ours, from where the folder is not known
-            raise error if str(name) in str(error) else InputError(f"{name}: {error}") from error
-        if lost := unfilled(info):
-            raise InputError(f"{name}: {lost}; {CURE}")
-        return (model, info) if output_loading_info else model
+            with blamed_on(place, CURE):
+                found = load(*arguments, **options)
+        except InputError as error:
+            if place in str(error):
+                raise
+            raise InputError(f"{place}: {error}") from error  # from where the folder is not known
+        if lost := unfilled(found[1]):
+            raise InputError(f"{place}: {lost}; {CURE}")
+        return found if output_loading_info else found[0]
 
-    def save_pretrained(self, save_directory: Any, **options: Any) -> None:
+    def save_pretrained(self, save_directory: Any, *arguments: Any, **options: Any) -> None:
         known = getattr(self.config, "quantization_config", None)
         self.config.quantization_config = described(self, rotation=known and known.rotation)
-        super().save_pretrained(save_directory, **options)
+        super().save_pretrained(save_directory, *arguments, **options)
 
 
 def _register(architecture: str) -> type[SpikingModel]:
     """Teach transformers the spiking kind of an architecture."""
-    plain_config = CONFIG_MAPPING[architecture]
-    plain_model = MODEL_FOR_CAUSAL_LM_MAPPING[plain_config]
+    plain_config: Any = CONFIG_MAPPING[architecture]
+    plain_model: Any = MODEL_FOR_CAUSAL_LM_MAPPING[plain_config]
     kind = architecture + SPIKING_TYPE
     config = type(f"Spiking{plain_config.__name__}", (SpikingConfig, plain_config), {"model_type": kind, "__module__": __name__})
     model = type(f"Spiking{plain_model.__name__}", (SpikingModel, plain_model), {"config_class": config, "__module__": __name__})
@@ -248,10 +256,6 @@ def attentions(model: PreTrainedModel) -> list[SpikingAttention]:
     """The layers' spiking attentions."""
     found: list[Any] = [layer.get_submodule(f"{ATTENTION}.{SPIKING_ATTENTION}") for layer in decoder_layers(model)]
     return found
-
-
-def flags_of(neuron: PhaseNeuron) -> dict[str, Any]:
-    return {"max_spikes": neuron.max_spikes, "two_sided": neuron.two_sided, "signed": neuron.signed}
 
 
 def prefix_digest(model: PreTrainedModel) -> str | None:

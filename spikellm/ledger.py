@@ -256,7 +256,7 @@ def count(model: PreTrainedModel, windows: Int[Tensor, "W L"]) -> Ledger:
         coded_prefix=0 if attention.normalise_after else prefix,
         exact_prefix=prefix if attention.normalise_after else 0,
         normalise_after=attention.normalise_after,
-        rotated=down.hadamard_left is not None,
+        rotated=down.rotation is not None,
         shape=decoder_shape(model),
     )
 

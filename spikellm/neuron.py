@@ -26,6 +26,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import InitVar, dataclass, replace
 from functools import cache
+from importlib.util import find_spec
 from typing import Self
 
 import torch
@@ -145,7 +146,7 @@ def decode(spikes: Int8[Tensor, "T A C I"], table: PhaseTable) -> Float[Tensor, 
 
 
 def encode_plain(x: Tensor, theta: Tensor, h: Tensor, d: Tensor, v0: Tensor, max_spikes: int | None = None, signed: bool = False) -> Tensor:
-    """decode(fire(x)) without the train: y in x's dtype; x [A, C, I], tables [C, T], v0 [C]. The specification."""
+    """decode(fire(x)) without the train; x [A, C, I], tables [C, T], v0 [C]. The specification."""
     v = x.abs().to(theta.dtype) + v0[:, None]
     y, fired = torch.zeros_like(v), torch.zeros_like(v)
     for t in range(theta.shape[1]):
@@ -153,7 +154,7 @@ def encode_plain(x: Tensor, theta: Tensor, h: Tensor, d: Tensor, v0: Tensor, max
         v = v - h[:, t, None] * z
         y = y + d[:, t, None] * z
     # a neuron whose input is exactly 0 has no sign to send, whatever v0 makes it do
-    return (y * x.sign().to(y.dtype)).to(x.dtype)
+    return (y * x.sign().to(y.dtype)).to(torch.promote_types(x.dtype, y.dtype))
 
 
 def count_plain(x: Tensor, theta: Tensor, h: Tensor, v0: Tensor, max_spikes: int | None = None, signed: bool = False) -> Tensor:
@@ -174,12 +175,15 @@ def fused(function: Callable, device_type: str) -> Callable:
     if device_type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
         log.warning("no C++ compiler found: neurons run unfused, about 20 times slower; install g++ to cure it")
         return function
+    if device_type == "cuda" and find_spec("triton") is None:
+        log.warning("no Triton found: neurons run unfused, several times slower; pip install triton cures it")
+        return function
     # a process that sweeps over T compiles once per T and kind of shape; dynamo's default of 8 would end it
     return torch.compile(function, dynamic=True, fullgraph=True, recompile_limit=128)  # type: ignore[call-overload]
 
 
 def encode(x: Float[Tensor, "A C I"], table: PhaseTable, *, compiled: bool = True) -> Float[Tensor, "A C I"]:
-    """The neuron's output sum_t d_t s z_t for every input, in x's dtype; float32 inside.
+    """The neuron's output sum_t d_t s z_t for every input, in the wider dtype of x and the table: float32 tells all levels apart.
 
     Args:
         x: inputs, the group axis in the middle: A outer, C groups (1 or as many as the table has), I inner.

@@ -111,12 +111,22 @@ def _peaks(model: PreTrainedModel) -> Iterator[dict[int, Tensor]]:
             handle.remove()
 
 
+# RoPE whose frequencies depend on how long the sequence is: a prefix at positions -P .. -1 would have those of a short one.
+LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+
+
 @torch.no_grad()
 def attach_prefix(model: PreTrainedModel, tokens: list[int]) -> None:
     """Compute keys and values of `tokens` with the model as it is (no neurons yet) and put them before every sequence.
 
     A prefix that was there before is taken away first; no tokens, no prefix.
+
+    Raises:
+        ValueError: the model's RoPE depends on the length of the sequence.
     """
+    rope = (getattr(model.config, "rope_parameters", None) or {}).get("rope_type")
+    if tokens and rope in LENGTH_DEPENDENT_ROPE:
+        raise ValueError(f"RoPE of type {rope!r} turns keys by the length of the sequence, a prefix has none; take prefix.enabled=false")
     attentions: list[Any] = [layer.get_submodule(f"{ATTENTION}.{SPIKING_ATTENTION}") for layer in decoder_layers(model)]
     for attention in attentions:
         attention.clear_prefix()

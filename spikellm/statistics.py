@@ -17,7 +17,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 MANTISSA_BITS = 8
@@ -101,38 +101,48 @@ class Observer(nn.Module):
         groups: C, slices of `axis` that get histograms of their own.
         axis: see `PhaseNeuron`.
         row_stride: look at every n-th index of the last axis but one (attention has L^2 probabilities).
-        weighted: hold what passed until `weigh` tells its importance.
+        held: hold what passed until `weigh` tells its importance and which of it stand for neurons.
         two_sided: count negative activations apart.
     """
 
     def __init__(
-        self, site: str, *, groups: int = 1, axis: int = -1, row_stride: int = 1, weighted: bool = False, two_sided: bool = False
+        self, site: str, *, groups: int = 1, axis: int = -1, row_stride: int = 1, held: bool = False, two_sided: bool = False
     ) -> None:
         super().__init__()
         self.site = site
-        self.groups, self.axis, self.row_stride, self.weighted, self.two_sided = groups, axis, row_stride, weighted, two_sided
+        self.groups, self.axis, self.row_stride, self.held, self.two_sided = groups, axis, row_stride, held, two_sided
         self.rows = 2 * groups if two_sided else groups
         self.part = FIT
         self.counts: Tensor | None = None
         self.weights: Tensor | None = None
         self.maximum: Tensor | None = None
-        self._held: Tensor | None = None
+        self._passed: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.weighted:
-            self._held = x
+        if self.held:
+            self._passed = x
         else:
-            self._count(x, None)
+            self._count(x, None, None)
         return x
 
-    def weigh(self, importance: Float[Tensor, "*x"]) -> None:
-        """What a squared error of the activations that passed last counts; broadcasts against them."""
-        assert self._held is not None
-        self._count(self._held, importance.expand(self._held.shape))
-        self._held = None
+    def weigh(self, importance: Float[Tensor, "*#x"] | None, neurons: Bool[Tensor, "*#x"] | None = None) -> None:
+        """What a squared error of the activations that passed last counts (None: all the same), and which are a neuron's (None: all).
 
-    def _count(self, x: Tensor, importance: Tensor | None) -> None:
+        Both broadcast against them.
+
+        Raises:
+            ValueError: nothing has passed since the last call, or the observer does not hold what passes.
+        """
+        if self._passed is None:
+            raise ValueError(f"site {self.site}: nothing is held; call weigh once after each forward of an observer with held=True")
+        x, self._passed = self._passed, None
+        self._count(x, *(None if each is None else each.expand(x.shape) for each in (importance, neurons)))
+
+    def _count(self, x: Tensor, importance: Tensor | None, neurons: Tensor | None) -> None:
         values = self._grouped(x).float()
+        hidden = None if neurons is None else ~self._grouped(neurons)
+        if hidden is not None:
+            values = values.masked_fill(hidden, 0)
         if self.counts is None or self.maximum is None:
             self.counts = torch.zeros(2, self.rows, BINS, dtype=torch.int64, device=x.device)
             self.maximum = torch.zeros(2, self.rows, device=x.device)
@@ -145,6 +155,8 @@ class Observer(nn.Module):
             index += torch.arange(0, self.groups * _CODES, _CODES, dtype=torch.int32, device=x.device)[:, None]
         if self.two_sided:
             index += (values < 0) * (self.groups * _CODES)
+        if hidden is not None:
+            index.masked_fill_(hidden, self.rows * _CODES)  # behind the last row: counted nowhere
         self.counts[self.part] += self._histogram(index, None)
         if importance is not None:
             if self.weights is None:
@@ -153,7 +165,8 @@ class Observer(nn.Module):
 
     def _histogram(self, index: Tensor, weights: Tensor | None) -> Tensor:
         """Counts or summed weights of the bins [C, BINS]; bin 0 takes in everything below it."""
-        every = torch.bincount(index.flatten(), weights=weights, minlength=self.rows * _CODES).view(self.rows, _CODES)
+        every = torch.bincount(index.flatten(), weights=weights, minlength=self.rows * _CODES)
+        every = every[: self.rows * _CODES].view(self.rows, _CODES)
         found = every[:, _FIRST : _FIRST + BINS].clone()
         found[:, 0] += every[:, :_FIRST].sum(1)
         return found

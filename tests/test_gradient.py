@@ -21,7 +21,7 @@ def laplacian(seed: int, *shape: int) -> torch.Tensor:
 
 def statistics(x: torch.Tensor, *, importance: torch.Tensor | None = None):
     """One site, the same values in both parts."""
-    observer = Observer("site", weighted=importance is not None)
+    observer = Observer("site", held=importance is not None)
     for part in (0, HELD_OUT):
         observer.part = part
         observer(x)

@@ -103,7 +103,7 @@ def test_low_precision_activations_are_counted_exactly():
 
 def test_tensors_round_trip():
     x = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
-    weighted = Observer("some.site", weighted=True)
+    weighted = Observer("some.site", held=True)
     weighted(x)
     weighted.weigh(x.square())
     for found in (observe(x), weighted.result()):
@@ -116,7 +116,7 @@ def test_tensors_round_trip():
 def test_weights_are_the_summed_importance_of_a_bins_activations():
     generator = torch.Generator().manual_seed(0)
     x, importance = torch.randn(2, 3, 4, 5, generator=generator), torch.rand(2, 3, 4, 1, generator=generator)
-    observer = Observer("some.site", groups=3, axis=1, weighted=True)
+    observer = Observer("some.site", groups=3, axis=1, held=True)
     observer(x)
     observer.weigh(importance)
     found = observer.result()
