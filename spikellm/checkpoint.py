@@ -25,7 +25,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from spikellm.attention import SpikingAttention
-from spikellm.boundary import blamed_on
+from spikellm.boundary import blamed_on, reason
 from spikellm.config import InputError
 from spikellm.conversion import get_neuron, install, model_sites, place, set_neuron
 from spikellm.intake import unfilled
@@ -175,8 +175,8 @@ class SpikingModelQuantizer(HfQuantizer):
             try:
                 table = PhaseTable(**{row: getattr(neuron, row) for row in ROWS}, **flags_of(neuron))
                 intact = SiteRecord.of(site.name, table) == record
-            except ValueError as error:
-                raise InputError(f"{folder}, weights: {site.name}: {error}; {CURE}") from error
+            except (ValueError, TypeError) as error:
+                raise InputError(f"{folder}, weights: {site.name}: {reason(error)}; {CURE}") from error
             if not intact:
                 raise InputError(f"{folder}, weights: {site.name}: the table does not match its checksum, the file was changed; {CURE}")
             place(model, site, table, compiled=config.compiled)
