@@ -244,6 +244,7 @@ def _register(architecture: str) -> type[SpikingModel]:
     kind = architecture + SPIKING_TYPE
     config = type(f"Spiking{plain_config.__name__}", (SpikingConfig, plain_config), {"model_type": kind, "__module__": __name__})
     model = type(f"Spiking{plain_model.__name__}", (SpikingModel, plain_model), {"config_class": config, "__module__": __name__})
+    globals().update({config.__name__: config, model.__name__: model})  # where pickle looks for them
     AutoConfig.register(kind, config)
     AutoModelForCausalLM.register(config, model)
     return model
