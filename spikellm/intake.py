@@ -8,9 +8,11 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
+import torch
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from spikellm.boundary import blamed_on
@@ -27,13 +29,15 @@ def check_folder(config: ModelConfig) -> None:
     """Refuse a local folder by what its files look like from outside.
 
     Raises:
-        InputError: an adapter, or a file that is empty, a git-lfs pointer or no safetensors file.
+        InputError: an adapter, or a file that is empty, a git-lfs pointer, damaged, or a pickle of anything but weights.
     """
     folder, place = Path(config.path), f"model.path={config.path}"
     if (folder / "adapter_config.json").exists():
         raise InputError(f"{place}: holds an adapter (adapter_config.json); merge it into its model (merge_and_unload) and save that")
     files = [file for pattern in ("*.json", "tokenizer.model", "model*.safetensors", "pytorch_model*.bin") for file in folder.glob(pattern)]
     for file in sorted(files):
+        if not file.is_file():  # a pipe would be waited for
+            raise InputError(f"{place}, {file.name}: is no file; {CURE}")
         with blamed_on(f"{place}, {file.name}", CURE), file.open("rb") as stream:
             head = stream.read(len(LFS_POINTER))
         if not head:
@@ -43,6 +47,17 @@ def check_folder(config: ModelConfig) -> None:
         if file.suffix == ".safetensors":
             with blamed_on(f"{place}, {file.name}", CURE), safe_open(file, "pt") as tensors:
                 tensors.keys()
+        if file.suffix == ".bin" and not _holds_weights(file):
+            raise InputError(f"{place}, {file.name}: is no pickle of weights alone; give the model as safetensors")
+
+
+def _holds_weights(pickle: Path) -> bool:
+    """Whether a file is read, without running code of it, as tensors by name; what an archive holds is not read into memory."""
+    try:
+        found = torch.load(pickle, map_location="cpu", weights_only=True, mmap=is_zipfile(pickle))
+    except Exception:  # bytes that are no pickle can raise nearly anything; torch's own message advises to let the code run
+        return False
+    return isinstance(found, Mapping) and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in found.items())
 
 
 def check_config(config: ModelConfig, content: Mapping[str, Any]) -> None:
