@@ -96,9 +96,15 @@ def sites(layers: int) -> Iterator[Site]:
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The decoder layers of a model."""
-    layers = model.get_submodule(LAYERS)
-    assert isinstance(layers, nn.ModuleList)
+    """The decoder layers of a model.
+
+    Raises:
+        ValueError: it has none where models of the LLaMA family have theirs.
+    """
+    owner, _, name = LAYERS.rpartition(".")
+    layers = getattr(getattr(model, owner, None), name, None)
+    if not isinstance(layers, nn.ModuleList):
+        raise ValueError(f"{type(model).__name__} has no layers in {LAYERS}; supported: {', '.join(ARCHITECTURES)}")
     return layers
 
 
