@@ -91,7 +91,7 @@ def calibrate(model: PreTrainedModel, windows: Int[Tensor, "W L"], prefix: Prefi
     with _query_blocks(model, QUERY_BLOCK):
         tokens = _prefix_tokens(model, windows[:PREFIX_WINDOWS], prefix) if prefix.enabled else []
         attach_prefix(model, tokens)
-        with _observing(model) as observers:
+        with observing(model) as observers:
             for index, window in enumerate(tqdm(windows, desc="calibrate", unit="window", disable=None)):
                 for observer in observers.values():
                     observer.part = HELD_OUT if index % 2 else FIT
@@ -122,7 +122,7 @@ def _query_blocks(model: PreTrainedModel, size: int) -> Iterator[None]:
 
 
 @contextmanager
-def _observing(model: PreTrainedModel) -> Iterator[dict[Site, Observer]]:
+def observing(model: PreTrainedModel) -> Iterator[dict[Site, Observer]]:
     """Within: an observer in every slot; afterwards the slots are transparent."""
     observers = {site: _observer(model, site) for site in model_sites(model)}
     for site, observer in observers.items():

@@ -122,7 +122,7 @@ class ModelConfig:
     source: ModelSource = MISSING  # where the weights come from
     path: str = MISSING  # hub id, local folder, or package:file for gguf, or architecture for random
     revision: str | None = None  # branch, tag or commit on the hub
-    dtype: DType = DType.float32  # of the weights and of evaluation; rotation is always float64
+    dtype: DType = DType.float32  # of the weights; activations of spiking networks are float32 at least, rotation is float64
     seed: int = 0  # of the weights; source=random only
     options: dict[str, Any] = field(default_factory=dict)  # overrides of the architecture's config; source=random only
 

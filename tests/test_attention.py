@@ -1,5 +1,8 @@
 """The installed model against transformers' own attention: parity, causality, padding, caches, prefix."""
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import TINY, base2_tables, norm_ratio, tiny_model
@@ -7,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
-from spikellm.attention import spiking_attention, visible_blocks
+from spikellm.attention import exponentials, spiking_attention, visible_blocks
 from spikellm.conversion import convert, install
 from spikellm.prefix import attach_prefix
 from spikellm.rotation import rotate
+from spikellm.stepped import stepped
 
 BLOCK = 16  # queries per block: several blocks in every test
 
@@ -231,6 +235,35 @@ def test_blocks_cover_all_queries_and_every_key_they_may_see(L, S, size, density
 def test_blocks_leave_out_keys_above_the_diagonal():
     causal = torch.ones(8, 8).tril().bool()[None, None]
     assert [(rows.stop, keys.stop) for rows, keys in visible_blocks(causal, 3)] == [(3, 3), (6, 6), (8, 8)]
+
+
+def test_a_query_that_sees_nothing_has_no_exponentials():
+    mask = torch.tensor([[True, False, True], [False, False, False]])[None, None]
+    weights, top = exponentials(torch.tensor([[2.0, 9.0, 1.0], [5.0, 6.0, 7.0]])[None, None], mask)
+    assert weights[0, 0].tolist() == [[1.0, 0.0, pytest.approx(math.exp(-1))], [0.0, 0.0, 0.0]]
+    assert torch.isfinite(top).all()
+
+
+@pytest.mark.parametrize("steps", [False, True], ids=["folded", "stepped"])
+def test_a_softmax_that_sends_no_spike_mixes_nothing(steps, ids):
+    """Its first threshold lies above 1, the largest exponential; without a prefix there is nothing else to mix."""
+    model = tiny_model()
+    install(model, rotated=False, query_block=BLOCK)
+    tables = base2_tables(model)
+    silent = {name: table for name, table in base2_tables(model).items() if "softmax" in name}
+    for name, table in silent.items():
+        tables[name] = replace(table, theta=table.theta + 2)
+    convert(model, tables, compiled=False)
+    outputs = []
+    model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(lambda _, inputs: outputs.append(inputs[0]))
+    if steps:
+        with stepped(model):
+            model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(lambda _, inputs: outputs.append(inputs[0]))
+            logits = model(ids).logits
+    else:
+        logits = model(ids).logits
+    assert torch.isfinite(logits).all()
+    assert not outputs[0].any()
 
 
 def test_block_size_changes_no_logit(ids):

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from conftest import base2_table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spikellm.neuron import PhaseNeuron, PhaseTable, count_spikes, decode, encode, fire
+from spikellm.neuron import PhaseNeuron, PhaseTable, count_spikes, decode, encode, fire, fused
 
 law = settings(deadline=None, max_examples=60, derandomize=True)
 
@@ -203,3 +204,15 @@ def test_without_a_compiler_the_plain_pass_is_used(monkeypatch, caplog):
         assert "compiler" in caplog.text
     finally:
         neuron.fused.cache_clear()
+
+
+@pytest.mark.parametrize(("device", "missing", "cure"), [("cuda", "find_spec", "triton"), ("cpu", "shutil", "g++")])
+def test_without_a_compiler_neurons_run_unfused_and_say_so(device, missing, cure, monkeypatch, caplog):
+    absent = {"find_spec": lambda _: None, "shutil": SimpleNamespace(which=lambda _: None)}[missing]
+    monkeypatch.setattr(f"spikellm.neuron.{missing}", absent)
+
+    def kernel():
+        """Not seen by `fused` before."""
+
+    assert fused(kernel, device) is kernel
+    assert cure in caplog.text
