@@ -61,8 +61,10 @@ class SiteRecord:
         """What is recorded of `table`.
 
         Raises:
-            ValueError: the neuron can send nothing, or is never reset.
+            ValueError: the neuron can send nothing or is never reset, or the table was rounded.
         """
+        if table.theta.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"{name}: the table was rounded to {table.theta.dtype}; convert after model.to(..), not before it")
         for row in ("h", "d"):
             if not getattr(table, row).any():
                 raise ValueError(f"{name}: {row} is 0 everywhere, which no code is")

@@ -123,6 +123,9 @@ def test_saved_again_it_is_the_same(tmp_path, ids):
     assert configs[0]["quantization_config"]["rotation"]["seed"] == 0
     weights = [(tmp_path / each / "model.safetensors").read_bytes() for each in "012"]
     assert weights[0] == weights[1] == weights[2]
+    first.save_pretrained(tmp_path / "shards", max_shard_size="200KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "shards", device_map="cpu")(ids).logits, first(ids).logits)
     # a table that was exchanged after loading is saved as what it is now
     site = model_sites(first)[0]
     set_neuron(first, site, PhaseNeuron(base2_table(2.0, 3), compiled=False))
@@ -144,6 +147,8 @@ def test_a_model_that_is_not_wholly_spiking_is_not_saved(tmp_path):
     silent = {name: replace(table, d=0 * table.d) for name, table in base2_tables(model).items()}
     with pytest.raises(ValueError, match="d is 0 everywhere"):
         spikellm.checkpoint.save(spiking(tables=lambda _: silent), tmp_path)
+    with pytest.raises(ValueError, match=r"rounded to torch\.bfloat16"):
+        spikellm.checkpoint.save(spiking().to(torch.bfloat16), tmp_path)
     assert not list(tmp_path.iterdir())
 
 

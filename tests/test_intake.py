@@ -189,3 +189,22 @@ def test_code_of_a_folder_neither_runs_nor_asks(kind, folder, monkeypatch, tmp_p
         load_tokenizer(hub(folder))
     assert asked.tell() == 0
     assert not ran.exists()
+
+
+def test_everything_comes_from_one_revision(whole, tmp_path, monkeypatch, ids):
+    repository = tmp_path / "models--org--tiny"
+    for revision, seed in (("main", 0), ("v2", 1)):
+        snapshot = shutil.copytree(whole, repository / "snapshots" / (str(seed) * 40))
+        model = tiny_model(seed=seed)
+        model.generation_config.max_length = 100 + seed
+        model.save_pretrained(snapshot)
+        word_tokenizer(200 + seed).save_pretrained(snapshot)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / revision).write_text(str(seed) * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for revision, seed in ((None, 0), ("main", 0), ("v2", 1)):
+        config = hub("org/tiny", revision=revision)
+        model = load_model(config, CPU)
+        assert torch.equal(model(ids).logits, tiny_model(seed=seed)(ids).logits)
+        assert model.generation_config.max_length == 100 + seed
+        assert len(load_tokenizer(config)) == 200 + seed
