@@ -1,7 +1,9 @@
 """The architecture: which file may import which, how long a file may be, who may know Hydra."""
 
 import ast
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -10,7 +12,9 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     {"fields"},
     {"config", "hadamard", "neuron", "coding", "temporal", "energy"},
+    {"boundary"},
     {"sites", "data", "artifacts", "spike_plots", "command", "modules"},
+    {"intake"},
     {"model", "tracking"},
     {"rotation", "prefix", "attention", "statistics", "evolution", "zero_shot"},
     {"conversion", "evaluation", "gradient", "stepped_modules", "spike_counter", "code_fit"},
@@ -39,6 +43,7 @@ MATHEMATICS = LAYERS[1] - {"config"}
 NO_TORCH = {
     "fields",
     "config",
+    "boundary",
     "command",
     "console",
     "report",
@@ -123,3 +128,15 @@ def test_public_names_exist():
         assert getattr(spikellm, name) is not None
     with pytest.raises(AttributeError):
         spikellm.nothing_of_this_name  # noqa: B018
+
+
+def test_public_names_stay_what_they_are():
+    """Importing a submodule binds it in the package, over whatever stood under its name."""
+    import spikellm
+
+    assert not set(spikellm.__all__) & set(FILES)
+    before = {name: getattr(spikellm, name) for name in spikellm.__all__}
+    for name in set(FILES) - {"main", PUBLIC}:
+        import_module(f"spikellm.{name}")
+    assert {name: getattr(spikellm, name) for name in spikellm.__all__} == before
+    assert not any(isinstance(value, ModuleType) for value in before.values())
