@@ -215,7 +215,7 @@ def _beside(target: Path) -> Path:
 
 
 def _clear_abandoned(folder: Path) -> None:
-    """Remove what killed runs have left: on this machine where the process is gone, of others when it is old; old locks without a holder."""
+    """Remove what killed runs have left: on this machine where the process is gone, of others when it is old; old locks, not held."""
     for path in folder.glob("*.tmp-*"):
         node, _, process = path.name.partition(".tmp-")[2].rpartition("-")[0].rpartition("-")
         with suppress(OSError):

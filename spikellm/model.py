@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from spikellm.config import Device, HardwareConfig, InputError, ModelConfig, ModelSource
 from spikellm.data import settle_for_cache_if_unreachable
 from spikellm.sites import ARCHITECTURES, check_architecture
-from spikellm.sources import packaged_file
+from spikellm.sources import cached_commit, packaged_file
 
 log = logging.getLogger(__name__)
 
@@ -73,8 +73,8 @@ def pinned(config: ModelConfig) -> ModelConfig:
     """
     if config.source is not ModelSource.hub or Path(config.path).is_dir():
         return config
-    commit = _from_hub(config, AutoConfig, **_location(config))._commit_hash
-    return replace(config, revision=commit or config.revision)
+    _from_hub(config, AutoConfig, **_location(config))  # brings the local cache up to date with the hub
+    return replace(config, revision=cached_commit(config.path, config.revision or "main") or config.revision)
 
 
 def _location(config: ModelConfig) -> dict[str, Any]:

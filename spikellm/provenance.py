@@ -40,11 +40,11 @@ def versions() -> dict[str, str | None]:
 def code(stage: str) -> dict[str, Any]:
     """What the key of a result holds of the code that computes it; `stage` of COMPUTED_BY."""
     version, modules = COMPUTED_BY[stage]
-    return {"version": version, "sha256": code_fingerprint(modules)}
+    return {"version": version, "sha256": code_fingerprint(modules, PACKAGE)}
 
 
 @cache
-def code_fingerprint(modules: tuple[str, ...], package: Path = PACKAGE) -> str:
+def code_fingerprint(modules: tuple[str, ...], package: Path) -> str:
     """64 hex digits that change with the code of `modules` or of what they import inside the package."""
     whole = hashlib.sha256()
     for name in sorted(closure(modules, package)):
@@ -52,7 +52,7 @@ def code_fingerprint(modules: tuple[str, ...], package: Path = PACKAGE) -> str:
     return whole.hexdigest()
 
 
-def closure(modules: Iterable[str], package: Path = PACKAGE) -> set[str]:
+def closure(modules: Iterable[str], package: Path) -> set[str]:
     """`modules` and all that they import inside the package, at the top or in a function, but for LEFT_OUT."""
     found: set[str] = set()
     ahead = list(modules)

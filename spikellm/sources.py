@@ -40,7 +40,7 @@ def model_source(config: ModelConfig, digests: Digests) -> dict[str, Any]:
         return found | {"gguf": digests.of(folder / name), "files": _contents(model_files(folder), folder, digests)}
     if (folder := Path(config.path)).is_dir():
         return found | {"files": _contents(model_files(folder), folder, digests)}
-    return found | {"path": config.path, "commit": _cached_commit(config.path, config.revision or "main")}
+    return found | {"path": config.path, "commit": cached_commit(config.path, config.revision or "main")}
 
 
 def model_files(folder: Path) -> list[Path]:
@@ -127,7 +127,7 @@ def _text_digest_of(path: Path, _state: tuple[int, ...]) -> str:
     return hashlib.sha256(path.read_bytes().replace(b"\r\n", b"\n").replace(b"\r", b"\n")).hexdigest()
 
 
-def _cached_commit(repository: str, revision: str) -> str | None:
+def cached_commit(repository: str, revision: str) -> str | None:
     """The commit that a branch or tag of a model on the hub stands for in the local cache."""
     if COMMIT.fullmatch(revision):
         return revision
