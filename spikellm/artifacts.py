@@ -14,6 +14,7 @@ a new one, finds the result. Where people delete a lock's file, or a file system
 worst is that two compute the same: temporary names differ and the first result to be whole stands.
 """
 
+import errno
 import hashlib
 import json
 import logging
@@ -38,6 +39,8 @@ log = logging.getLogger(__name__)
 
 INPUTS, VERSIONS, CHECKSUMS = "inputs.json", "versions.json", "checksums.json"
 STALE_SECONDS = 24 * 3600  # another machine's temporary folder of this age belongs to nobody
+# No fault of a file: too many open ones, no memory, a server that has just come back.
+PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
 LARGE_BYTES = 1 << 24  # files from here on are hashed once: 16 MiB take 10 ms
 SETTLED_NS = 2 * 10**9  # a file changed less than this ago may change again within the same tick of the file system's clock
 
@@ -127,6 +130,8 @@ class ArtifactStore:
             if artifact_key(read_json(target / INPUTS)) != target.name or INPUTS not in checksums:
                 return f"{INPUTS} belongs to another result"
         except OSError as error:
+            if error.errno in PASSING:
+                raise
             return f"{Path(error.filename or target).name} cannot be read ({error.strerror})"
         except (ValueError, AttributeError) as error:  # no JSON, or none of ours
             return f"{CHECKSUMS} is damaged ({error})"
@@ -151,6 +156,7 @@ class Digests:
 
     def __init__(self, memory: Path) -> None:
         self.memory = memory
+        self._seen: dict[str, list[Any]] = {}  # by this process, also where it cannot write
 
     def of(self, path: Path) -> str:
         """The sha256 of a file.
@@ -162,15 +168,16 @@ class Digests:
         if state[0] < LARGE_BYTES:
             return file_digest(path)
         name = str(path.resolve())
-        match self._remembered().get(name):
+        match self._seen.get(name) or self._remembered().get(name):
             case [*known, str(digest)] if known == state:
                 return digest
         digest = file_digest(path)
+        self._seen[name] = [*state, digest]
         if time.time_ns() - max(state[1:3]) > SETTLED_NS and file_state(path) == state:
             kept = {other: entry for other, entry in self._remembered().items() if Path(other).is_file()}
             with suppress(OSError):  # a store that can only be read serves as well
                 self.memory.parent.mkdir(parents=True, exist_ok=True)
-                write_json(self.memory, kept | {name: [*state, digest]})
+                write_json(self.memory, kept | {name: self._seen[name]})
         return digest
 
     def _remembered(self) -> dict[str, Any]:

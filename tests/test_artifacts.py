@@ -1,5 +1,6 @@
 """The artefact store: whole or absent, computed once, whoever is killed."""
 
+import errno
 import multiprocessing
 import os
 import shutil
@@ -314,3 +315,16 @@ def test_a_file_that_was_just_written_is_not_remembered(tmp_path, monkeypatch):
     path.write_text("abcdef")
     Digests(tmp_path / "memory.json").of(path)
     assert not (tmp_path / "memory.json").exists()
+
+
+def test_a_process_without_file_handles_takes_nothing_for_damaged(tmp_path, monkeypatch):
+    store = ArtifactStore(tmp_path)
+    folder, _ = store.load_or_compute("stage", {"a": 1}, write("whole"))
+
+    def refuse(path: Path) -> str:
+        raise OSError(errno.EMFILE, "too many open files", str(path))
+
+    monkeypatch.setattr(artifacts, "file_digest", refuse)
+    with pytest.raises(OSError, match="too many open files"):
+        ArtifactStore(tmp_path).load_or_compute("stage", {"a": 1}, write("another"))
+    assert (folder / "result.txt").read_text() == "whole"
