@@ -17,7 +17,8 @@ Where the softmax is normalised (`snn.softmax_norm`), with scores s_j, the prefi
   P (E + 1) multiply-adds a query and head, beside the S E of the real keys.
 
 Queries are taken in blocks, and keys that no query of a block may see are left out: half of the work and a fraction of
-the memory of the full [H, L, S] matrix.
+the memory of the full [H, L, S] matrix. Scores, exponentials and sums are float32 at least, whatever the model's dtype: transformers'
+eager attention rounds scores to bfloat16, by 0.06 at a score of 20.
 """
 
 from typing import Any
@@ -28,11 +29,30 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from spikellm.hadamard import hadamard_factors
+from spikellm.modules import OnlineHadamard, wide
 from spikellm.neuron import PhaseNeuron, encode_plain, fused
 from spikellm.sites import SPIKING_ATTENTION
 
 IMPLEMENTATION = "spiking"
+# an additive mask hides a key from here on: callers write -inf, the least number of some dtype, -1e9 or -1e4
+HIDDEN = -9e3
+# What models pass on to their attention though the mask, or another part of the model, has dealt with it.
+WITHOUT_EFFECT = {
+    "cache",
+    "cache_position",
+    "is_causal",
+    "logits_to_keep",
+    "num_items_in_batch",
+    "output_hidden_states",
+    "output_router_logits",
+    "past_key_values",
+    "position_embeddings",
+    "position_ids",
+    "return_dict",
+    "sliding_window",
+    "token_type_ids",
+    "use_cache",
+}
 
 
 class SpikingAttention(nn.Module):
@@ -43,9 +63,10 @@ class SpikingAttention(nn.Module):
         rotated: apply R3.
         normalise_after: see the module's text.
         query_block: queries per block [tokens].
+        dtype: of activations.
     """
 
-    rotation: Tensor | None
+    rotation: OnlineHadamard | None
     prefix_key: Tensor | None
     prefix_value: Tensor | None
 
@@ -65,18 +86,9 @@ class SpikingAttention(nn.Module):
         self.value: nn.Module = nn.Identity()
         self.softmax: nn.Module = nn.Identity()
         self.head_width, self.normalise_after, self.query_block, self.dtype = head_width, normalise_after, query_block, dtype
-        # not in the state dict: the width determines it
-        rotation = torch.empty(head_width, head_width, dtype=dtype, device=device) if rotated else None
-        self.register_buffer("rotation", rotation, persistent=False)
+        self.rotation = OnlineHadamard(head_width, dtype=dtype, device=device) if rotated else None
         self.register_buffer("prefix_key", None)
         self.register_buffer("prefix_value", None)
-        self.reset_rotation()
-
-    def reset_rotation(self) -> None:
-        """Fill R3's matrix (again: it is not in checkpoints)."""
-        if self.rotation is not None and not self.rotation.is_meta:
-            left, right = hadamard_factors(self.head_width, dtype=torch.float64)
-            self.rotation.copy_(torch.kron(left, right))
 
     def set_prefix(self, key: Float[Tensor, "K P E"], value: Float[Tensor, "K P E"]) -> None:
         """Keys (after RoPE, before R3) and values that stand before every sequence."""
@@ -107,6 +119,7 @@ class SpikingAttention(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None]:
         """What the neurons of q, k and v read, after R3, and the mask; the prefix among the keys, or apart from them."""
+        query, key, value = (x.to(wide(x.dtype)) for x in (query, key, value))
         prefix = None
         if self.prefix_key is not None and self.prefix_value is not None:
             prefix = (self.prefix_key.expand(len(key), -1, -1, -1), self.prefix_value.expand(len(key), -1, -1, -1))
@@ -114,27 +127,30 @@ class SpikingAttention(nn.Module):
                 key, value = torch.cat([prefix[0], key], dim=2), torch.cat([prefix[1], value], dim=2)
                 mask = torch.cat([mask.new_ones(*mask.shape[:-1], prefix[0].shape[2]), mask], dim=-1)
         if self.rotation is not None:
-            query, key = query @ self.rotation, key @ self.rotation
-            prefix = prefix and (prefix[0] @ self.rotation, prefix[1])
+            query, key = self.rotation(query), self.rotation(key)
+            prefix = prefix and (self.rotation(prefix[0]), prefix[1])
         return query, key, value, mask, prefix
 
     def _normalise_then_mix(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, _: Any) -> Float[Tensor, "B H l E"]:
         weights = self.softmax(probabilities(per_key_head(query, key.mT), mask))
-        return per_key_head(weights.to(value.dtype), value)
+        if (weigh := getattr(self.softmax, "weigh", None)) is not None:  # calibration
+            weigh(None, mask)
+        return per_key_head(weights, value)
 
     def _mix_then_normalise(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, prefix: tuple[Tensor, Tensor] | None
     ) -> Float[Tensor, "B H l E"]:
         weights, total, top = self._coded_exponentials(per_key_head(query, key.mT), mask)
-        mixed, share = per_key_head(weights.to(value.dtype), value), torch.ones_like(top)
+        mixed, share = per_key_head(weights, value), torch.ones_like(top)
         if prefix is not None:
             sink, share = prefix_weights(per_key_head(query, prefix[0].mT), top)
-            mixed = share * mixed + per_key_head(sink.to(value.dtype), prefix[1])
+            mixed = share * mixed + per_key_head(sink, prefix[1])
             total = share * total + sink.sum(-1, keepdim=True)
+        total = torch.where(total == 0, 1, total)  # no spike was sent, and there is no prefix: nothing is mixed
         output = mixed / total
         if (weigh := getattr(self.softmax, "weigh", None)) is not None:  # calibration
-            weigh((share / total).square() * squared_distances(output.to(value.dtype), value))
-        return output.to(value.dtype)
+            weigh((share / total).square() * squared_distances(output, value), mask)
+        return output
 
     def _coded_exponentials(self, scores: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """e^ [B, H, l, s], its row sums and the rows' largest scores [B, H, l, 1]; one pass if the neuron is compiled."""
@@ -161,23 +177,20 @@ def squared_distances(x: Float[Tensor, "B H l E"], y: Float[Tensor, "B K s E"]) 
 
 
 def probabilities(scores: Tensor, mask: Tensor) -> Tensor:
-    """softmax of the visible scores, in float32 at least."""
-    hidden = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    return hidden.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    """softmax of the visible scores; the row of a query that sees nothing (padding) is uniform, as in transformers."""
+    return scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1)
 
 
 def prefix_weights(scores: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
     """exp(s - M) of the prefix [B, H, l, P] and c = exp(m - M) [B, H, l, 1], with m = `top` and M the largest score of all."""
-    scores = scores.to(top.dtype)
     highest = torch.maximum(top, scores.amax(-1, keepdim=True))
     return (scores - highest).exp(), (top - highest).exp()
 
 
 def exponentials(scores: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """exp(s - m) with m the largest visible score of the row, 0 where masked; and m [B, H, l, 1]; in float32 at least."""
-    wide = torch.promote_types(scores.dtype, torch.float32)
-    scores = scores.to(wide).masked_fill(~mask, torch.finfo(wide).min)
-    top = scores.amax(-1, keepdim=True)
+    """exp(s - m) with m the largest visible score of the row, 0 where masked; and m [B, H, l, 1]."""
+    scores = scores.masked_fill(~mask, -torch.inf)
+    top = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).min)  # finite where a query sees nothing
     return (scores - top).exp(), top
 
 
@@ -209,25 +222,78 @@ def visible_blocks(mask: Bool[Tensor, "B 1 L S"], size: int) -> list[tuple[slice
 
 
 def spiking_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float, **_: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **options: Any,
 ) -> tuple[Float[Tensor, "B L H E"], None]:
     """transformers' attention function; the layer must carry a `SpikingAttention`.
 
+    Args:
+        attention_mask: True where a query may see a key, or 0 there and a large negative number elsewhere; [B or 1, 1, L, S].
+        options: what else a caller of the model has passed.
+
     Raises:
-        ValueError: no mask came in, or the layer was not converted.
+        ValueError: no mask came in, one that hides nothing but shifts scores, the layer was not converted, or an option would have to
+            change the result.
     """
     if attention_mask is None:
         raise ValueError(f"attention implementation {IMPLEMENTATION!r} needs its mask: register {IMPLEMENTATION!r} masks too")
     spiking = getattr(module, SPIKING_ATTENTION, None)
     if spiking is None:
         raise ValueError(f"layer {getattr(module, 'layer_idx', '?')} has no {SPIKING_ATTENTION!r} submodule: convert the model first")
-    return spiking(query, key, value, attention_mask, scaling), None
+    if dropout:
+        raise ValueError(f"attention_dropout={dropout}: a spiking model does not drop spikes; call model.eval() or set attention_dropout=0")
+    acting = sorted(name for name, option in options.items() if name not in WITHOUT_EFFECT and option is not None and option is not False)
+    if options.get("is_causal") is False:
+        acting.append("is_causal=False")
+    if acting:
+        raise ValueError(f"attention of a spiking model cannot honour {', '.join(acting)}: call the model without")
+    return spiking(query, key, value, visible(attention_mask, query, key), scaling), None
+
+
+def visible(mask: Tensor, query: Float[Tensor, "B H L E"], key: Float[Tensor, "B K S E"]) -> Bool[Tensor, "B 1 L S"]:
+    """A caller's mask as booleans.
+
+    Raises:
+        ValueError: it is of another shape, of integers, or adds a bias to scores.
+    """
+    wanted = (len(query), 1, query.shape[2], key.shape[2])
+    if mask.ndim != 4 or mask.shape[0] not in (1, wanted[0]) or mask.shape[1:] != wanted[1:]:
+        raise ValueError(f"attention_mask has shape {tuple(mask.shape)}, {wanted} is needed: one mask for all heads of a sequence")
+    if mask.is_floating_point():
+        hidden = mask <= HIDDEN
+        if not (hidden | (mask == 0)).all():
+            raise ValueError(
+                "attention_mask adds a bias to scores, which spiking attention cannot: 0 where a key is visible, -inf elsewhere"
+            )
+        mask = ~hidden
+    if mask.dtype is not torch.bool:
+        raise ValueError(f"attention_mask is {mask.dtype}: booleans are needed (True: visible), or floats that are added to scores")
+    return mask.expand(wanted[0], -1, -1, -1)
+
+
+def refuse_other_implementation(module: nn.Module, *_: Any) -> None:
+    """Forward hook of a layer's attention: any other attention function has passed its neurons and prefix by.
+
+    Raises:
+        ValueError: the model was set to another implementation.
+    """
+    chosen: Any = getattr(module.config, "_attn_implementation", None)
+    if chosen != IMPLEMENTATION:
+        raise ValueError(
+            f"attn_implementation={chosen!r} leaves out neurons of a spiking model; {IMPLEMENTATION!r} is the one that has them"
+        )
 
 
 def spiking_mask(*args: Any, **kwargs: Any) -> Bool[Tensor, "B 1 L S"]:
     """The boolean mask, always spelled out: True where a query may see a key."""
     mask = sdpa_mask(*args, **kwargs | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
-    assert mask is not None
+    assert mask is not None  # the two options forbid it
     return mask
 
 

@@ -5,10 +5,16 @@ stream's size: an error in the MLP's output counts 1 / (|r|^2 + |mlp(r)|^2). Tha
 the weight spread errors evenly); at the activation it is multiplied by up^2, the factor on the error there. Without it a few
 tokens with massive residuals, whose errors hardly matter, would set tau at both sites. An error of e_ij in the softmax moves the
 output o_i by (v_j - o_i) / sum of the row, and counts by the square of that (`attention.py`). Ours.
+
+Probabilities that are coded as they are (`snn.softmax_norm=before`) are added up along a row, and with them their errors: the mean error
+counts as often as there are probabilities in the row (`code_fit.bias_weight`), for which the rows' lengths are kept.
 """
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any, Self
 
@@ -37,14 +43,19 @@ from spikellm.sites import (
     SiteKind,
     decoder_layers,
 )
-from spikellm.statistics import FIT, HELD_OUT, Observer, SiteStatistics
+from spikellm.statistics import CHOOSE, FIT, REPORT, Observer, SiteStatistics
 
 log = logging.getLogger(__name__)
 
 # Attention has L^2 probabilities a head: every eighth query suffices for their distribution.
 SOFTMAX_ROW_STRIDE = 8
+# Queries per block while observing [tokens], whatever hardware.query_block says: another one rounds sums in another order, which
+# carries activations over the edges of bins. A multiple of the stride, and 32 MiB a block at 32 heads and 2048 keys.
+QUERY_BLOCK = 128
 # Where prefix tokens are looked for, windows and tokens of each: sinks arise at the start, and their number hardly varies.
 PREFIX_WINDOWS, PREFIX_LENGTH = 4, 512
+# The parts that windows go to, over and over: half of them are fitted to.
+PERIOD = (FIT, CHOOSE, FIT, REPORT)
 WEIGHTED_BY_RESIDUAL = (SiteKind.activation, SiteKind.mlp_product)
 TWO_SIDED = (SiteKind.activation,)
 
@@ -76,34 +87,74 @@ class Calibration:
 def calibrate(model: PreTrainedModel, windows: Int[Tensor, "W L"], prefix: PrefixConfig) -> Calibration:
     """Observe an installed model without neurons on `windows`; leaves it with its prefix and transparent slots.
 
-    Windows go alternately to the fitting and the held-out part; a single window is cut in two.
+    Windows go to the parts of the statistics in the order of `PERIOD`; windows too few for that are cut into pieces.
 
     Raises:
-        ValueError: a site saw NaN or infinite activations.
+        ValueError: too little text for all parts, or a site saw NaN or infinite activations.
     """
-    if len(windows) == 1:
-        half = windows.shape[1] // 2
-        windows = windows[0, : 2 * half].view(2, half)
-    tokens: list[int] = []
-    if prefix.enabled:
-        bos = model.config.bos_token_id
-        starts = windows[:PREFIX_WINDOWS, :PREFIX_LENGTH]
-        tokens = find_prefix_tokens(model, starts, eta=prefix.eta, max_tokens=prefix.max_tokens, bos=bos)
-        tokens = keep_what_helps(model, starts, tokens, eta=prefix.eta, text=windows[:PREFIX_WINDOWS])
+    pieces = enough_pieces(windows)
+    with _query_blocks(model, QUERY_BLOCK):
+        tokens = _prefix_tokens(model, windows[:PREFIX_WINDOWS], prefix) if prefix.enabled else []
         attach_prefix(model, tokens)
-        log.info("calibrate: prefix tokens %s", tokens)
+        with observing(model) as observers:
+            for piece, part in zip(tqdm(pieces, desc="calibrate", unit="window", disable=None), cycle(PERIOD), strict=False):
+                for observer in observers.values():
+                    observer.part = part
+                model.base_model(piece[None].to(model.device), use_cache=False)
+    return Calibration(statistics={site.name: observer.result() for site, observer in observers.items()}, prefix_tokens=tokens)
+
+
+def enough_pieces(windows: Int[Tensor, "W L"]) -> Int[Tensor, "P l"]:
+    """The windows, or equal cuts of them where they are fewer than the parts of a `PERIOD`.
+
+    Raises:
+        ValueError: windows of fewer tokens than cuts.
+    """
+    number, length = windows.shape
+    cuts = -(-len(PERIOD) // number)
+    if length < cuts:
+        raise ValueError(
+            f"dataset.calibration.window={length}: {number} of it cannot be cut into the {len(PERIOD)} pieces that fitting, choosing and "
+            f"reporting need; take a larger window"
+        )
+    return windows[:, : length // cuts * cuts].reshape(number * cuts, -1)
+
+
+def _prefix_tokens(model: PreTrainedModel, text: Int[Tensor, "W L"], prefix: PrefixConfig) -> list[int]:
+    bos, starts = model.config.bos_token_id, text[:, :PREFIX_LENGTH]
+    tokens = find_prefix_tokens(model, starts, eta=prefix.eta, max_tokens=prefix.max_tokens, bos=bos)
+    tokens = keep_what_helps(model, starts, tokens, eta=prefix.eta, text=text)
+    log.info("calibrate: prefix tokens %s", tokens)
+    return tokens
+
+
+@contextmanager
+def _query_blocks(model: PreTrainedModel, size: int) -> Iterator[None]:
+    """Within: attention takes its queries in blocks of `size`."""
+    attentions: list[Any] = [layer.get_submodule(f"{ATTENTION}.{SPIKING_ATTENTION}") for layer in decoder_layers(model)]
+    before = [attention.query_block for attention in attentions]
+    try:
+        for attention in attentions:
+            attention.query_block = size
+        yield
+    finally:
+        for attention, own in zip(attentions, before, strict=True):
+            attention.query_block = own
+
+
+@contextmanager
+def observing(model: PreTrainedModel) -> Iterator[dict[Site, Observer]]:
+    """Within: an observer in every slot; afterwards the slots are transparent."""
     observers = {site: _observer(model, site) for site in model_sites(model)}
     for site, observer in observers.items():
         set_neuron(model, site, observer)
     importances = [MlpImportance(layer) for layer in decoder_layers(model)]
-    for index, window in enumerate(tqdm(windows, desc="calibrate", unit="window", disable=None)):
-        for observer in observers.values():
-            observer.part = HELD_OUT if index % 2 else FIT
-        model.base_model(window[None].to(model.device), use_cache=False)
-    for importance in importances:
-        importance.remove()
-    clear(model)
-    return Calibration(statistics={site.name: observer.result() for site, observer in observers.items()}, prefix_tokens=tokens)
+    try:
+        yield observers
+    finally:
+        for importance in importances:
+            importance.remove()
+        clear(model)
 
 
 def _observer(model: PreTrainedModel, site: Site) -> Observer:
@@ -114,7 +165,8 @@ def _observer(model: PreTrainedModel, site: Site) -> Observer:
         groups=site_groups(model.config, site.kind),
         axis=GROUP_AXIS[site.kind],
         row_stride=SOFTMAX_ROW_STRIDE if softmax else 1,
-        weighted=attention.normalise_after if softmax else site.kind in WEIGHTED_BY_RESIDUAL,
+        held=softmax or site.kind in WEIGHTED_BY_RESIDUAL,
+        summed=softmax and not attention.normalise_after,
         two_sided=site.kind in TWO_SIDED,
     )
 

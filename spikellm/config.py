@@ -37,7 +37,7 @@ PROJECT_ROOT = Path(__file__).resolve().parent.parent
 STAGE_NAMES = ("calibrate", "search", "convert", "evaluate", "diagnose", "report")
 DEFAULT_STAGES = STAGE_NAMES[:4]  # a report is written at the end of a run and of a sweep anyway
 ZERO_SHOT_TASKS = ("winogrande", "arc_challenge", "arc_easy", "piqa", "hellaswag")
-NETWORKS = ("ann", "base2", "snn")  # pretrained; base-2 phase coding with the same T; fitted codes
+NETWORKS = ("ann", "ann_prefix", "base2", "snn")  # pretrained; with the prefix of the next; base-2 phase coding, same T; fitted codes
 MAX_T = 16
 MAX_THREADS = 1024
 MAX_NAME = 100  # of a name that becomes part of a path; file systems take 255 bytes [characters]
@@ -64,7 +64,7 @@ class ModelConfig:
     source: ModelSource = MISSING  # where the weights come from
     path: str = MISSING  # hub id, local folder, or package:file for gguf, or architecture for random
     revision: str | None = None  # branch, tag or commit on the hub
-    dtype: DType = DType.float32  # of the weights and of evaluation; rotation is always float64
+    dtype: DType = DType.float32  # of the weights; activations of spiking networks are float32 at least, rotation is float64
     seed: int = 0  # of the weights; source=random only
     options: dict[str, Any] = field(default_factory=dict)  # overrides of the architecture's config; source=random only
 
@@ -155,7 +155,7 @@ class ZeroShotConfig:
     """Multiple-choice accuracy without examples, through lm-eval."""
 
     tasks: list[str] = field(default_factory=list)  # of winogrande, arc_challenge, arc_easy, piqa, hellaswag; none: no zero-shot
-    networks: list[str] = field(default_factory=lambda: ["ann", "snn"])  # of ann, base2, snn
+    networks: list[str] = field(default_factory=lambda: ["ann", "snn"])  # of ann, ann_prefix, base2, snn
     path: str | None = None  # folder with a TASK.jsonl for every task, in the fields of the hub's data sets; null: the hub
     limit: int | None = None  # first rows of each task; null: all
     batch_size: int = 8  # sequences a forward; not felt in the results
@@ -198,7 +198,7 @@ class SearchConfig:
     method: SearchMethod = SearchMethod.evolution  # how the codes are found
     groups: Groups = Groups.head  # neurons that share a table
     spike_weight: float | None = None  # lambda: a squared error counts exp(lambda x mean spikes of a neuron); null: 0, phase_signed 2.5
-    tolerance: float = 0.02  # grain=auto: relative excess of the objective that a coarser grain may have
+    tolerance: float = 0.02  # grain=auto: relative excess of the error (on the choosing part of the text) that a coarser grain may have
     gradient_outer: int = 20  # method=gradient: rounds; this and the next three as the authors have them
     gradient_inner: int = 50  # method=gradient: steps of (h, theta), and as many of d, in a round
     gradient_samples: int = 100_000  # method=gradient: activations drawn for each neuron group

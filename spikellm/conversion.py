@@ -1,33 +1,41 @@
 """Turn a pretrained model into a spiking one: a slot at every site, then a neuron in every slot.
 
 install    norms, activation, o_proj and down_proj become modules with a neuron slot; attention gets its submodule and
-           the model the attention implementation "spiking". Slots are transparent: the model still is the ANN.
+           the model the attention implementation "spiking". Slots are transparent: the model still is the ANN, computed with
+           float32 activations (`modules.py`).
 set_neuron puts an observer or a neuron into one site's slot
 convert    puts `PhaseNeuron`s at all sites, or fails
 """
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
-import torch
 from accelerate.hooks import add_hook_to_module
 from torch import nn
 from transformers import PreTrainedModel
 
-from spikellm.attention import IMPLEMENTATION, SpikingAttention
-from spikellm.modules import SpikingActivation, SpikingLinear, SpikingRMSNorm
+from spikellm.attention import IMPLEMENTATION, SpikingAttention, refuse_other_implementation
+from spikellm.modules import SpikingActivation, SpikingLinear, SpikingRMSNorm, WideEmbedding, WideLinear, wide
 from spikellm.neuron import PhaseNeuron, PhaseTable
 from spikellm.sites import (
     ACTIVATION,
     ATTENTION,
     ATTENTION_NORM,
     DOWN,
+    EMBEDDING,
     FINAL_NORM,
+    GATE,
     GROUP_AXIS,
+    HEAD,
+    KEY,
     LAYERS,
     MLP_NORM,
     OUTPUT,
+    QUERY,
     SPIKING_ATTENTION,
+    UP,
+    VALUE,
     Site,
     SiteKind,
     check_architecture,
@@ -51,27 +59,37 @@ def install(model: PreTrainedModel, *, rotated: bool, normalise_after: bool = Tr
     check_architecture(model)
     width = head_width(model.config)
     for layer in decoder_layers(model):
-        output: Any = layer.get_submodule(OUTPUT)
-        down: Any = layer.get_submodule(DOWN)
+        weight: Any = layer.get_submodule(OUTPUT).weight
         for norm in (ATTENTION_NORM, MLP_NORM):
-            layer.set_submodule(norm, SpikingRMSNorm.adopt(layer.get_submodule(norm)))
-        layer.set_submodule(ACTIVATION, SpikingActivation(layer.get_submodule(ACTIVATION)))
-        layer.set_submodule(OUTPUT, SpikingLinear.adopt(output, hadamard=False))
-        layer.set_submodule(DOWN, SpikingLinear.adopt(down, hadamard=rotated))
+            replace(layer, norm, SpikingRMSNorm.adopt(layer.get_submodule(norm)))
+        for reader in (QUERY, KEY, VALUE, GATE, UP):
+            replace(layer, reader, WideLinear.adopt(layer.get_submodule(reader)))
+        replace(layer, ACTIVATION, SpikingActivation(layer.get_submodule(ACTIVATION)))
+        replace(layer, OUTPUT, SpikingLinear.adopt(layer.get_submodule(OUTPUT)))
+        replace(layer, DOWN, SpikingLinear.adopt(layer.get_submodule(DOWN), rotated=rotated))
         spiking = SpikingAttention(
             width,
             rotated=rotated,
             normalise_after=normalise_after,
             query_block=query_block,
-            dtype=output.weight.dtype,
-            device=output.weight.device,
+            dtype=wide(weight.dtype),
+            device=weight.device,
         )
-        layer.get_submodule(ATTENTION).add_module(SPIKING_ATTENTION, spiking)
-    final_norm = model.get_submodule(FINAL_NORM)
-    model.set_submodule(FINAL_NORM, SpikingRMSNorm.adopt(final_norm))
-    if hasattr(final_norm, "_hf_hook"):  # accelerate moves inputs between devices block by block, and this is a block
-        add_hook_to_module(model.get_submodule(FINAL_NORM), final_norm._hf_hook)
+        attention = layer.get_submodule(ATTENTION)
+        attention.add_module(SPIKING_ATTENTION, spiking)
+        attention.register_forward_hook(refuse_other_implementation)
+    replace(model, EMBEDDING, WideEmbedding.adopt(model.get_submodule(EMBEDDING)))
+    replace(model, FINAL_NORM, SpikingRMSNorm.adopt(model.get_submodule(FINAL_NORM)))
+    replace(model, HEAD, WideLinear.adopt(model.get_submodule(HEAD)))
     model.set_attn_implementation(IMPLEMENTATION)
+
+
+def replace(root: nn.Module, path: str, successor: nn.Module) -> None:
+    """Put `successor` in the place of the module at `path` below `root`."""
+    module = root.get_submodule(path)
+    if hasattr(module, "_hf_hook"):  # accelerate moves the inputs of a block between devices
+        add_hook_to_module(successor, module._hf_hook)
+    root.set_submodule(path, successor)
 
 
 def model_sites(model: PreTrainedModel) -> list[Site]:
@@ -80,17 +98,31 @@ def model_sites(model: PreTrainedModel) -> list[Site]:
 
 
 def get_neuron(model: PreTrainedModel, site: Site) -> nn.Module:
-    """What sits in the slot of `site`."""
+    """What sits in the slot of `site`.
+
+    Raises:
+        ValueError: the model has no such slot.
+    """
+    return getattr(_slot_owner(model, site), site.slot[1])
+
+
+def _slot_owner(model: PreTrainedModel, site: Site) -> nn.Module:
     owner, attribute = site.slot
-    return getattr(model.get_submodule(owner), attribute)
+    module: nn.Module | None = None
+    with suppress(AttributeError):
+        module = model.get_submodule(owner)
+    if module is None or not isinstance(getattr(module, attribute, None), nn.Module):
+        raise ValueError(f"{site.name}: the model has no slot {owner}.{attribute}; call install(model, rotated=..) first")
+    return module
 
 
 def set_neuron(model: PreTrainedModel, site: Site, neuron: nn.Module) -> None:
-    """Put `neuron` into the slot of `site`."""
-    owner, attribute = site.slot
-    module = model.get_submodule(owner)
-    assert isinstance(getattr(module, attribute, None), nn.Module), f"{site.name}: {owner} has no slot {attribute!r}"
-    setattr(module, attribute, neuron)
+    """Put `neuron` into the slot of `site`.
+
+    Raises:
+        ValueError: the model has no such slot.
+    """
+    setattr(_slot_owner(model, site), site.slot[1], neuron)
 
 
 def site_groups(config: Any, kind: SiteKind) -> int:
@@ -100,7 +132,7 @@ def site_groups(config: Any, kind: SiteKind) -> int:
     return config.num_key_value_heads if kind in (SiteKind.key, SiteKind.value) else 1
 
 
-def convert(model: PreTrainedModel, tables: Mapping[str, PhaseTable], *, compiled: bool) -> None:
+def convert(model: PreTrainedModel, tables: Mapping[str, PhaseTable], *, compiled: bool = True) -> None:
     """Put a neuron at every site of an installed model, in place.
 
     Args:
@@ -108,7 +140,7 @@ def convert(model: PreTrainedModel, tables: Mapping[str, PhaseTable], *, compile
         compiled: see `neuron.encode`.
 
     Raises:
-        ValueError: a site has no table, or a table no site.
+        ValueError: a site has no table, a table no site, or the model no slots.
     """
     places = model_sites(model)
     missing = [site.name for site in places if site.name not in tables]
@@ -122,7 +154,7 @@ def convert(model: PreTrainedModel, tables: Mapping[str, PhaseTable], *, compile
 def place(model: PreTrainedModel, site: Site, table: PhaseTable, *, compiled: bool) -> None:
     """Put a neuron with `table` into the slot of one site."""
     weight = next(model.get_submodule(f"{LAYERS}.{site.layer}" if site.layer is not None else FINAL_NORM).parameters())
-    table = table.to(device=weight.device, dtype=torch.promote_types(weight.dtype, torch.float32))
+    table = table.to(device=weight.device, dtype=wide(weight.dtype))
     set_neuron(model, site, PhaseNeuron(table, axis=GROUP_AXIS[site.kind], compiled=compiled))
 
 

@@ -4,9 +4,6 @@ Protocol of WikiText-2 perplexity: rows joined by blank lines, tokenised in one 
 windows that do not overlap; the tail is dropped.
 """
 
-import hashlib
-from typing import Any
-
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -51,18 +48,6 @@ def token_windows(
     if config.max_windows is not None:
         count = min(count, config.max_windows)
     return tokens[: count * config.window].view(count, config.window)
-
-
-def fingerprint(config: TextConfig, key: str) -> dict[str, Any]:
-    """What decides which windows come out: the node, and the text itself where it is local."""
-    found: dict[str, Any] = {
-        name: getattr(config, name) for name in ("path", "name", "split", "field", "skip_rows", "max_rows", "window", "max_windows")
-    }
-    found["source"] = config.source.value
-    if config.source is not DatasetSource.hub:
-        del found["path"]
-        found["sha256"] = hashlib.sha256(read_text(config, key).encode()).hexdigest()
-    return found
 
 
 def read_text(config: TextConfig, key: str) -> str:

@@ -76,7 +76,8 @@ class SiteSpikes:
     name: str
     kind: str  # of `SiteKind`
     layer: int | None
-    groups: int  # tables of its code
+    groups: int  # tables of its code, pairs of tables where it has two sides
+    sides: int  # 2: an ON and an OFF neuron where others have one; they send their trains one after the other
     spikes: list[list[int]]  # [T][C]
     sops: list[list[int]]  # [T][C]
     neurons: list[int]  # [C]
@@ -113,6 +114,17 @@ class Ledger:
     @property
     def T(self) -> int:
         return len(self.sites[0].spikes)
+
+    @property
+    def latency_steps(self) -> int:
+        """Time steps from a token to its logits.
+
+        Neurons integrate while the layer of neurons before them fires, and then fire for T steps (T for each side) themselves; all
+        that is between them takes no steps, nor does the embedding. In a decoder layer there fire one after the other: norm; query, key
+        and value; softmax; o_proj's input; norm; SiLU (`up` integrates beside it); down_proj's input; and, in the end, the final norm.
+        """
+        beside = (SiteKind.key.name, SiteKind.value.name)  # the query
+        return self.T * sum(site.sides for site in self.sites if site.kind not in beside)
 
     @property
     def spikes(self) -> int:
@@ -208,11 +220,16 @@ def visibility(mask: Bool[Tensor, "B 1 L S"]) -> tuple[Int64[Tensor, "B L"], Int
 
 @contextmanager
 def counting(model: PreTrainedModel) -> Iterator[tuple[dict[Site, SpikeCounter], list[AttentionWatch]]]:
-    """Within: counters around the neurons of a converted model, or fed by the trains of one that runs in steps (`stepped.py`)."""
+    """Within: counters around the neurons of a converted model, or fed by the trains of one that runs in steps (`stepped.py`).
+
+    Raises:
+        ValueError: a site carries no neuron.
+    """
     counters, handles = {}, []
     for site in model_sites(model):
         neuron = get_neuron(model, site)
-        assert isinstance(neuron, PhaseNeuron), f"{site.name} carries no neuron"
+        if not isinstance(neuron, PhaseNeuron):
+            raise ValueError(f"{site.name} carries no neuron: convert the model before its spikes are counted")
         counters[site] = SpikeCounter(
             neuron, axis=GROUP_AXIS[site.kind], columns=site_groups(model.config, site.kind), fan_out=site_fan_out(model, site)
         )
@@ -256,7 +273,7 @@ def count(model: PreTrainedModel, windows: Int[Tensor, "W L"]) -> Ledger:
         coded_prefix=0 if attention.normalise_after else prefix,
         exact_prefix=prefix if attention.normalise_after else 0,
         normalise_after=attention.normalise_after,
-        rotated=down.hadamard_left is not None,
+        rotated=down.rotation is not None,
         shape=decoder_shape(model),
     )
 
@@ -268,6 +285,7 @@ def site_spikes(site: Site, counter: SpikeCounter) -> SiteSpikes:
         kind=site.kind.name,
         layer=site.layer,
         groups=counter.neuron.table.groups,
+        sides=2 if counter.neuron.table.two_sided else 1,
         spikes=counter.spikes.tolist(),
         sops=counter.sops.tolist(),
         neurons=counter.neurons.tolist(),

@@ -17,9 +17,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from spikellm.artifacts import write_json, write_text
-from spikellm.boundary import blamed_on
-from spikellm.config import InputError
+from spikellm.artifacts import intact_json, write_json, write_text
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +25,7 @@ RESULTS, SITES, SPIKES, FAILURE, SWEEP = "results.json", "sites.csv", "spikes.cs
 # column of summary.csv -> key of results.json, and the column's heading in summary.md
 FIGURES = {
     "ann": ("perplexity.ann", "ppl ANN"),
+    "ann_prefix": ("perplexity.ann_prefix", "ppl ANN, same prefix"),
     "base2": ("perplexity.base2", "ppl base 2"),
     "snn": ("perplexity.snn", "ppl SNN"),
     "wino": ("zero_shot.snn.winogrande.acc", "Wino"),
@@ -42,6 +41,7 @@ HEADINGS = {name: heading for name, (_, heading) in FIGURES.items()} | {"ratio":
 IDENTITY = ("model", "T", "grain")
 SHOWN_BY_COLUMNS = ("model", "snn.T", "timesteps", "grain")  # overrides that the column `options` need not repeat
 NOT_FINISHED = "not finished: the same command goes on with it"
+DAMAGED = f"{RESULTS} is damaged: the same command makes it again"
 
 
 def extent(figures: dict[str, Any]) -> str:
@@ -55,6 +55,17 @@ def value_at(results: Any, key: str) -> Any:
     for part in key.split("."):
         results = results.get(part) if isinstance(results, dict) else None
     return results
+
+
+def reference_perplexity(figures: dict[str, Any]) -> float | None:
+    """What perplexities of spiking networks are divided by: that of the pretrained network behind the same prefix.
+
+    The prefix alone moves a perplexity by about what a fine code does. Results of older versions have the bare network's only.
+
+    Args:
+        figures: `perplexity` of results.json, or a row of a summary.
+    """
+    return figures.get("ann_prefix") or figures.get("ann")
 
 
 def objective(results: dict[str, Any] | None, key: str) -> float | None:
@@ -85,30 +96,16 @@ def write_failure(folder: Path, reason: str, job: dict[str, Any]) -> None:
         write_json(folder / FAILURE, {"error": reason} | job)
 
 
-def read_record(path: Path) -> dict[str, Any]:
-    """What a run or sweep wrote about itself: results.json, error.json or sweep.json.
-
-    Raises:
-        InputError: it cannot be read, as after a power cut.
-    """
-    cure = "give the run's or sweep's command again, which writes it anew"
-    with blamed_on(f"{path} is damaged", cure):
-        content = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise InputError(f"{path} is damaged: it holds a {type(content).__name__}; {cure}")
-    return content
+def recorded_results(folder: Path) -> dict[str, Any] | None:
+    """The content of a folder's results.json; None where it is missing or damaged."""
+    results = intact_json(folder / RESULTS)
+    return results if results is not None and "schema" in results else None
 
 
 def finished_results(folder: Path, config: str) -> dict[str, Any] | None:
     """The results of a job that was finished in `folder` before with the same resolved configuration (its hash)."""
-    if not (folder / RESULTS).is_file() or (folder / FAILURE).is_file():
-        return None
-    try:
-        results = read_record(folder / RESULTS)
-    except InputError as error:
-        log.warning("%s", error)
-        return None
-    return results if results.get("config") == config else None
+    results = None if (folder / FAILURE).exists() else recorded_results(folder)
+    return results if results is not None and results.get("config") == config else None
 
 
 def summary_rows(folder: Path) -> list[dict[str, Any]]:
@@ -119,13 +116,14 @@ def summary_rows(folder: Path) -> list[dict[str, Any]]:
     """
     rows, options = [], []
     for job in sorted((path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")), key=_job_order):
-        record = next((job / name for name in (FAILURE, RESULTS) if (job / name).is_file()), None)
-        if record is None and not (job / ".hydra").is_dir():
+        if (job / FAILURE).exists():
+            found = {"error": NOT_FINISHED} | (intact_json(job / FAILURE) or {})
+        elif (job / RESULTS).exists():
+            found = recorded_results(job) or {"error": DAMAGED}
+        elif (job / ".hydra").is_dir():
+            found = {"error": NOT_FINISHED}
+        else:
             continue  # not a job's folder
-        try:
-            found = read_record(record) if record else {"error": NOT_FINISHED}
-        except InputError as error:
-            found = {"error": str(error)}
         rows.append(_row(found) | {"folder": job.name, "error": found.get("error")})
         options.append(_options(found))
     known = [set(own) for own in options if own]  # a job that left no word has none
@@ -148,7 +146,7 @@ def summary_columns(published: list[str]) -> list[str]:
 def _row(found: dict[str, Any]) -> dict[str, Any]:
     row: dict[str, Any] = {key: found.get(key) for key in IDENTITY}
     row |= {name: value_at(found, key) for name, (key, _) in FIGURES.items()}
-    row["ratio"] = row["snn"] / row["ann"] if row["snn"] and row["ann"] else None
+    row["ratio"] = row["snn"] / reference if row["snn"] and (reference := reference_perplexity(row)) else None
     figures = (found.get("reference") or {}).get("figures", {})
     return row | {f"{name}_published": figures[key] for name, (key, _) in FIGURES.items() if key in figures}
 

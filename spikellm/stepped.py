@@ -5,17 +5,17 @@ forwards run unchanged, because time travels in the batch axis, time first: [T *
 
     embedding      the current of a token comes at the first step
     residual       currents x_t; transformers adds them step by step. RoPE is linear: it turns currents
-    norms, SiLU    temporal differences of the cumulated current; the neuron integrates them and fires T steps: int8 [T * B, L, D]
+    norms, SiLU    act once on the integrated current; the neuron then fires T steps: int8 [T * B, L, D]
     Linears        d_t (W s_t); biases once
-    q, k norms     (Qwen3) temporal differences
-    attention      q, k, v integrate and fire; scores by spike pairs; the softmax's differences are integrated and fired, its
-                   spikes collect rows of the accumulated values; the quotient of `snn.softmax_norm=after` by temporal differences
+    q, k norms     (Qwen3) act once on the integrated current, at the last step
+    attention      q, k, v integrate and fire; scores by spike pairs; the softmax acts on them once, its neuron's spikes collect
+                   rows of the accumulated values; the quotient of `snn.softmax_norm=after` at the last step
     gate product   SiLU and up integrate in the same T steps, so while SiLU fires, up's sum U is complete: the difference
                    A_t U - A_t-1 U is d_t s_t U; the spikes gate U, d_t is applied where down_proj integrates
     R3, R4         dense and linear: applied to the integrated current
     final norm     its spikes go to lm_head as [B, L, T, D], so that a model's outputs have batch B again; logits are summed over T
 
-Currents and sums are float32 (float64 in float64 models), whatever the checkpoint's dtype; the weights stay as they are.
+Currents and sums are float32 (float64 in float64 models), whatever the checkpoint's dtype, as in folded execution (`modules.py`).
 
 Anytime readout: the logits after t steps are lm_head's sum over the first t spikes of the final norm's neuron. Steps are cheap to
 stop there: everything below has been computed anyway, and at t = T they are the model's logits.
@@ -26,13 +26,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate.hooks import add_hook_to_module
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from spikellm.attention import SpikingAttention
 from spikellm.config import InputError
-from spikellm.conversion import get_neuron, model_sites
+from spikellm.conversion import get_neuron, model_sites, replace
 from spikellm.evaluation import LOGIT_ROWS
 from spikellm.neuron import PhaseNeuron
 from spikellm.sites import (
@@ -150,9 +149,7 @@ def stepped(model: PreTrainedModel, *, chunk: int | None = None) -> Iterator[Pre
     siblings = _siblings(model, chunk)
     folded = {path: model.get_submodule(path) for path in siblings}
     for path, sibling in siblings.items():
-        if hasattr(folded[path], "_hf_hook"):  # accelerate moves inputs between devices
-            add_hook_to_module(sibling, folded[path]._hf_hook)
-        model.set_submodule(path, sibling)
+        replace(model, path, sibling)
     handle = model.base_model.register_forward_pre_hook(repeat_masks, with_kwargs=True)
     try:
         yield model.eval()
@@ -170,7 +167,7 @@ def peak_bytes(model: PreTrainedModel, tokens: int, *, chunk: int) -> int:
     config, attention = model.config, model.get_submodule(f"{LAYERS}.0.{ATTENTION}.{SPIKING_ATTENTION}")
     assert isinstance(attention, SpikingAttention)
     T = neuron_of(attention, "query").table.T
-    size = torch.promote_types(attention.dtype, torch.float32).itemsize
+    size = attention.dtype.itemsize
     prefix = 0 if attention.prefix_key is None else attention.prefix_key.shape[1]
     heads, width = config.num_attention_heads, config.intermediate_size
     channels = (heads + 2 * config.num_key_value_heads) * attention.head_width

@@ -1,9 +1,9 @@
 """Attention step by step: the stepped sibling of `SpikingAttention`.
 
 q, k and v integrate over T steps and fire together. Scores: the spikes of one side against what the other has accumulated
-(`temporal.spike_pairs`). The softmax's activations change from step to step; their differences are integrated by its
-neuron, which then fires. By then the values are complete, and its spikes add up rows of them. The output goes to o_proj's
-neuron as currents: with `snn.softmax_norm=after` the temporal differences of the quotient.
+(`temporal.spike_pairs`). When they are complete, the softmax's neuron reads its activations and fires; the values are complete
+by then, too, and its spikes add up rows of them. What o_proj's neuron integrates comes step by step, or, with
+`snn.softmax_norm=after`, at the last one: the quotient of two sums that are complete then.
 
 R3 is linear and acts on the integrated q and k. The prefix is what it is in folded execution: keys among others that fire
 (`before`), or constants beside the spikes (`after`), whose share of each row is dense.
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from spikellm.attention import SpikingAttention, exponentials, per_key_head, prefix_weights, probabilities, visible_blocks
 from spikellm.stepped_modules import SteppedNeuron, neuron_of, unbatch
-from spikellm.temporal import differences, integrate, spike_mixture, spike_pairs, step_weights, weighted
+from spikellm.temporal import at_last_step, integrate, spike_mixture, spike_pairs, step_weights, weighted
 
 
 class SteppedAttention(SpikingAttention):
@@ -31,19 +31,19 @@ class SteppedAttention(SpikingAttention):
 
     @classmethod
     def of(cls, attention: SpikingAttention) -> Self:
-        """The same tables, R3 and prefix; R3 and the prefix in the currents' dtype."""
+        """The same tables, R3 and prefix."""
         module = cls(
             attention.head_width,
-            rotated=attention.rotation is not None,
+            rotated=False,
             normalise_after=attention.normalise_after,
             query_block=attention.query_block,
-            dtype=torch.promote_types(attention.dtype, torch.float32),
+            dtype=attention.dtype,
             device=neuron_of(attention, "query").theta.device,
         )
+        module.rotation = attention.rotation
         for slot in ("query", "key", "value", "softmax"):
             setattr(module, slot, SteppedNeuron.adopt(neuron_of(attention, slot)))
-        if attention.prefix_key is not None and attention.prefix_value is not None:
-            module.prefix_key, module.prefix_value = attention.prefix_key.to(module.dtype), attention.prefix_value.to(module.dtype)
+        module.prefix_key, module.prefix_value = attention.prefix_key, attention.prefix_value
         return module
 
     def forward(
@@ -88,30 +88,18 @@ class SteppedAttention(SpikingAttention):
         q_weights = self._weights(self.query, H).to(dtype).expand(T, 1, H, L, 1).reshape(T, 1, K, -1, 1)
         stacked = query.reshape(T, B, K, -1, E)  # heads that share a key head, as in `per_key_head`
         pairs = spike_pairs(stacked, key, q_weights * scaling, self._weights(self.key, K).to(dtype))
-        top = value.new_zeros(())
-
-        def activations(cumulated: Tensor) -> Tensor:
-            nonlocal top
-            if not self.normalise_after:
-                return probabilities(cumulated, mask)
-            weights, top = exponentials(cumulated, mask)
-            return weights
-
-        spikes = self.softmax(integrate(differences(activations, (pair.view(B, H, L, -1) for pair in pairs))))
+        scores = integrate(pairs).view(B, H, L, -1)
+        activations, top = exponentials(scores, mask) if self.normalise_after else (probabilities(scores, mask), None)
+        spikes = self.softmax(activations)
         weights = self._weights(self.softmax, H).to(dtype).expand(T, 1, H, L, 1).reshape(T, 1, K, -1, 1)
         mixtures = (part.view(B, H, L, -1) for part in spike_mixture(spikes.reshape(T, B, K, -1, key.shape[3]), value, weights))
-        if not self.normalise_after:
+        if top is None:
             return mixtures
-        share, sink = torch.ones_like(top), None
+        parts = integrate(mixtures)
         if prefix is not None:
             q = integrate(weighted(query, self._weights(self.query, H).to(dtype) * scaling))
             exact, share = prefix_weights(per_key_head(q, prefix[0].mT), top)
-            sink = torch.cat([per_key_head(exact, prefix[1]), exact.sum(-1, keepdim=True)], dim=-1)
-
-        def quotient(cumulated: Tensor) -> Tensor:
-            """sum_j e_j v_j / sum_j e_j of what has been sent so far; nothing where that is nothing."""
-            parts = cumulated * share if sink is None else cumulated * share + sink
-            total = parts[..., -1:]
-            return parts[..., :-1] / torch.where(total == 0, 1, total)
-
-        return differences(quotient, mixtures)
+            parts = parts * share + torch.cat([per_key_head(exact, prefix[1]), exact.sum(-1, keepdim=True)], dim=-1)
+        total = parts[..., -1:]
+        # nothing is mixed where no spike was sent
+        return iter(at_last_step(parts[..., :-1] / torch.where(total == 0, 1, total), T))

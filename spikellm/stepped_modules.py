@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Float, Int, Int8, Shaped
 from torch import Tensor, nn
 
-from spikellm.modules import SpikingActivation, SpikingLinear, SpikingRMSNorm
+from spikellm.modules import SpikingActivation, SpikingLinear, SpikingRMSNorm, wide
 from spikellm.neuron import PhaseNeuron, fire
-from spikellm.temporal import differences, integrate, spike_linear, step_weights
+from spikellm.temporal import at_last_step, integrate, spike_linear, step_weights
 
 
 class SteppedNeuron(PhaseNeuron):
@@ -36,9 +36,14 @@ class SteppedNeuron(PhaseNeuron):
 
 
 def neuron_of(owner: nn.Module, slot: str = "neuron") -> PhaseNeuron:
-    """The neuron in a slot of a converted module."""
-    neuron = getattr(owner, slot)
-    assert isinstance(neuron, PhaseNeuron)
+    """The neuron in a slot of a converted module.
+
+    Raises:
+        ValueError: there is none.
+    """
+    neuron = getattr(owner, slot, None)
+    if not isinstance(neuron, PhaseNeuron):
+        raise ValueError(f"{type(owner).__name__} carries no neuron in {slot!r}: convert the model before it is run in steps")
     return neuron
 
 
@@ -63,7 +68,7 @@ class SteppedEmbedding(nn.Embedding):
 
     def forward(self, input: Int[Tensor, "B L"]) -> Float[Tensor, "TB L D"]:
         first = super().forward(input)
-        currents = first.new_zeros(self.T, *first.shape, dtype=torch.promote_types(first.dtype, torch.float32))
+        currents = first.new_zeros(self.T, *first.shape, dtype=wide(first.dtype))
         currents[0] = first
         return currents.flatten(0, 1)
 
@@ -82,7 +87,7 @@ class SteppedRMSNorm(SpikingRMSNorm):
         return module
 
     def forward(self, x: Float[Tensor, "TB L D"]) -> Int8[Tensor, "..."]:
-        spikes = self.neuron(integrate(differences(self.normalise, unbatch(x, self.neuron.T))))
+        spikes = self.neuron(self.normalise(integrate(unbatch(x, self.neuron.T))))
         return spikes.permute(1, 2, 0, 3) if self.last else spikes.flatten(0, 1)
 
 
@@ -94,7 +99,7 @@ class SteppedHeadNorm(nn.Module):
         self.norm, self.T = norm, T
 
     def forward(self, x: Float[Tensor, "TB L H E"]) -> Float[Tensor, "TB L H E"]:
-        return torch.stack(list(differences(self.norm, unbatch(x, self.T)))).flatten(0, 1)
+        return at_last_step(self.norm(integrate(unbatch(x, self.T))), self.T).flatten(0, 1)
 
 
 class SteppedActivation(SpikingActivation):
@@ -114,7 +119,7 @@ class SteppedActivation(SpikingActivation):
         return module
 
     def forward(self, x: Float[Tensor, "TB L F"]) -> Int8[Tensor, "SB L F"]:
-        spikes = self.neuron(integrate(differences(self.function, unbatch(x, self.neuron.T))))
+        spikes = self.neuron(self.function(integrate(unbatch(x, self.neuron.T))))
         if self.neuron.two_sided:
             spikes = torch.cat([spikes.clamp_min(0), spikes.clamp_max(0)])
         return spikes.flatten(0, 1)
@@ -184,13 +189,8 @@ class SteppedSpikingLinear(SpikingLinear):
     @classmethod
     def of(cls, linear: SpikingLinear, *, incoming: Float[Tensor, "C S"] | None, chunk: int | None) -> Self:
         """The same weight, bias, table and R4."""
-        module = cls.adopt(linear, hadamard=False)
-        module.neuron, module.chunk = SteppedNeuron.adopt(neuron_of(linear)), chunk
-        wide = torch.promote_types(linear.weight.dtype, torch.float32)
-        for name in ("hadamard_left", "hadamard_right"):
-            if (factor := getattr(linear, name)) is not None:
-                setattr(module, name, torch.empty_like(factor, dtype=wide))
-        module.reset_rotation()
+        module = cls.adopt(linear)
+        module.neuron, module.chunk, module.rotation = SteppedNeuron.adopt(neuron_of(linear)), chunk, linear.rotation
         module.register_buffer("incoming", incoming, persistent=False)
         return module
 

@@ -2,7 +2,7 @@
 
 A sweep's folder holds sweep.json (what was asked for), a folder per job, summary.csv, summary.md, summary.png and
 report.html. Continuing works on three levels: stages are artefacts (`artifacts.py`); a job that was finished in its folder with the
-same resolved configuration returns its recorded results (`report.finished_results`); and a sweep started with the same command as
+same resolved configuration, inputs and code returns its recorded results (`job.Job`); and a sweep started with the same command as
 the newest unfinished one goes on in that one's folder, unless `hydra.sweep.dir` says where.
 
 A run or sweep has its folder to itself while it lasts: a folder named by the clock is made, or another with a number behind the name;
@@ -27,10 +27,10 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, open_dict, read_write
 
-from spikellm.artifacts import write_json
+from spikellm.artifacts import intact_json, write_json
 from spikellm.command import INPUT_ERRORS, command_line, explain
 from spikellm.config import InputError
-from spikellm.report import SWEEP, read_record, summary_rows, write_summary
+from spikellm.report import SWEEP, summary_rows, write_summary
 
 log = logging.getLogger(__name__)
 
@@ -58,10 +58,7 @@ def _jobs(folder: Path) -> float:
 
 def _asked(folder: Path) -> dict[str, Any]:
     """What sweep.json says; empty where it is missing or damaged."""
-    try:
-        return read_record(folder / SWEEP)
-    except InputError:
-        return {}
+    return intact_json(folder / SWEEP) or {}
 
 
 @contextmanager

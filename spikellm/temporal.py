@@ -4,18 +4,19 @@ A layer integrates its input over T steps, then fires for T steps. Between two n
 sum over t is the value X that folded execution computes at once:
 
     Linear           d_t (W s_t), the bias once: the spikes s_t in {-1, 0, +1} meet the weights, the output weight d_t comes after
-    function f       f(X_t) - f(X_t-1), X_t = x_0 + .. + x_t, nothing before the first step: norms, SiLU, softmax, quotients
+    function f       f(X) once, when X has been integrated: norms, SiLU, softmax, quotients
     product x y^T    d_t (x_t Y_t^T) + (X_t-1 y_t^T) d'_t, both firing in the same steps: X_t, Y_t accumulate weighted spikes, and
                      every addend has the spikes of one side before it, so an adder adds or leaves out a row of the other side
     product x V      d_t (x_t V), where V has been accumulated in earlier steps
 
-Sources: temporal differences of nonlinear functions and spike products by cumulative sums as in SpikeZIP-TF (You et al., ICML 2024)
-and LAS (Chen et al. 2025); here for a code that fires after integrating, which is why the operand V may be complete.
+Sources: spike products by cumulative sums as in SpikeZIP-TF (You et al., ICML 2024) and LAS (Chen et al. 2025). Their neurons fire
+while they integrate, so that a nonlinear function has to be updated at every step, f(X_t) - f(X_t-1); here a code fires after
+integrating: the operand V is complete, and of the differences only their sum f(X) would reach a neuron.
 
 Time comes first in every shape; iterators keep memory at one step where the consumer only adds up.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from jaxtyping import Float, Int8
@@ -34,14 +35,11 @@ def integrate(currents: Iterable[Tensor]) -> Tensor:
     return total
 
 
-def differences(function: Callable[[Tensor], Tensor], currents: Iterable[Tensor]) -> Iterator[Tensor]:
-    """f(X_t) - f(X_t-1) for every step; f(X_0) at the first."""
-    cumulated = last = None
-    for current in currents:
-        cumulated = current if cumulated is None else cumulated + current
-        value = function(cumulated)
-        yield value if last is None else value - last
-        last = value
+def at_last_step(value: Float[Tensor, "*shape"], T: int) -> Float[Tensor, "T *shape"]:
+    """Currents of something that is known when T steps are over: nothing before the last."""
+    currents = value.new_zeros(T, *value.shape)
+    currents[-1] = value
+    return currents
 
 
 def step_weights(d: Float[Tensor, "C T"], size: int) -> Float[Tensor, "T size"]:

@@ -48,8 +48,11 @@ TINY = {
 }
 
 
-def tiny_model(name: str = "llama", *, seed: int = 0, **options):
-    """A random model in which everything matters: weights of unit gain, norm weights that are not one, nonzero biases."""
+def tiny_model(name: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32, **options):
+    """A random model in which everything matters: weights of unit gain, norm weights that are not one, nonzero biases.
+
+    In other dtypes the same weights, rounded, as a checkpoint would be read: RoPE's frequencies stay float32.
+    """
     architecture, own = TINY[name]
     config = AutoConfig.for_model(architecture, **SIZES | own | options)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").float()
@@ -63,6 +66,7 @@ def tiny_model(name: str = "llama", *, seed: int = 0, **options):
             else:
                 gain = 1.0 if "embed" in key else parameter.shape[1] ** -0.5
                 parameter.normal_(std=gain, generator=generator)
+            parameter.data = parameter.data.to(dtype)
     return model.eval().requires_grad_(False)
 
 
@@ -82,13 +86,13 @@ def base2_tables(model, T: int = 6) -> dict[str, PhaseTable]:
 
 
 def observed(x: torch.Tensor, **options):
-    """Statistics of x at one site, its first half the fitting part; options of `Observer`."""
-    from spikellm.statistics import FIT, HELD_OUT, Observer
+    """Statistics of x at one site, its first half the fitting part, its last quarter the reporting one; options of `Observer`."""
+    from spikellm.statistics import CHOOSE, FIT, REPORT, Observer
 
     observer = Observer("site", **options)
-    for part, half in zip((FIT, HELD_OUT), x.chunk(2), strict=True):
+    for part, quarter in zip((FIT, FIT, CHOOSE, REPORT), x.chunk(4), strict=True):
         observer.part = part
-        observer(half)
+        observer(quarter)
     return observer.result()
 
 

@@ -116,3 +116,25 @@ def test_tokens_that_stay_outliers_wherever_they_stand_are_dropped():
     assert keep_what_helps(model, text, [LOUD, BOS], eta=64.0, text=text) == [BOS]
     assert keep_what_helps(model, text, [BOS], eta=64.0, text=text) == [BOS]
     assert keep_what_helps(model, windows({}, {}), [LOUD, BOS], eta=64.0, text=text) == [BOS]  # nothing left to help with
+
+
+@pytest.mark.parametrize("rope", [{"rope_type": "dynamic", "factor": 2.0}, {"rope_type": "longrope", "short_factor": [1.0] * 8,
+    "long_factor": [2.0] * 8, "original_max_position_embeddings": 256}], ids=lambda rope: rope["rope_type"])  # fmt: skip
+def test_rope_that_depends_on_length_is_refused(rope):
+    model = tiny_model(rope_parameters=rope | {"rope_theta": 10000.0})
+    install(model, rotated=False, query_block=64)
+    with pytest.raises(ValueError, match=rf"{rope['rope_type']}.*prefix\.enabled=false"):
+        attach_prefix(model, [BOS])
+    attach_prefix(model, [])
+
+
+def test_rope_of_llama3_keeps_its_prefix(ids):
+    """Its frequencies are scaled once for all lengths. Truth: the tokens themselves before the text."""
+    rope = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64}  # fmt: skip
+    tokens = torch.tensor([[LOUD, BOS]])
+    wanted = tiny_model(rope_parameters=rope)(torch.cat([tokens.expand(len(ids), -1), ids], 1)).logits[:, 2:]
+    model = tiny_model(rope_parameters=rope)
+    install(model, rotated=False, query_block=64)
+    attach_prefix(model, tokens[0].tolist())
+    assert norm_ratio(model(ids).logits, wanted) <= 1e-5

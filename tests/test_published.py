@@ -11,7 +11,7 @@ from test_config import configure
 
 from spikellm.config import InputError
 from spikellm.published import import_fits, read_neurons
-from spikellm.statistics import HELD_OUT, Observer
+from spikellm.statistics import CHOOSE, FIT, REPORT, Observer
 
 NAMES = sorted(["layer.norm", "layer.softmax"])
 
@@ -30,7 +30,7 @@ def write(path: Path, content: object) -> Path:
 @pytest.fixture
 def statistics():
     observer = Observer("site", groups=2)
-    for part in (0, HELD_OUT):
+    for part in (FIT, CHOOSE, REPORT):
         observer.part = part
         observer(torch.randn(50, 2, generator=torch.Generator().manual_seed(part)))
     return dict.fromkeys(NAMES, observer.result())
@@ -71,6 +71,12 @@ BROKEN = {
     "is not 3 positive numbers": ({NAMES[0]: (3, [0, 1, 2, 2], *entry()[2:])}, {}),
     "tau=-1.0 is not a positive number": ({NAMES[0]: entry(tau=-1.0)}, {}),
     "v0=.*nan.* is not a number": ({NAMES[0]: entry(v0=math.nan)}, {}),
+    "v0=.*inf.* is not a number": ({NAMES[0]: entry(v0=math.inf)}, {}),
+    "B=.*nan.* is not 2 positive numbers": ({NAMES[0]: (2, [0, 0, 1, 1], torch.full((2,), math.nan), *entry()[3:])}, {}),
+    "beyond what float32 holds": ({NAMES[0]: (2, [0, 0, 1, 1], torch.full((2,), 1e-30), *entry()[3:])}, {}),
+    "beyond what float32 holds.*": ({NAMES[0]: entry(tau=1e300)}, {}),
+    "layer.norm is not one: .*invalid data type": ({NAMES[0]: (2, "abcd", *entry()[2:])}, {}),
+    "holds 7 among its keys": ({7: entry()}, {}),
 }
 
 

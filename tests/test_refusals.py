@@ -73,7 +73,7 @@ def test_a_folders_code_is_not_run_and_nobody_is_asked(tmp_path, monkeypatch):
     monkeypatch.setattr("builtins.input", answer)
     hub = ModelConfig(name="evil", source=ModelSource.hub, path=str(tmp_path))
     for load in (lambda: load_model(hub, CPU), lambda: load_tokenizer(hub)):
-        with pytest.raises(InputError, match=rf"^model\.path={tmp_path}"):
+        with pytest.raises(InputError, match=rf"model\.path={tmp_path}: "):
             load()
     assert not (tmp_path / "ran").exists()
 
@@ -83,7 +83,7 @@ def test_weights_that_are_not_finite_are_named(tmp_path):
         model = tiny_model()
         model.lm_head.weight[3, 4] = broken
         model.save_pretrained(tmp_path)
-        with pytest.raises(InputError, match=r"^model\.path=.*NaN or infinite.*lm_head\.weight"):
+        with pytest.raises(InputError, match=r"^model\.path=.*lm_head\.weight.*NaN or infinite"):
             load_model(ModelConfig(name="m", source=ModelSource.hub, path=str(tmp_path)), CPU)
 
 
@@ -218,18 +218,16 @@ def test_a_summary_that_cannot_be_written_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\0" * 300, b"\xff", b"[1]"])
-def test_a_damaged_record_is_made_again(content, tmp_path, caplog):
+def test_a_damaged_record_is_made_again(content, tmp_path):
     job = tmp_path / "0-T4-G1"
     job.mkdir()
-    write_results(job, {"config": "0123", "model": "m", "T": 4, "grain": 1}, {}, [])
+    write_results(job, {"schema": 1, "config": "0123", "model": "m", "T": 4, "grain": 1}, {}, [])
     assert finished_results(job, "0123")
     (job / "results.json").write_bytes(content)
     assert finished_results(job, "0123") is None
-    assert "results.json is damaged" in caplog.text
-    assert "results.json is damaged" in summary_rows(tmp_path)[0]["error"]
+    assert "damaged" in summary_rows(tmp_path)[0]["error"]
     (job / "error.json").write_bytes(content)
-    assert "error.json is damaged" in summary_rows(tmp_path)[0]["error"]
-    assert NOT_FINISHED not in summary_rows(tmp_path)[0]["error"]
+    assert summary_rows(tmp_path)[0]["error"] == NOT_FINISHED
 
 
 def test_text_config_of_a_path_with_a_null_byte():

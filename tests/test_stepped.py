@@ -3,6 +3,7 @@
 import math
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -11,12 +12,11 @@ from conftest import TINY, base2_table, base2_tables, norm_ratio, tiny_model
 from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache
 
-from spikellm import ledger
-from spikellm.attention import SpikingAttention
+from spikellm import attention, ledger, stepped_attention
 from spikellm.config import InputError
 from spikellm.conversion import convert, get_neuron, install, model_sites
 from spikellm.evaluation import perplexity, readout_perplexities
-from spikellm.modules import SpikingLinear
+from spikellm.modules import SpikingRMSNorm
 from spikellm.neuron import PhaseTable
 from spikellm.prefix import attach_prefix
 from spikellm.rotation import rotate
@@ -48,7 +48,7 @@ def tables(model, T: int) -> dict[str, PhaseTable]:
 
 
 def spiking(name="llama", *, T=6, normalise_after=True, rotated=True, prefix=(1, 7), dtype=torch.float64, **options):
-    model = tiny_model(name, **options).to(dtype)
+    model = tiny_model(name, dtype=dtype, **options)
     if rotated:
         rotate(model, seed=0)
     install(model, rotated=rotated, query_block=16, normalise_after=normalise_after)
@@ -233,9 +233,6 @@ def test_a_bfloat16_model_runs_with_exact_currents(ids):
         logits = model(ids).logits
     assert logits.dtype == torch.float32
     wide = spiking(dtype=torch.bfloat16, T=16).float()
-    for module in wide.modules():
-        if isinstance(module, SpikingAttention | SpikingLinear):
-            module.reset_rotation()
     assert norm_ratio(logits, wide(ids).logits) <= 2e-3
 
 
@@ -311,6 +308,35 @@ def test_every_kind_of_digits_and_the_same_ledger_to_the_spike(flags, normalise_
         assert ledger.count(model, ids) == counted
     assert ledger.count(model, ids) == counted
     assert counted.spikes > 0
+
+
+@pytest.mark.parametrize("normalise_after", [True, False], ids=["after", "before"])
+def test_functions_are_evaluated_once_a_token_as_they_are_costed(normalise_after, ids, monkeypatch):
+    """Elements that pass norms, SiLU and exponentials in a stepped forward: those of a folded one, not T times as many."""
+    seen = dict.fromkeys(("norm", "silu", "softmax"), 0)
+
+    def counted(name, function):
+        def counting(x, *arguments):
+            seen[name] += x.numel()
+            return function(x, *arguments)
+
+        return counting
+
+    model = spiking("llama", normalise_after=normalise_after)
+    monkeypatch.setattr(
+        SpikingRMSNorm, "normalise", lambda self, x, whole=SpikingRMSNorm.normalise: counted("norm", partial(whole, self))(x)
+    )
+    for name in ("exponentials", "probabilities"):
+        for module in (attention, stepped_attention):
+            monkeypatch.setattr(module, name, counted("softmax", getattr(module, name)))
+    for layer in model.model.layers:
+        layer.mlp.act_fn.function.register_forward_pre_hook(lambda _, inputs: counted("silu", lambda x: None)(*inputs))
+    model(ids)
+    folded, seen = seen | {}, dict.fromkeys(seen, 0)
+    assert all(folded.values())
+    with stepped(model):
+        model(ids)
+    assert seen == folded
 
 
 @pytest.mark.slow

@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn.functional import linear, silu
+from torch.nn.functional import linear
 
-from spikellm.temporal import differences, integrate, spike_linear, spike_mixture, spike_pairs, step_weights
+from spikellm.temporal import integrate, spike_linear, spike_mixture, spike_pairs, step_weights
 
 laws = settings(deadline=None, max_examples=40, derandomize=True)
 T_VALUES = st.integers(1, 16)
@@ -32,8 +32,6 @@ def test_a_trace_by_hand():
     weight, bias = torch.tensor([[10.0, 100.0]]), torch.tensor([0.5])
     (currents,) = spike_linear(spikes, weight, d, bias=bias)
     assert currents.flatten().tolist() == [40.5, 200.0, 90.0]  # 4 * 10 + the bias; 2 * 100; 1 * (100 - 10)
-    squares = differences(torch.square, torch.tensor([3.0, -1.0, 2.0]))
-    assert [value.item() for value in squares] == [9.0, -5.0, 12.0]  # 3^2, 2^2 - 3^2, 4^2 - 2^2
 
 
 def test_a_trace_of_a_product_by_hand():
@@ -41,16 +39,6 @@ def test_a_trace_of_a_product_by_hand():
     x, y = (torch.tensor(train, dtype=torch.int8).view(3, 1, 1) for train in ([1, 0, 1], [0, 1, 0]))
     weights = torch.tensor([2.0, 1.0, 1.0]).view(3, 1, 1)
     assert [current.item() for current in spike_pairs(x, y, weights, weights)] == [0.0, 2.0, 1.0]
-
-
-@given(T=T_VALUES, seed=SEEDS)
-@laws
-def test_differences_add_up_to_the_function_of_the_sum(T, seed):
-    currents = normal(torch.Generator().manual_seed(seed), T, 3, 5)
-    for function in (silu, lambda x: x.softmax(-1), lambda x: x / x.norm(dim=-1, keepdim=True)):
-        steps = torch.stack(list(differences(function, currents)))
-        cumulated = torch.stack([function(currents[: t + 1].sum(0)) for t in range(T)])
-        assert_close(steps.cumsum(0), cumulated)  # at every step, not only at the last
 
 
 @given(
