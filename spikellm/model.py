@@ -5,6 +5,7 @@ transformers' format, and random weights for tests. All give a plain transformer
 """
 
 import logging
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ from spikellm.sources import cached_commit, packaged_file
 
 log = logging.getLogger(__name__)
 
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 LEAST_POSITIONS = 2048  # of any supported pretrained model
 # Options of an architecture of which torch takes 0, and makes a network of nothing.
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
@@ -129,11 +131,8 @@ def _from_hub(config: ModelConfig, loader: Any, **arguments: Any) -> Any:
         text = " ".join(str(error.__cause__).split())
         if "gated" in text.lower() or "401" in text or "403" in text:
             raise InputError(f"{place}: the model is gated: accept its licence on the hub and log in (hf auth login)") from error
-        reason = text.split(". ")[0][:300]
-        raise InputError(
-            f"{place}: no such local folder, and the hub does not answer for it ({reason}); "
-            "model.path=FOLDER takes a local copy in transformers' format"
-        ) from error
+        hub = f", and the hub does not answer for it ({text.split('. ')[0][:300]})" if HUB_ID.fullmatch(config.path) else ""
+        raise InputError(f"{place}: no such local folder{hub}; model.path=FOLDER takes a local copy in transformers' format") from error
     if weights:
         found, info = found
         if lost := unfilled(info):

@@ -17,7 +17,7 @@ from typing import Any
 
 PACKAGE = Path(__file__).parent
 # No figure depends on them beyond the values that the keys hold.
-LEFT_OUT = {"config", "fields", "artifacts", "sources", "provenance"}
+LEFT_OUT = {"config", "choices", "fields", "boundary", "artifacts", "sources", "provenance"}
 # Stage -> its version, raised by hand where workspace.py or stages.py change what it writes, and the modules that compute it.
 COMPUTED_BY: dict[str, tuple[int, tuple[str, ...]]] = {
     "calibrate": (1, ("networks", "calibration", "data")),
