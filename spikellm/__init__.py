@@ -8,15 +8,16 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# name -> module; imported on first use, so that `import spikellm` costs no torch
+# Name -> module; imported on first use, so that `import spikellm` costs no torch. No name may be a module's, whose import would
+# replace it.
 _PUBLIC = {
     "PhaseNeuron": "neuron",
     "PhaseTable": "neuron",
     "convert": "conversion",
     "install": "conversion",
+    "model_sites": "conversion",
     "perplexity": "evaluation",
     "rotate": "rotation",
-    "sites": "sites",
 }
 __all__ = sorted(_PUBLIC)
 

@@ -34,6 +34,25 @@ from spikellm.neuron import PhaseNeuron, encode_plain, fused
 from spikellm.sites import SPIKING_ATTENTION
 
 IMPLEMENTATION = "spiking"
+# an additive mask hides a key from here on: callers write -inf, the least number of some dtype, -1e9 or -1e4
+HIDDEN = -9e3
+# What models pass on to their attention though the mask, or another part of the model, has dealt with it.
+WITHOUT_EFFECT = {
+    "cache",
+    "cache_position",
+    "is_causal",
+    "logits_to_keep",
+    "num_items_in_batch",
+    "output_hidden_states",
+    "output_router_logits",
+    "past_key_values",
+    "position_embeddings",
+    "position_ids",
+    "return_dict",
+    "sliding_window",
+    "token_type_ids",
+    "use_cache",
+}
 
 
 class SpikingAttention(nn.Module):
@@ -203,25 +222,78 @@ def visible_blocks(mask: Bool[Tensor, "B 1 L S"], size: int) -> list[tuple[slice
 
 
 def spiking_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float, **_: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **options: Any,
 ) -> tuple[Float[Tensor, "B L H E"], None]:
     """transformers' attention function; the layer must carry a `SpikingAttention`.
 
+    Args:
+        attention_mask: True where a query may see a key, or 0 there and a large negative number elsewhere; [B or 1, 1, L, S].
+        options: what else a caller of the model has passed.
+
     Raises:
-        ValueError: no mask came in, or the layer was not converted.
+        ValueError: no mask came in, one that hides nothing but shifts scores, the layer was not converted, or an option would have to
+            change the result.
     """
     if attention_mask is None:
         raise ValueError(f"attention implementation {IMPLEMENTATION!r} needs its mask: register {IMPLEMENTATION!r} masks too")
     spiking = getattr(module, SPIKING_ATTENTION, None)
     if spiking is None:
         raise ValueError(f"layer {getattr(module, 'layer_idx', '?')} has no {SPIKING_ATTENTION!r} submodule: convert the model first")
-    return spiking(query, key, value, attention_mask, scaling), None
+    if dropout:
+        raise ValueError(f"attention_dropout={dropout}: a spiking model does not drop spikes; call model.eval() or set attention_dropout=0")
+    acting = sorted(name for name, option in options.items() if name not in WITHOUT_EFFECT and option is not None and option is not False)
+    if options.get("is_causal") is False:
+        acting.append("is_causal=False")
+    if acting:
+        raise ValueError(f"attention of a spiking model cannot honour {', '.join(acting)}: call the model without")
+    return spiking(query, key, value, visible(attention_mask, query, key), scaling), None
+
+
+def visible(mask: Tensor, query: Float[Tensor, "B H L E"], key: Float[Tensor, "B K S E"]) -> Bool[Tensor, "B 1 L S"]:
+    """A caller's mask as booleans.
+
+    Raises:
+        ValueError: it is of another shape, of integers, or adds a bias to scores.
+    """
+    wanted = (len(query), 1, query.shape[2], key.shape[2])
+    if mask.ndim != 4 or mask.shape[0] not in (1, wanted[0]) or mask.shape[1:] != wanted[1:]:
+        raise ValueError(f"attention_mask has shape {tuple(mask.shape)}, {wanted} is needed: one mask for all heads of a sequence")
+    if mask.is_floating_point():
+        hidden = mask <= HIDDEN
+        if not (hidden | (mask == 0)).all():
+            raise ValueError(
+                "attention_mask adds a bias to scores, which spiking attention cannot: 0 where a key is visible, -inf elsewhere"
+            )
+        mask = ~hidden
+    if mask.dtype is not torch.bool:
+        raise ValueError(f"attention_mask is {mask.dtype}: booleans are needed (True: visible), or floats that are added to scores")
+    return mask.expand(wanted[0], -1, -1, -1)
+
+
+def refuse_other_implementation(module: nn.Module, *_: Any) -> None:
+    """Forward hook of a layer's attention: any other attention function has passed its neurons and prefix by.
+
+    Raises:
+        ValueError: the model was set to another implementation.
+    """
+    chosen: Any = getattr(module.config, "_attn_implementation", None)
+    if chosen != IMPLEMENTATION:
+        raise ValueError(
+            f"attn_implementation={chosen!r} leaves out neurons of a spiking model; {IMPLEMENTATION!r} is the one that has them"
+        )
 
 
 def spiking_mask(*args: Any, **kwargs: Any) -> Bool[Tensor, "B 1 L S"]:
     """The boolean mask, always spelled out: True where a query may see a key."""
     mask = sdpa_mask(*args, **kwargs | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
-    assert mask is not None
+    assert mask is not None  # the two options forbid it
     return mask
 
 

@@ -8,13 +8,14 @@ convert    puts `PhaseNeuron`s at all sites, or fails
 """
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from accelerate.hooks import add_hook_to_module
 from torch import nn
 from transformers import PreTrainedModel
 
-from spikellm.attention import IMPLEMENTATION, SpikingAttention
+from spikellm.attention import IMPLEMENTATION, SpikingAttention, refuse_other_implementation
 from spikellm.modules import SpikingActivation, SpikingLinear, SpikingRMSNorm, WideEmbedding, WideLinear, wide
 from spikellm.neuron import PhaseNeuron, PhaseTable
 from spikellm.sites import (
@@ -74,7 +75,9 @@ def install(model: PreTrainedModel, *, rotated: bool, normalise_after: bool = Tr
             dtype=wide(weight.dtype),
             device=weight.device,
         )
-        layer.get_submodule(ATTENTION).add_module(SPIKING_ATTENTION, spiking)
+        attention = layer.get_submodule(ATTENTION)
+        attention.add_module(SPIKING_ATTENTION, spiking)
+        attention.register_forward_hook(refuse_other_implementation)
     replace(model, EMBEDDING, WideEmbedding.adopt(model.get_submodule(EMBEDDING)))
     replace(model, FINAL_NORM, SpikingRMSNorm.adopt(model.get_submodule(FINAL_NORM)))
     replace(model, HEAD, WideLinear.adopt(model.get_submodule(HEAD)))
@@ -95,17 +98,31 @@ def model_sites(model: PreTrainedModel) -> list[Site]:
 
 
 def get_neuron(model: PreTrainedModel, site: Site) -> nn.Module:
-    """What sits in the slot of `site`."""
+    """What sits in the slot of `site`.
+
+    Raises:
+        ValueError: the model has no such slot.
+    """
+    return getattr(_slot_owner(model, site), site.slot[1])
+
+
+def _slot_owner(model: PreTrainedModel, site: Site) -> nn.Module:
     owner, attribute = site.slot
-    return getattr(model.get_submodule(owner), attribute)
+    module: nn.Module | None = None
+    with suppress(AttributeError):
+        module = model.get_submodule(owner)
+    if module is None or not isinstance(getattr(module, attribute, None), nn.Module):
+        raise ValueError(f"{site.name}: the model has no slot {owner}.{attribute}; call install(model, rotated=..) first")
+    return module
 
 
 def set_neuron(model: PreTrainedModel, site: Site, neuron: nn.Module) -> None:
-    """Put `neuron` into the slot of `site`."""
-    owner, attribute = site.slot
-    module = model.get_submodule(owner)
-    assert isinstance(getattr(module, attribute, None), nn.Module), f"{site.name}: {owner} has no slot {attribute!r}"
-    setattr(module, attribute, neuron)
+    """Put `neuron` into the slot of `site`.
+
+    Raises:
+        ValueError: the model has no such slot.
+    """
+    setattr(_slot_owner(model, site), site.slot[1], neuron)
 
 
 def site_groups(config: Any, kind: SiteKind) -> int:
@@ -115,7 +132,7 @@ def site_groups(config: Any, kind: SiteKind) -> int:
     return config.num_key_value_heads if kind in (SiteKind.key, SiteKind.value) else 1
 
 
-def convert(model: PreTrainedModel, tables: Mapping[str, PhaseTable], *, compiled: bool) -> None:
+def convert(model: PreTrainedModel, tables: Mapping[str, PhaseTable], *, compiled: bool = True) -> None:
     """Put a neuron at every site of an installed model, in place.
 
     Args:
@@ -123,7 +140,7 @@ def convert(model: PreTrainedModel, tables: Mapping[str, PhaseTable], *, compile
         compiled: see `neuron.encode`.
 
     Raises:
-        ValueError: a site has no table, or a table no site.
+        ValueError: a site has no table, a table no site, or the model no slots.
     """
     places = model_sites(model)
     missing = [site.name for site in places if site.name not in tables]

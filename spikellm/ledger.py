@@ -220,11 +220,16 @@ def visibility(mask: Bool[Tensor, "B 1 L S"]) -> tuple[Int64[Tensor, "B L"], Int
 
 @contextmanager
 def counting(model: PreTrainedModel) -> Iterator[tuple[dict[Site, SpikeCounter], list[AttentionWatch]]]:
-    """Within: counters around the neurons of a converted model, or fed by the trains of one that runs in steps (`stepped.py`)."""
+    """Within: counters around the neurons of a converted model, or fed by the trains of one that runs in steps (`stepped.py`).
+
+    Raises:
+        ValueError: a site carries no neuron.
+    """
     counters, handles = {}, []
     for site in model_sites(model):
         neuron = get_neuron(model, site)
-        assert isinstance(neuron, PhaseNeuron), f"{site.name} carries no neuron"
+        if not isinstance(neuron, PhaseNeuron):
+            raise ValueError(f"{site.name} carries no neuron: convert the model before its spikes are counted")
         counters[site] = SpikeCounter(
             neuron, axis=GROUP_AXIS[site.kind], columns=site_groups(model.config, site.kind), fan_out=site_fan_out(model, site)
         )

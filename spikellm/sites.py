@@ -12,10 +12,13 @@ from typing import Any
 from torch import nn
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+# After an architecture: the model type of a saved spiking model. transformers repeats it to who opens one without this package.
+SPIKING_TYPE = ", spiking: pip install spikellm, import spikellm.checkpoint"
 
 LAYERS = "model.layers"
 EMBEDDING = "model.embed_tokens"
 FINAL_NORM = "model.norm"
+ROTARY = "model.rotary_emb"
 HEAD = "lm_head"
 ATTENTION, MLP = "self_attn", "mlp"
 ATTENTION_NORM, MLP_NORM = "input_layernorm", "post_attention_layernorm"
@@ -93,9 +96,15 @@ def sites(layers: int) -> Iterator[Site]:
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The decoder layers of a model."""
-    layers = model.get_submodule(LAYERS)
-    assert isinstance(layers, nn.ModuleList)
+    """The decoder layers of a model.
+
+    Raises:
+        ValueError: it has none where models of the LLaMA family have theirs.
+    """
+    owner, _, name = LAYERS.rpartition(".")
+    layers = getattr(getattr(model, owner, None), name, None)
+    if not isinstance(layers, nn.ModuleList):
+        raise ValueError(f"{type(model).__name__} has no layers in {LAYERS}; supported: {', '.join(ARCHITECTURES)}")
     return layers
 
 
@@ -110,7 +119,7 @@ def check_architecture(model: nn.Module) -> None:
     Raises:
         ValueError: unsupported model type, or a module of the vocabulary is missing.
     """
-    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__).removesuffix(SPIKING_TYPE)
     if kind not in ARCHITECTURES:
         raise ValueError(f"architecture {kind!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
     modules = dict(model.named_modules())

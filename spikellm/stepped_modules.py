@@ -36,9 +36,14 @@ class SteppedNeuron(PhaseNeuron):
 
 
 def neuron_of(owner: nn.Module, slot: str = "neuron") -> PhaseNeuron:
-    """The neuron in a slot of a converted module."""
-    neuron = getattr(owner, slot)
-    assert isinstance(neuron, PhaseNeuron)
+    """The neuron in a slot of a converted module.
+
+    Raises:
+        ValueError: there is none.
+    """
+    neuron = getattr(owner, slot, None)
+    if not isinstance(neuron, PhaseNeuron):
+        raise ValueError(f"{type(owner).__name__} carries no neuron in {slot!r}: convert the model before it is run in steps")
     return neuron
 
 

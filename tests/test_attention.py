@@ -129,6 +129,93 @@ def test_attention_without_a_mask_or_without_neurons_refuses():
         spiking_attention(tiny_model().model.layers[0].self_attn, q, k, k, torch.ones(1, 1, 3, 3, dtype=torch.bool), scaling=1.0)
 
 
+def additive(mask: torch.Tensor, least: float, dtype: torch.dtype) -> torch.Tensor:
+    return torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, least)
+
+
+@pytest.mark.parametrize(
+    ("least", "dtype"),
+    [(-torch.inf, torch.float32), (torch.finfo(torch.float32).min, torch.float32), (-1e9, torch.float64),
+     (torch.finfo(torch.bfloat16).min, torch.bfloat16), (-1e4, torch.float16), (-1e4, torch.bfloat16)],
+)  # fmt: skip
+def test_a_mask_that_is_added_hides_what_it_hides_in_eager_attention(least, dtype, ids):
+    """Truth: transformers' own eager attention, which adds the mask to scores. Two documents in a row, the second with a hole."""
+    seen = torch.ones(40, 40).tril().bool()
+    seen[20:, :20] = False
+    seen[30:, 22] = False
+    mask = seen.expand(2, 1, 40, 40)
+    eager = tiny_model()
+    eager.set_attn_implementation("eager")
+    wanted = eager(ids, attention_mask=additive(mask, torch.finfo(torch.float32).min, torch.float32)).logits
+    assert norm_ratio(wanted, eager(ids).logits) > 0.01
+    model = installed()
+    assert norm_ratio(model(ids, attention_mask=additive(mask, least, dtype)).logits, wanted) <= 1e-5
+    assert norm_ratio(model(ids, attention_mask=mask).logits, wanted) <= 1e-5
+    assert norm_ratio(model(ids, attention_mask=mask[:1]).logits, wanted) <= 1e-5  # one for the whole batch
+
+
+CAUSAL = torch.ones(1, 1, 40, 40).tril().bool()
+
+
+@pytest.mark.parametrize(
+    ("mask", "reason"),
+    [
+        (additive(CAUSAL, -torch.inf, torch.float32) + 0.5 * torch.eye(40), "bias"),
+        (additive(CAUSAL, torch.nan, torch.float32), "bias"),
+        (CAUSAL.long(), "torch.int64"),
+        (CAUSAL.expand(1, 4, 40, 40), "all heads"),
+        (CAUSAL[:, :, :, :39], r"\(2, 1, 40, 40\)"),
+    ],
+)
+def test_a_mask_that_cannot_be_honoured_is_refused(mask, reason, ids):
+    with pytest.raises(ValueError, match=reason):
+        installed()(ids, attention_mask=mask)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"output_attentions": True}, {"head_mask": torch.ones(2, 4)}, {"position_bias": torch.ones(40, 40)}, {"softcap": 30.0},
+     {"s_aux": torch.ones(4)}, {"is_causal": False}, {"cu_seq_lens_q": torch.tensor([0, 40])}, {"no_such_option": 1}],
+    ids=lambda options: next(iter(options)),
+)  # fmt: skip
+@pytest.mark.parametrize("build", [installed, spiking], ids=["neurons off", "neurons on"])
+def test_an_option_that_would_change_the_result_is_refused_by_name(build, options, ids):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        build()(ids, **options)
+
+
+def test_options_without_effect_pass(ids):
+    model = installed()
+    wanted = model(ids).logits
+    options = {"output_attentions": False, "head_mask": None, "is_causal": True, "output_hidden_states": True, "use_cache": True,
+               "token_type_ids": torch.zeros_like(ids), "position_ids": torch.arange(40)[None]}  # fmt: skip
+    assert torch.equal(model(ids, **options).logits, wanted)
+
+
+def test_dropout_of_attention_is_refused_in_training(ids):
+    model = installed(attention_dropout=0.1)
+    assert torch.isfinite(model(ids).logits).all()
+    with pytest.raises(ValueError, match=r"attention_dropout=0\.1"):
+        model.train()(ids)
+    assert torch.isfinite(installed().train()(ids).logits).all()
+
+
+@pytest.mark.parametrize("name", list(TINY))
+@pytest.mark.parametrize("chosen", ["sdpa", "eager"])
+@pytest.mark.parametrize("build", [installed, spiking], ids=["neurons off", "neurons on"])
+def test_no_other_attention_passes_the_neurons_by(build, name, chosen, ids):
+    model = build(name)
+    wanted = model(ids).logits
+    model.set_attn_implementation(chosen)
+    with pytest.raises(ValueError, match=f"attn_implementation='{chosen}'"):
+        model(ids)
+    model.config._attn_implementation = "spiking"
+    assert torch.equal(model(ids).logits, wanted)
+    model.config._attn_implementation = chosen
+    with pytest.raises(ValueError, match=f"attn_implementation='{chosen}'"):
+        model.generate(ids, max_new_tokens=1)
+
+
 @given(L=st.integers(1, 20), S=st.integers(1, 24), size=st.integers(1, 24), density=st.floats(0, 1), seed=st.integers(0, 1 << 30))
 @settings(deadline=None, max_examples=80, derandomize=True)
 def test_blocks_cover_all_queries_and_every_key_they_may_see(L, S, size, density, seed):

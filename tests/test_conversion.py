@@ -1,13 +1,18 @@
 """Every site gets its neuron, or the conversion fails."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import TINY, base2_tables, norm_ratio, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from spikellm.conversion import clear, convert, get_neuron, install, model_sites
+from spikellm import ledger
+from spikellm.checkpoint import save
+from spikellm.conversion import clear, convert, get_neuron, install, model_sites, set_neuron
 from spikellm.neuron import PhaseNeuron
 from spikellm.sites import SiteKind
+from spikellm.stepped import fitting_chunk, stepped
 
 PUBLISHED_MODELS = {
     "llama2_7b": {
@@ -112,3 +117,32 @@ def test_published_models_have_the_289_published_sites(name):
     assert len(wanted) == 289
     assert neurons == wanted
     assert len([module for module in model.modules() if isinstance(module, PhaseNeuron)]) == 289
+
+
+NOT_INSTALLED = {
+    "convert": lambda model, tables: convert(model, tables),
+    "get_neuron": lambda model, _: get_neuron(model, model_sites(model)[0]),
+    "set_neuron": lambda model, _: set_neuron(model, model_sites(model)[3], torch.nn.Identity()),
+    "save": lambda model, _: save(model, Path("nowhere")),
+    "count": lambda model, _: ledger.count(model, torch.ones(1, 8, dtype=torch.long)),
+    "fitting_chunk": lambda model, _: fitting_chunk(model, 8, chunk=None, max_gib=1.0),
+    "stepped": lambda model, _: stepped(model).__enter__(),
+}
+
+
+@pytest.mark.parametrize("step", NOT_INSTALLED)
+def test_a_step_before_its_turn_says_which_one_is_missing(step):
+    model = tiny_model()
+    with pytest.raises(ValueError, match=r"install\(model|convert the model"):
+        NOT_INSTALLED[step](model, base2_tables(model))
+    if step not in ("convert", "get_neuron", "set_neuron"):
+        install(model, rotated=False)
+        with pytest.raises(ValueError, match=r"carr(y|ies) no neuron.*convert the model"):
+            NOT_INSTALLED[step](model, {})
+
+
+def test_a_model_of_another_family_is_named():
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", n_embd=8, n_head=2, n_layer=1, vocab_size=16))
+    for step in (lambda: convert(model, {}), lambda: model_sites(model), lambda: install(model, rotated=False)):
+        with pytest.raises(ValueError, match=r"GPT2LMHeadModel|gpt2"):
+            step()

@@ -170,6 +170,23 @@ def test_a_table_whose_rows_do_not_fit_is_refused():
             PhaseTable(**good | {key: bad})
 
 
+@pytest.mark.parametrize("key", ["theta", "h", "d", "v0"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf, "int", "empty"])
+def test_a_table_that_holds_no_numbers_is_refused(key, bad):
+    good = {"theta": torch.ones(2, 3), "h": torch.ones(2, 3), "d": torch.ones(2, 3), "v0": torch.ones(2)}
+    if bad == "empty":
+        rows = {name: row[:0] if key == "v0" else row[..., :0] if row.ndim == 2 else row for name, row in good.items()}
+    else:
+        rows = good | {key: good[key].int() if bad == "int" else good[key].masked_fill(good[key].cumsum(-1) == 2, bad)}
+    with pytest.raises((ValueError, TypeError)):  # integers: of the annotations, where tests switch those on
+        PhaseTable(**rows)
+
+
+def test_a_table_without_values_yet_is_taken():
+    rows = torch.empty(1, 3, device="meta")
+    assert PhaseTable(theta=rows, h=rows, d=rows, v0=rows[:, 0]).T == 3
+
+
 def test_groups_that_do_not_divide_the_axis_are_an_error():
     neuron = PhaseNeuron(base2_table([1.0, 1.0, 1.0], 3), axis=-1, compiled=False)
     with pytest.raises((ValueError, RuntimeError)):

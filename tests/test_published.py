@@ -71,6 +71,12 @@ BROKEN = {
     "is not 3 positive numbers": ({NAMES[0]: (3, [0, 1, 2, 2], *entry()[2:])}, {}),
     "tau=-1.0 is not a positive number": ({NAMES[0]: entry(tau=-1.0)}, {}),
     "v0=.*nan.* is not a number": ({NAMES[0]: entry(v0=math.nan)}, {}),
+    "v0=.*inf.* is not a number": ({NAMES[0]: entry(v0=math.inf)}, {}),
+    "B=.*nan.* is not 2 positive numbers": ({NAMES[0]: (2, [0, 0, 1, 1], torch.full((2,), math.nan), *entry()[3:])}, {}),
+    "beyond what float32 holds": ({NAMES[0]: (2, [0, 0, 1, 1], torch.full((2,), 1e-30), *entry()[3:])}, {}),
+    "beyond what float32 holds.*": ({NAMES[0]: entry(tau=1e300)}, {}),
+    "layer.norm is not one: .*invalid data type": ({NAMES[0]: (2, "abcd", *entry()[2:])}, {}),
+    "holds 7 among its keys": ({7: entry()}, {}),
 }
 
 
