@@ -10,6 +10,7 @@ from spikellm.energy import (
     CostTable,
     Operation,
     compare,
+    integer_ac_pj,
     integer_mac_pj,
     matrix_products,
     pointwise_operations,
@@ -42,9 +43,10 @@ def dense_operations(ledger: Ledger) -> list[Operation]:
             shape,
             T=ledger.T,
             tokens=tokens,
-            neurons=ledger.neurons,
+            neurons=sum(site.sides * sum(site.neurons) for site in ledger.sites),
             spikes=ledger.spikes,
             linear_groups=max(outputs),
+            gates=max(site.sides for site in ledger.sites if site.kind == SiteKind.activation.name),
             rotated=ledger.rotated,
             prefix=ledger.exact_prefix,
         ),
@@ -69,6 +71,7 @@ def spikes_record(ledger: Ledger) -> dict[str, Any]:
         "firing_rate_at_synapses": ledger.sops / (ledger.synapses * T),
         "spikes_per_token": ledger.spikes / tokens,
         "sops_per_token": ledger.sops / tokens,
+        "latency_steps": ledger.latency_steps,
         "firing_rate_by_step": [spikes / ledger.neurons for spikes in steps],
         "by_kind": by_kind,
         "dense_operations": [
@@ -78,7 +81,7 @@ def spikes_record(ledger: Ledger) -> dict[str, Any]:
 
 
 def energy_record(ledger: Ledger, table: CostTable) -> dict[str, Any]:
-    """results.json: `energy`. The ANN and the integer network see the same tokens and mask, without a prefix."""
+    """results.json: `energy`. ANN and integer ANN see the same tokens and mask, without a prefix."""
     seen = {"tokens": ledger.tokens, "pairs": ledger.pairs}
     matrices = matrix_products(ledger.shape, **seen)
     pointwise = [*pointwise_operations(ledger.shape, **seen), softmax_quotients(ledger.shape, **seen, after=False)]
@@ -90,6 +93,7 @@ def energy_record(ledger: Ledger, table: CostTable) -> dict[str, Any]:
         pointwise=pointwise,
         dense=dense,
         sops=ledger.sops,
+        spikes=ledger.spikes,
         synapses=ledger.synapses,
         tokens=ledger.tokens,
     )
@@ -101,6 +105,8 @@ def energy_record(ledger: Ledger, table: CostTable) -> dict[str, Any]:
         "source": table.source,
         "int_bits": bits,
         "int_mac_pj": integer_mac_pj(bits),
+        "int_ac_pj": integer_ac_pj(bits),
+        "weights": {"ann": table.name, "snn": table.name, "int": f"int{bits}", "snn_int": f"int{bits}"},
         "int_source": f"{HOROWITZ}, 8 bits, scaled to {bits}",
         "ann_mac_per_token": sum(each.mac for each in matrices + pointwise) / ledger.tokens,
         "snn_mac_per_token": sum(each.mac for each in dense) / ledger.tokens,

@@ -5,12 +5,16 @@ stream's size: an error in the MLP's output counts 1 / (|r|^2 + |mlp(r)|^2). Tha
 the weight spread errors evenly); at the activation it is multiplied by up^2, the factor on the error there. Without it a few
 tokens with massive residuals, whose errors hardly matter, would set tau at both sites. An error of e_ij in the softmax moves the
 output o_i by (v_j - o_i) / sum of the row, and counts by the square of that (`attention.py`). Ours.
+
+Probabilities that are coded as they are (`snn.softmax_norm=before`) are added up along a row, and with them their errors: the mean error
+counts as often as there are probabilities in the row (`code_fit.bias_weight`), for which the rows' lengths are kept.
 """
 
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any, Self
 
@@ -30,6 +34,7 @@ from spikellm.sites import (
     ATTENTION,
     DOWN,
     GROUP_AXIS,
+    LAYERS,
     MLP,
     MLP_NORM,
     SPIKING_ATTENTION,
@@ -38,7 +43,7 @@ from spikellm.sites import (
     SiteKind,
     decoder_layers,
 )
-from spikellm.statistics import FIT, HELD_OUT, Observer, SiteStatistics
+from spikellm.statistics import CHOOSE, FIT, REPORT, Observer, SiteStatistics
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +54,8 @@ SOFTMAX_ROW_STRIDE = 8
 QUERY_BLOCK = 128
 # Where prefix tokens are looked for, windows and tokens of each: sinks arise at the start, and their number hardly varies.
 PREFIX_WINDOWS, PREFIX_LENGTH = 4, 512
+# The parts that windows go to, over and over: half of them are fitted to.
+PERIOD = (FIT, CHOOSE, FIT, REPORT)
 WEIGHTED_BY_RESIDUAL = (SiteKind.activation, SiteKind.mlp_product)
 TWO_SIDED = (SiteKind.activation,)
 
@@ -80,23 +87,37 @@ class Calibration:
 def calibrate(model: PreTrainedModel, windows: Int[Tensor, "W L"], prefix: PrefixConfig) -> Calibration:
     """Observe an installed model without neurons on `windows`; leaves it with its prefix and transparent slots.
 
-    Windows go alternately to the fitting and the held-out part; a single window is cut in two.
+    Windows go to the parts of the statistics in the order of `PERIOD`; windows too few for that are cut into pieces.
 
     Raises:
-        ValueError: a site saw NaN or infinite activations.
+        ValueError: too little text for all parts, or a site saw NaN or infinite activations.
     """
-    if len(windows) == 1:
-        half = windows.shape[1] // 2
-        windows = windows[0, : 2 * half].view(2, half)
+    pieces = enough_pieces(windows)
     with _query_blocks(model, QUERY_BLOCK):
         tokens = _prefix_tokens(model, windows[:PREFIX_WINDOWS], prefix) if prefix.enabled else []
         attach_prefix(model, tokens)
         with observing(model) as observers:
-            for index, window in enumerate(tqdm(windows, desc="calibrate", unit="window", disable=None)):
+            for piece, part in zip(tqdm(pieces, desc="calibrate", unit="window", disable=None), cycle(PERIOD), strict=False):
                 for observer in observers.values():
-                    observer.part = HELD_OUT if index % 2 else FIT
-                model.base_model(window[None].to(model.device), use_cache=False)
+                    observer.part = part
+                model.base_model(piece[None].to(model.device), use_cache=False)
     return Calibration(statistics={site.name: observer.result() for site, observer in observers.items()}, prefix_tokens=tokens)
+
+
+def enough_pieces(windows: Int[Tensor, "W L"]) -> Int[Tensor, "P l"]:
+    """The windows, or equal cuts of them where they are fewer than the parts of a `PERIOD`.
+
+    Raises:
+        ValueError: windows of fewer tokens than cuts.
+    """
+    number, length = windows.shape
+    cuts = -(-len(PERIOD) // number)
+    if length < cuts:
+        raise ValueError(
+            f"dataset.calibration.window={length}: {number} of it cannot be cut into the {len(PERIOD)} pieces that fitting, choosing and "
+            f"reporting need; take a larger window"
+        )
+    return windows[:, : length // cuts * cuts].reshape(number * cuts, -1)
 
 
 def _prefix_tokens(model: PreTrainedModel, text: Int[Tensor, "W L"], prefix: PrefixConfig) -> list[int]:
@@ -138,12 +159,14 @@ def observing(model: PreTrainedModel) -> Iterator[dict[Site, Observer]]:
 
 def _observer(model: PreTrainedModel, site: Site) -> Observer:
     softmax = site.kind is SiteKind.softmax
+    attention: Any = model.get_submodule(f"{LAYERS}.0.{ATTENTION}.{SPIKING_ATTENTION}")
     return Observer(
         site.name,
         groups=site_groups(model.config, site.kind),
         axis=GROUP_AXIS[site.kind],
         row_stride=SOFTMAX_ROW_STRIDE if softmax else 1,
         held=softmax or site.kind in WEIGHTED_BY_RESIDUAL,
+        summed=softmax and not attention.normalise_after,
         two_sided=site.kind in TWO_SIDED,
     )
 

@@ -1,10 +1,16 @@
-"""The code of one site, and how good it is on data that it was not fitted to.
+"""The code of one site: chosen on data that it was not fitted to, and measured on data that decided nothing.
 
-Base 2 is what it is measured against, and what it falls back to: a neuron group whose fitted code is no better there keeps base 2. Errors
-are weighted as in the search (`search.py`); the held-out histogram stands as several points a bin.
+Base 2 is what a code is measured against, and what it falls back to: a neuron group whose fitted code is no better on the choosing part
+of the calibration text keeps base 2; the part also decides how many grains are worth having. Errors and firing rates are those on the
+reporting part (`statistics.py`), where any outcome is possible. Errors are weighted as in the search (`search.py`); histograms stand as
+several points a bin.
+
+Where outputs of S neurons are added up as they are (probabilities, `snn.softmax_norm=before`), the expected squared error of the sum is
+S mse + S^2 bias^2, so that a neuron's counts mse + S bias^2: the cost that is searched, chosen and compared with base 2 by. It equals the
+squared error, which is reported, everywhere else.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self
@@ -16,8 +22,8 @@ from torch import Tensor
 
 from spikellm.artifacts import write_tensors
 from spikellm.evolution import Codes, base2_codes, squared_error
-from spikellm.neuron import PhaseTable, fire_plain
-from spikellm.statistics import HELD_OUT, SiteStatistics
+from spikellm.neuron import ROWS, PhaseTable, fire_plain
+from spikellm.statistics import CHOOSE, REPORT, SiteStatistics
 
 SUBDIVISION = 4  # points per bin where errors are reported: a bin at the top is wider than a step at T = 10
 
@@ -26,10 +32,11 @@ SUBDIVISION = 4  # points per bin where errors are reported: a bin at the top is
 class CodeFit:
     """The code of one site, per neuron group [C, ..].
 
-    Bases are padded to the same number of grains by the last grain's. error and error_base2 are weighted squared errors on
-    held-out data, power the weighted mean square there (base 2 with one tau for the site); firing_rate = spikes / (neurons x T)
-    there and share the site's neurons in a group; fallback: base 2 was kept; max_spikes, two_sided, signed: of the neurons
-    (`PhaseTable`; of a two-sided site the first half of the rows codes x >= 0, the second x < 0).
+    Bases are padded to the same number of grains by the last grain's. objective is the search's, on the fitting part. On the reporting
+    part: error and error_base2, weighted squared errors (base 2 with one tau for the site); cost and cost_base2, with what the mean
+    error counts; power, the weighted mean square; firing_rate = spikes / (neurons x T) and share, the site's neurons in a group.
+    fallback: base 2 was kept; max_spikes, two_sided, signed: of the neurons (`PhaseTable`; of a two-sided site the first half of the
+    rows codes x >= 0, the second x < 0).
     """
 
     tau: Float[Tensor, " C"]
@@ -44,6 +51,8 @@ class CodeFit:
     objective: Float[Tensor, " C"]
     error: Float[Tensor, " C"]
     error_base2: Float[Tensor, " C"]
+    cost: Float[Tensor, " C"]
+    cost_base2: Float[Tensor, " C"]
     power: Float[Tensor, " C"]
     firing_rate: Float[Tensor, " C"]
     share: Float[Tensor, " C"]
@@ -65,12 +74,17 @@ class CodeFit:
 
     @property
     def relative_error(self) -> float:
-        """Of the site, on held-out data; 0 for a site without any activation."""
+        """Of the site, on the reporting part; 0 for a site without any activation."""
         return _ratio(self.error, self.power)
 
     @property
     def relative_error_base2(self) -> float:
         return _ratio(self.error_base2, self.power)
+
+    @property
+    def worse_than_base2(self) -> bool:
+        """Whether the site would be better off with base 2, by the costs on the reporting part."""
+        return self.cost.double().sum().item() > self.cost_base2.double().sum().item()
 
     @property
     def mean_firing_rate(self) -> float:
@@ -81,49 +95,83 @@ class CodeFit:
     def assess(
         cls,
         statistics: SiteStatistics,
-        codes: Codes,
-        objective: Float[Tensor, " C"],
+        rounds: Sequence[tuple[Codes, Float[Tensor, " C"]]],
         *,
+        tolerance: float = 0.0,
         fall_back: bool = True,
         signed: bool = False,
         spike_weight: float = 0.0,
     ) -> Self:
-        """Choose per group between the found code and base 2, on held-out data; fall_back=False keeps the found code."""
-        T, G = codes.assignment.shape[-1], codes.G
-        maximum = statistics.maximum.amax(0)
-        site = torch.where(maximum.amax() > 0, maximum.amax(), 1.0).expand_as(maximum)
-        x, weight, count = held_out_points(statistics)
-        per_site, per_group = base2_codes(site, T, G), base2_codes(torch.where(maximum > 0, maximum, site), T, G)
-        neurons = count.sum(-1) + statistics.zeros[HELD_OUT]
-        candidates = (per_site, per_group, codes)
-        errors = torch.stack([weighted_error(x, weight, each, signed=signed) for each in candidates])
-        spikes = torch.stack([spikes_per_neuron(x, count, neurons, each.spell(), signed=signed) for each in candidates])
-        costs = errors * (spike_weight * spikes).exp()
-        # the first of equals: base 2 where nothing is gained, or nothing passed
-        best = costs.argmin(0) if fall_back else torch.full_like(errors[0], 2, dtype=torch.int64)
-        chosen = per_site.where(best == 0, per_group.where(best == 1, codes))
+        """Choose per group between the found codes and base 2, on the choosing part.
+
+        Args:
+            statistics: of the site.
+            rounds: codes found and their objectives, those of fewer grains first.
+            tolerance: the first codes are taken whose cost is at most (1 + tolerance) times the least of all.
+            fall_back: False never takes base 2.
+            signed: digits may be negative.
+            spike_weight: see `search.search`.
+        """
+        T, G = rounds[0][0].assignment.shape[-1], rounds[0][0].G
+        known = statistics.known_maximum
+        site = torch.where(known.amax() > 0, known.amax(), 1.0).expand_as(known)
+        per_site, per_group = base2_codes(site, T, G), base2_codes(torch.where(known > 0, known, site), T, G)
+        codes = [per_site, per_group, *(code for code, _ in rounds)]
+        costs = torch.stack([_cost(statistics, code, signed=signed, spike_weight=spike_weight) for code in codes])
+        number = (costs[2:] <= (1 + tolerance) * costs[2:].amin(0)).int().argmax(0)
+        found = number + 2
+        if fall_back:
+            # the first of equals: base 2 where nothing is gained, or nothing passed
+            options = torch.stack([torch.zeros_like(found), torch.ones_like(found), found])
+            found = options.gather(0, costs.gather(0, options).argmin(0)[None])[0]
+        every = torch.arange(len(known), device=known.device)
+        values, assignments = (torch.stack(part) for part in zip(*((code.values, code.assignment) for code in codes), strict=True))
+        chosen = Codes(values=values, assignment=assignments).at((found, every))
         theta, h, d, v0 = chosen.spell()
         base_d, base_h, base_theta = (part.exp2() for part in chosen.bases())
-        return cls(
+        return cls.reported(
+            statistics,
+            PhaseTable(theta=theta, h=h, d=d, v0=v0, two_sided=statistics.two_sided, signed=signed),
             tau=chosen.tau,
-            v0=v0,
             assignment=chosen.assignment,
             base_d=base_d,
             base_h=base_h,
             base_theta=base_theta,
-            theta=theta,
-            h=h,
-            d=d,
-            objective=objective,
-            error=errors.gather(0, best[None])[0],
-            error_base2=errors[0],
-            power=(weight * x.square()).sum(-1),
-            firing_rate=spikes.gather(0, best[None])[0] / T,
-            share=neurons / neurons.sum().clamp_min(1),
-            fallback=best < 2,
+            objective=torch.stack([objective for _, objective in rounds])[number, every],
+            fallback=found < 2,
             rho=chosen.rho,
-            two_sided=statistics.two_sided,
-            signed=signed,
+        )
+
+    @classmethod
+    def reported(cls, statistics: SiteStatistics, table: PhaseTable, **parameters: Tensor) -> Self:
+        """The code that `table` spells, with its errors and firing rates on the reporting part; `parameters` are all other fields."""
+        known = statistics.known_maximum
+        site = torch.where(known.amax() > 0, known.amax(), 1.0).expand_as(known)
+        x, weight, count = part_points(statistics, REPORT)
+        neurons = count.sum(-1) + statistics.zeros[REPORT]
+        bias = bias_weight(statistics, weight, count / neurons.clamp_min(1)[:, None])
+        base2 = base2_codes(site, table.T)
+        theta, h, d, v0 = (getattr(table, name)[:, None] for name in ROWS)
+        error, cost = (
+            squared_error(x[:, None], weight[:, None], theta, h, d, v0, table.max_spikes, table.signed, None, each)[:, 0]
+            for each in (None, bias)
+        )
+        return cls(
+            **parameters,
+            theta=table.theta,
+            h=table.h,
+            d=table.d,
+            v0=table.v0,
+            error=error,
+            error_base2=weighted_error(x, weight, base2, signed=table.signed),
+            cost=cost,
+            cost_base2=weighted_error(x, weight, base2, signed=table.signed, bias_weight=bias),
+            power=(weight * x.square()).sum(-1),
+            firing_rate=spikes_per_neuron(x, count, neurons, table) / table.T,
+            share=neurons / neurons.sum().clamp_min(1),
+            max_spikes=table.max_spikes,
+            two_sided=table.two_sided,
+            signed=table.signed,
         )
 
 
@@ -132,37 +180,58 @@ def _ratio(part: Tensor, whole: Tensor) -> float:
     return part.double().sum().item() / total if total > 0 else 0.0
 
 
-def held_out_points(statistics: SiteStatistics) -> tuple[Float[Tensor, "C points"], Float[Tensor, "C points"], Float[Tensor, "C points"]]:
-    """Positions, error weights (all groups' together scaled to sum 1) and counts: every bin as SUBDIVISION points."""
+def part_points(
+    statistics: SiteStatistics, part: int
+) -> tuple[Float[Tensor, "C points"], Float[Tensor, "C points"], Float[Tensor, "C points"]]:
+    """Positions, error weights (all groups' together scaled to sum 1) and counts of one part: every bin as SUBDIVISION points."""
     edges = statistics.edges
     inside = (torch.arange(SUBDIVISION, device=edges.device) + 0.5) / SUBDIVISION
-    counts = statistics.counts[HELD_OUT].float().repeat_interleave(SUBDIVISION, -1) / SUBDIVISION
-    weight = (statistics.counts if statistics.weights is None else statistics.weights)[HELD_OUT].double()
+    counts = statistics.counts[part].float().repeat_interleave(SUBDIVISION, -1) / SUBDIVISION
+    weight = (statistics.counts if statistics.weights is None else statistics.weights)[part].double()
     weight = (weight / weight.sum().clamp_min(1e-300)).float().repeat_interleave(SUBDIVISION, -1) / SUBDIVISION
     x = (edges[:-1, None] + edges.diff()[:, None] * inside).flatten().expand_as(weight)
     return x.contiguous(), weight, counts
 
 
+def bias_weight(statistics: SiteStatistics, weight: Float[Tensor, "C points"], share: Float[Tensor, "C points"]) -> Float[Tensor, "C 1"]:
+    """How often the square of sum weight (y - x) counts beside sum weight (y - x)^2, for points with that share of a group's neurons.
+
+    With weight = k share the mean squared error times k stands beside k S bias^2 = S / k (k bias)^2. 0 where no outputs are added up.
+    """
+    return (statistics.row_neurons or 0.0) * share.sum(-1, keepdim=True) / weight.sum(-1, keepdim=True).clamp_min(1e-30)
+
+
+def _cost(statistics: SiteStatistics, codes: Codes, *, signed: bool, spike_weight: float) -> Float[Tensor, " C"]:
+    """What the choice is made by: the search's objective, on the choosing part (in one scale for all codes)."""
+    x, weight, count = part_points(statistics, CHOOSE)
+    neurons = count.sum(-1) + statistics.zeros[CHOOSE]
+    bias = bias_weight(statistics, weight, count / neurons.clamp_min(1)[:, None])
+    error = weighted_error(x, weight, codes, signed=signed, bias_weight=bias)
+    if not spike_weight:
+        return error
+    theta, h, d, v0 = codes.spell()
+    spikes = spikes_per_neuron(x, count, neurons, PhaseTable(theta=theta, h=h, d=d, v0=v0, signed=signed))
+    return error * (spike_weight * spikes).exp()
+
+
 def weighted_error(
-    x: Float[Tensor, "C points"], weight: Float[Tensor, "C points"], codes: Codes, *, signed: bool = False
+    x: Float[Tensor, "C points"],
+    weight: Float[Tensor, "C points"],
+    codes: Codes,
+    *,
+    signed: bool = False,
+    bias_weight: Float[Tensor, "C 1"] | None = None,
 ) -> Float[Tensor, " C"]:
     """Squared error of one code per group."""
     theta, h, d, v0 = (part[:, None] for part in codes.spell())
-    return squared_error(x[:, None], weight[:, None], theta, h, d, v0, None, signed)[:, 0]
+    return squared_error(x[:, None], weight[:, None], theta, h, d, v0, None, signed, None, bias_weight)[:, 0]
 
 
 def spikes_per_neuron(
-    x: Float[Tensor, "C points"],
-    count: Float[Tensor, "C points"],
-    neurons: Float[Tensor, " C"],
-    table: tuple[Tensor, Tensor, Tensor, Tensor],
-    *,
-    max_spikes: int | None = None,
-    signed: bool = False,
+    x: Float[Tensor, "C points"], count: Float[Tensor, "C points"], neurons: Float[Tensor, " C"], table: PhaseTable
 ) -> Float[Tensor, " C"]:
-    """Mean spikes of a neuron, 0 .. T, where `count` of `neurons` have input x > 0; `table` is theta, h, d, v0."""
-    theta, h, _, v0 = table
-    train = fire_plain(x[None], theta, h, v0, max_spikes, signed)
+    """Mean spikes of a neuron, 0 .. T, where `count` of `neurons` have input x > 0; one row of the table a group."""
+    train = fire_plain(x[None], table.theta, table.h, table.v0, table.max_spikes, table.signed)
     spikes = torch.stack(train).abs().sum(0)[0]
     return (count * spikes).sum(-1) / neurons.clamp_min(1)
 

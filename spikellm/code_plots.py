@@ -1,8 +1,8 @@
 """Plots of codes on densities: one figure per kind of site, one panel per layer.
 
-Each panel shows, over log |x|: the share of activations (by their importance, where they have one) per octave, the levels of the
-site's code (one tick each; of the first neuron group where there are several), and two curves that should agree: how many levels per
-octave the code has, and how many the optimal density p^(1/3) would put there.
+Each panel shows, over log |x|: the share of activations of the reporting part (by their importance, where they have one) per octave, the
+levels of the site's code (one tick each; of the first neuron group where there are several), and two curves that should agree: how many
+levels per octave the code has, and how many the optimal density p^(1/3) would put there.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from torch import Tensor
 from spikellm.code_fit import CodeFit
 from spikellm.diagnostics import site_levels
 from spikellm.sites import SiteKind
-from spikellm.statistics import SiteStatistics
+from spikellm.statistics import REPORT, SiteStatistics
 
 COLUMNS = 6
 SHOWN_OCTAVES = 14.0  # below the largest activation
@@ -52,7 +52,7 @@ def write_density_plots(folder: Path, statistics: Mapping[str, SiteStatistics], 
 def _panel(axis: Any, statistics: SiteStatistics, fit: CodeFit) -> None:
     if len(fit.tau) < statistics.counts.shape[1]:
         statistics = statistics.merged()
-    weights = (statistics.counts if statistics.weights is None else statistics.weights).sum(0)[0].double()
+    weights = (statistics.counts if statistics.weights is None else statistics.weights)[REPORT, 0].double()
     x = statistics.centers
     top = x[weights > 0].amax().log2().item() if (weights > 0).any() else 0.0
     edges = torch.arange(top - SHOWN_OCTAVES, top + 2 / BINS_PER_OCTAVE, 1 / BINS_PER_OCTAVE)

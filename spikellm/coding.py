@@ -45,16 +45,6 @@ def assignments(T: int, G: int, *, min_length: int = 2) -> Int[Tensor, "A T"]:
     return torch.tensor(rows, dtype=torch.int64)
 
 
-def even_assignment(T: int, G: int, *, min_length: int = 2) -> Int[Tensor, " T"]:
-    """The assignment whose grains are as equal in length as T and G allow, the longer ones first."""
-    rows = assignments(T, G, min_length=min_length)
-    lengths = torch.stack([(rows == grain).sum(1) for grain in range(G)], dim=1)
-    spread = (lengths.float() - T / G).square().sum(1)
-    # of equally even rows the one with the longest first grains: it comes last in the enumeration
-    best = int((spread == spread.min()).nonzero().max())
-    return rows[best]
-
-
 def phase_amplitudes(
     tau: Float[Tensor, "*sites"], bases: Float[Tensor, "*sites G"], assignment: Int[Tensor, "*#sites T"]
 ) -> Float[Tensor, "*sites T"]:

@@ -251,7 +251,7 @@ class SearchConfig:
     method: SearchMethod = SearchMethod.evolution  # how the codes are found
     groups: Groups = Groups.head  # neurons that share a table
     spike_weight: float | None = None  # lambda: a squared error counts exp(lambda x mean spikes of a neuron); null: 0, phase_signed 2.5
-    tolerance: float = 0.02  # grain=auto: relative excess of the objective that a coarser grain may have
+    tolerance: float = 0.02  # grain=auto: relative excess of the error (on the choosing part of the text) that a coarser grain may have
     gradient_outer: int = 20  # method=gradient: rounds; this and the next three as the authors have them
     gradient_inner: int = 50  # method=gradient: steps of (h, theta), and as many of d, in a round
     gradient_samples: int = 100_000  # method=gradient: activations drawn for each neuron group

@@ -43,27 +43,26 @@ def console_table(results: dict[str, Any], folder: Path) -> str:
 
 
 def _spike_lines(spikes: dict[str, Any], energy: dict[str, Any]) -> list[str]:
-    ann = energy["ann_pj_per_token"]
     lines = [
-        f"  spikes, {extent(spikes)}   firing rate {spikes['firing_rate']:.3f}"
-        f"   at synapses {spikes['firing_rate_at_synapses']:.3f}   SOPs per token {spikes['sops_per_token']:.4g}",
+        f"  spikes, {extent(spikes)}   firing rate {spikes['firing_rate']:.3f}   at synapses {spikes['firing_rate_at_synapses']:.3f}"
+        f"   SOPs per token {spikes['sops_per_token']:.4g}   latency {spikes['latency_steps']} steps",
         f"  energy per token [uJ], {energy['table']}: MAC {energy['mac_pj']:g} pJ, AC {energy['ac_pj']:g} pJ ({energy['source']})",
     ]
-    for name, key in (("ANN", "ann"), (f"{energy['int_bits']}-bit ANN", "int"), ("SNN", "snn")):
-        value = energy[f"{key}_pj_per_token"]
-        lines.append(f"    {name:<12}{value / 1e6:>12.4g}   x {value / ann:.4f}")
-    meets = [
-        f"{energy[key]:.3f} with the {name}"
-        for key, name in (("break_even_firing_rate", "ANN"), ("break_even_firing_rate_int", f"{energy['int_bits']}-bit ANN"))
-    ]
-    return [*lines, f"    even at a synaptic firing rate of {', '.join(meets)}"]
+    pairs = (("ann", "snn", "break_even_firing_rate"), ("int", "snn_int", "break_even_firing_rate_snn_int"))
+    for ann, snn, rate in pairs:
+        values = [energy[f"{key}_pj_per_token"] for key in (ann, snn)]
+        for name, key, value in zip(("ANN", "SNN"), (ann, snn), values, strict=True):
+            title = f"{name}, {energy['weights'][key]} weights"
+            lines.append(f"    {title:<24}{value / 1e6:>10.4g}   x {value / values[0]:.4f}")
+        lines.append(f"    even at a synaptic firing rate of {energy[rate]:.3f}")
+    return lines
 
 
 def _damage(diagnosed: dict[str, Any]) -> list[str]:
     """How far the codes are above the bound, and what spiking alone does the most damage."""
     lines = []
     if (above := diagnosed["median_above_bound"]) is not None:
-        lines.append(f"  squared error over the Lloyd-Max bound of as many levels, median of the sites: {above:.3g}")
+        lines.append(f"  squared error over the Lloyd-Max bound of as many levels, median of the sites that have one: {above:.3g}")
     if by_kind := diagnosed.get("perplexity_by_kind"):
         lines.append(f"  perplexity / that without neurons ({by_kind['none']:.3f}), where one kind of site or one site spikes alone")
         kinds = sorted((name for name in by_kind if name != "none"), key=lambda name: -by_kind[name])

@@ -4,12 +4,15 @@ A multiply-accumulate (MAC) costs e_mac, an accumulate (AC) e_ac, and
 
     E = e_mac MAC + e_ac AC        [pJ]
 
-counts arithmetic alone: no memory traffic, no leakage. Three networks stand side by side:
+counts arithmetic alone: no memory traffic, no leakage. Two pairs of networks stand side by side, each of weights of one precision:
 
-    ANN      every matrix product a MAC
-    integer  the same MACs on signed integers of T + 1 bits, the accuracy of base-2 phase coding in T steps
-    SNN      every spike that arrives at a synapse an AC (a synaptic operation, SOP; `ledger.py` counts them), and MACs or ACs
-             for whatever stays dense
+    ANN          every matrix product a MAC of the table
+    SNN          every spike that arrives at a synapse an AC of the table (a synaptic operation, SOP; `ledger.py` counts them), and MACs
+                 or ACs for whatever stays dense
+    integer ANN  the ANN's MACs on signed integers of T + 1 bits, activations (the accuracy of base-2 phase coding in T steps) and weights
+    integer SNN  the SNN's SOPs on integers of the same T + 1 bits: the accumulates of the integer ANN without its multiplications
+
+Perplexities are those of weights that are not quantised, whatever the pair. What stays dense costs what the table says in all four.
 
 Sources: Horowitz, "Computing's energy problem", ISSCC 2014, 45 nm, 0.9 V; that energy is the one of spiking papers' tables
 (Zheng et al., ICLR 2026: 4.6 and 0.9 pJ). Ours: the list of what stays dense, and integers of other widths than 8 bits.
@@ -56,8 +59,13 @@ COST_TABLES = {
 
 
 def integer_mac_pj(bits: int) -> float:
-    """A MAC of signed integers [pJ]: INT8_MULTIPLY_PJ (bits / 8)^2 + INT8_ADD_PJ bits / 8."""
-    return INT8_MULTIPLY_PJ * (bits / 8) ** 2 + INT8_ADD_PJ * bits / 8
+    """A MAC of signed integers [pJ]: INT8_MULTIPLY_PJ (bits / 8)^2 + `integer_ac_pj`."""
+    return INT8_MULTIPLY_PJ * (bits / 8) ** 2 + integer_ac_pj(bits)
+
+
+def integer_ac_pj(bits: int) -> float:
+    """An accumulate of signed integers [pJ]: INT8_ADD_PJ bits / 8."""
+    return INT8_ADD_PJ * bits / 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,11 +90,6 @@ class Operation:
     name: str
     mac: int
     ac: int = 0
-
-
-def causal_pairs(tokens: int) -> int:
-    """(query, key) pairs of one sequence in one layer, every query seeing itself and the keys before it."""
-    return tokens * (tokens + 1) // 2
 
 
 def matrix_products(shape: DecoderShape, *, tokens: int, pairs: int) -> list[Operation]:
@@ -157,21 +160,23 @@ def spiking_operations(
     neurons: int,
     spikes: int,
     linear_groups: int,
+    gates: int,
     rotated: bool,
     prefix: int,
 ) -> list[Operation]:
     """What the SNN computes beside its spikes and `pointwise_operations`.
 
     Args:
-        neurons, spikes: of all sites, over the same tokens.
+        neurons, spikes: of all sites, over the same tokens; an ON and an OFF neuron are two.
         linear_groups: code tables of attention's output neurons; each takes an output weight d_t of its own after the weights.
+        gates: trains of T steps that SiLU's neurons send, one after the other: ON and OFF spikes are weighted apart.
         rotated: R3 and R4 act online.
         prefix: exact prefix keys and values beside the coded ones; 0 where they pass neurons or there are none.
     """
     layers, D, F, H, K, E = shape.layers, shape.D, shape.F, shape.H, shape.K, shape.E
     # receivers of d_t, per token and step: outputs of Linears, the gate, and attention's accumulators (q and k scaled per query
     # head, the mixture), which takes fewer multiplications than scaling scores
-    receivers = layers * ((H + 2 * K) * E + linear_groups * D + 2 * F + F + D + 3 * H * E) + shape.V
+    receivers = layers * ((H + 2 * K) * E + linear_groups * D + 2 * F + gates * F + D + 3 * H * E) + shape.V
     operations = [
         Operation(name="output weights d_t", mac=tokens * T * receivers),
         Operation(name="neurons: comparison a step, reset a spike", mac=0, ac=T * neurons + spikes),
@@ -187,50 +192,55 @@ def spiking_operations(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Energy:
-    """Energy of three networks for the same tokens [pJ per token] and the firing rates at which they would meet.
+    """Energy of four networks for the same tokens [pJ per token] and the firing rates at which they would meet.
 
     The firing rate is that of synapses: SOPs / (synapses x T), with spikes weighted by their fan-out. Below the break-even rate
-    the SNN takes less energy than the ANN (than the integer network); a rate of 0 says that it never does.
+    the SNN takes less energy than the ANN (`_int`: than the integer ANN, a comparison of unlike weights; `_snn_int`: the integer SNN
+    than the integer ANN); a rate of 0 says that it never does.
     """
 
     ann_pj_per_token: float
     int_pj_per_token: float
     snn_pj_per_token: float
+    snn_int_pj_per_token: float
     break_even_firing_rate: float
     break_even_firing_rate_int: float
+    break_even_firing_rate_snn_int: float
 
 
 def compare(
-    table: CostTable, *, T: int, matrices: list[Operation], pointwise: list[Operation], dense: list[Operation], sops: int, synapses: int,
-    tokens: int,
+    table: CostTable, *, T: int, matrices: list[Operation], pointwise: list[Operation], dense: list[Operation], sops: int, spikes: int,
+    synapses: int, tokens: int,
 ) -> Energy:  # fmt: skip
-    """Energy of ANN, integer ANN and SNN.
+    """Energy of ANN and SNN, and of both with integer weights.
 
     Args:
         matrices, pointwise: of the ANN.
-        dense: all that the SNN computes beside its spikes.
-        sops, synapses: spikes and neurons, each times its fan-out, over the same tokens.
+        dense: all that the SNN computes beside its synaptic operations, a reset a spike included.
+        sops, spikes, synapses: spikes times their fan-out, spikes, neurons times their fan-out, over the same tokens.
     """
 
     def cost(operations: list[Operation]) -> float:
         return table.joule(mac=sum(each.mac for each in operations), ac=sum(each.ac for each in operations)) * 1e12
 
+    def snn(ac_pj: float) -> float:
+        return cost(dense) + ac_pj * sops
+
+    def break_even(rival: float, ac_pj: float) -> float:
+        # resets come and go with the spikes: at every rate there are as many to a synaptic operation as now
+        resting = cost(dense) - table.ac_pj * spikes
+        saturated = T * synapses * (ac_pj + table.ac_pj * spikes / max(1, sops))
+        return max(0.0, (rival - resting) / saturated)
+
     ann = cost(matrices + pointwise)
     integer = integer_mac_pj(T + 1) * sum(each.mac for each in matrices) + cost(pointwise)
-    overhead = cost(dense)
-    full = table.ac_pj * T * synapses  # every neuron fires at every step
+    integer_ac = integer_ac_pj(T + 1)
     return Energy(
         ann_pj_per_token=ann / tokens,
         int_pj_per_token=integer / tokens,
-        snn_pj_per_token=(overhead + table.ac_pj * sops) / tokens,
-        break_even_firing_rate=max(0.0, (ann - overhead) / full),
-        break_even_firing_rate_int=max(0.0, (integer - overhead) / full),
+        snn_pj_per_token=snn(table.ac_pj) / tokens,
+        snn_int_pj_per_token=snn(integer_ac) / tokens,
+        break_even_firing_rate=break_even(ann, table.ac_pj),
+        break_even_firing_rate_int=break_even(integer, table.ac_pj),
+        break_even_firing_rate_snn_int=break_even(integer, integer_ac),
     )
-
-
-def uniform_sops(macs: int, *, T: int, firing_rate: float) -> float:
-    """SOPs as spiking papers estimate them: every MAC of the dense network once a spike, spikes at one rate everywhere.
-
-    A real run has two spiking operands in the product of queries and keys, so `ledger.py` counts more there.
-    """
-    return macs * T * firing_rate

@@ -18,7 +18,7 @@ from torch import Tensor
 from spikellm.coding import assignments, phase_amplitudes
 from spikellm.neuron import emit
 
-MEMBERS = 32  # population per group
+MEMBERS = 32  # population per group, at least; twice as many as there are assignments
 # Per number of grains, the last entry for more. Five times as many lower the error of binary codes by 0.3 %, of signed ones by 5 %.
 GENERATIONS = (30, 40, 40)
 SIGNED_GENERATIONS = (60, 80, 80)
@@ -93,10 +93,12 @@ def squared_error(
     max_spikes: int | None = None,
     signed: bool = False,
     spike_weight: Tensor | None = None,
+    bias_weight: Tensor | None = None,
 ) -> Tensor:
     """Sum over points of weight (y - x)^2 [N, K]; x, weight [N, 1, points] of N groups, K codes each: tables [N, K, T], v0 [N, K].
 
-    With spike_weight [N, 1, points] the error is multiplied by exp(sum over points of spike_weight * spikes).
+    With bias_weight [N, 1] the square of the sum of weight (y - x) is added, so often; with spike_weight [N, 1, points] the error is
+    multiplied by exp(sum over points of spike_weight * spikes).
     """
     v = x + v0[..., None]
     y, fired, spikes = torch.zeros_like(v), torch.zeros_like(v), torch.zeros_like(v)
@@ -106,7 +108,10 @@ def squared_error(
         y = y + d[..., t, None] * z
         if spike_weight is not None:
             spikes = spikes + z.abs()
-    error = (weight * (y - x).square()).sum(-1)
+    off = y - x
+    error = (weight * off.square()).sum(-1)
+    if bias_weight is not None:
+        error = error + bias_weight * (weight * off).sum(-1).square()
     return error if spike_weight is None else error * (spike_weight * spikes).sum(-1).exp()
 
 
@@ -119,6 +124,7 @@ class Objective:
     kernel: Callable[..., Tensor]
     signed: bool = False
     spike_weight: Float[Tensor, "N 1 points"] | None = None
+    bias_weight: Float[Tensor, "N 1"] | None = None
 
     def __call__(self, codes: Codes) -> Float[Tensor, "N K"]:
         tables = codes.spell()
@@ -126,9 +132,9 @@ class Objective:
         parts = [slice(start, start + rows) for start in range(0, len(self.x), rows)]
         costs = []
         for part in parts:
-            spike_weight = None if self.spike_weight is None else self.spike_weight[part]
+            spike_weight, bias_weight = (each if each is None else each[part] for each in (self.spike_weight, self.bias_weight))
             rows_of = (table[part] for table in tables)
-            costs.append(self.kernel(self.x[part], self.weight[part], *rows_of, None, self.signed, spike_weight))
+            costs.append(self.kernel(self.x[part], self.weight[part], *rows_of, None, self.signed, spike_weight, bias_weight))
         return torch.cat(costs)
 
 
@@ -162,28 +168,29 @@ def evolve_grains(
 
 
 def first_population(previous: Codes, maximum: Tensor, options: Int[Tensor, "A T"], generator: torch.Generator, *, signed: bool) -> Codes:
-    """Half around the optimum of one grain less, spelled with every assignment, half at random; [N, MEMBERS, ..].
+    """Half around the optimum of one grain less, spelled with every assignment, half at random; [N, members, ..].
 
     The random ones lie around base 2; with signed digits between base 2 and base 3, thresholds between half of the reset (which
     leaves the smallest residual) and the whole.
     """
     N, T, grains = len(maximum), options.shape[1], int(options.max()) + 1
+    members = max(MEMBERS, 2 * len(options))
     device = maximum.device
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(device)
 
-    base = (1.3 + 0.3 * normal(N, MEMBERS, 1)).clamp_min(0.6) if signed else 1 + 0.15 * normal(N, MEMBERS, 1)
-    rho = -torch.rand(N, MEMBERS, 1, generator=generator).to(device) * signed
-    v0 = 1 - signed + 0.3 * normal(N, MEMBERS, 1)
-    values = torch.cat([torch.empty_like(base), v0, rho, base + 0.05 * normal(N, MEMBERS, 3 * grains)], -1)
-    shrink = 2 * torch.rand(N, MEMBERS, generator=generator).to(device).square() - 0.1
+    base = (1.3 + 0.3 * normal(N, members, 1)).clamp_min(0.6) if signed else 1 + 0.15 * normal(N, members, 1)
+    rho = -torch.rand(N, members, 1, generator=generator).to(device) * signed
+    v0 = 1 - signed + 0.3 * normal(N, members, 1)
+    values = torch.cat([torch.empty_like(base), v0, rho, base + 0.05 * normal(N, members, 3 * grains)], -1)
+    shrink = 2 * torch.rand(N, members, generator=generator).to(device).square() - 0.1
     # the largest output is tau / (B - 1): a larger base needs a larger tau for the same range
     values[..., 0] = maximum.log()[:, None] + (base[..., 0].exp2() - 1).clamp_min(0.1).log() - shrink
-    assignment = options[torch.arange(MEMBERS, device=device) % len(options)].expand(N, MEMBERS, T).clone()
+    assignment = options[torch.arange(members, device=device) % len(options)].expand(N, members, T).clone()
     values[:, 0] = base2_codes(maximum, T, grains).values
     spread = torch.tensor([0.03, 0.3, 0.03 * signed] + [0.03] * 3 * grains, device=device)
-    for member in range(1, 1 + MEMBERS // 2):
+    for member in range(1, 1 + members // 2):
         # each new grain inherits the bases that its first phase had
         starts = torch.stack([(assignment[0, member] == grain).int().argmax() for grain in range(grains)])
         source = previous.assignment[:, starts]

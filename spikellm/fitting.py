@@ -80,7 +80,7 @@ def search_summary(fits: dict[str, CodeFit]) -> dict[str, Any]:
     return {
         "relative_mse": sum(fit.relative_error for fit in every) / len(every),
         "relative_mse_base2": sum(fit.relative_error_base2 for fit in every) / len(every),
-        "worse_than_base2": sum(fit.relative_error > fit.relative_error_base2 for fit in every),
+        "worse_than_base2": sum(fit.worse_than_base2 for fit in every),
         "groups": sum(len(fit.tau) for fit in every),
         "groups_by_grain": torch.cat([fit.grain for fit in every]).bincount()[1:].tolist(),
         "groups_at_base2": sum(int(fit.fallback.sum()) for fit in every),

@@ -76,7 +76,8 @@ class SiteSpikes:
     name: str
     kind: str  # of `SiteKind`
     layer: int | None
-    groups: int  # tables of its code
+    groups: int  # tables of its code, pairs of tables where it has two sides
+    sides: int  # 2: an ON and an OFF neuron where others have one; they send their trains one after the other
     spikes: list[list[int]]  # [T][C]
     sops: list[list[int]]  # [T][C]
     neurons: list[int]  # [C]
@@ -113,6 +114,17 @@ class Ledger:
     @property
     def T(self) -> int:
         return len(self.sites[0].spikes)
+
+    @property
+    def latency_steps(self) -> int:
+        """Time steps from a token to its logits.
+
+        Neurons integrate while the layer of neurons before them fires, and then fire for T steps (T for each side) themselves; all
+        that is between them takes no steps, nor does the embedding. In a decoder layer there fire one after the other: norm; query, key
+        and value; softmax; o_proj's input; norm; SiLU (`up` integrates beside it); down_proj's input; and, in the end, the final norm.
+        """
+        beside = (SiteKind.key.name, SiteKind.value.name)  # the query
+        return self.T * sum(site.sides for site in self.sites if site.kind not in beside)
 
     @property
     def spikes(self) -> int:
@@ -273,6 +285,7 @@ def site_spikes(site: Site, counter: SpikeCounter) -> SiteSpikes:
         kind=site.kind.name,
         layer=site.layer,
         groups=counter.neuron.table.groups,
+        sides=2 if counter.neuron.table.two_sided else 1,
         spikes=counter.spikes.tolist(),
         sops=counter.sops.tolist(),
         neurons=counter.neurons.tolist(),

@@ -139,5 +139,5 @@ def import_fits(path: Path, statistics: Mapping[str, SiteStatistics], *, T: int,
         merged = site.merged()  # the files have one code per site
         device = merged.counts.device
         code = Codes(values=codes[name].values.to(device), assignment=codes[name].assignment.to(device))
-        fits[name] = CodeFit.assess(merged, code, torch.full((1,), torch.nan, device=device), fall_back=False)
+        fits[name] = CodeFit.assess(merged, [(code, torch.full((1,), torch.nan, device=device))], fall_back=False)
     return fits

@@ -5,26 +5,30 @@ Problem, for each neuron group (a site, or one attention head of it) with densit
     minimise over tau, v0, a, B, H, Theta      integral of w(x) p(x) (y(x) - x)^2 dx  /  integral of w(x) p(x) x^2 dx
 
 y is the neuron's output (`neuron.py`), tau, v0, the assignment a of phases to grains and the bases spell its table
-(`coding.py`), and w is what an error of that activation counts further down (`calibration.py`, `attention.py`; else 1).
+(`coding.py`), and w is what an error of that activation counts further down (`calibration.py`, `attention.py`; else 1). Where the
+outputs of a row are added up as they are, the square of the mean error counts as often as a row is long (`code_fit.py`).
+
+The integrals are over the fitting part of the calibration text (`statistics.py`). What comes out is chosen on the second part and
+measured on the third, which decides nothing; tau may know of the largest activation of the first two.
 
 The density stands as weighted points, each an equal share of a mixture of p^(1/3) (the level density of the optimal quantiser,
 Panter & Dite 1951), mass and energy, so that the tail keeps points of its own. Zheng et al. (ICLR 2026) optimise one site at a
 time by surrogate gradients (`gradient.py`); here all sites evolve together (`evolution.py`).
 
 Ours also: a table may use fewer grains than it may, so that more grains are never worse on the objective; grain=auto takes the
-coarsest G whose objective is within a tolerance of the best; a group whose fitted table is worse than base 2 on held-out data
+coarsest G whose cost on the choosing part is within a tolerance of the best; a group whose fitted table is no better than base 2 there
 keeps base 2. One-sided activations (SiLU) have a table for each sign. Signed digits (`neuron.py`) are searched in the same way, with
 one number more, the ratio of thresholds to resets. With a spike weight lambda the objective is multiplied by exp(lambda n), n the mean
 spikes of a neuron: lambda is the relative rise of the error at which one spike less a neuron is a fair exchange.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from spikellm.code_fit import CodeFit
+from spikellm.code_fit import CodeFit, bias_weight
 from spikellm.coding import assignments
 from spikellm.evolution import Codes, Objective, base2_codes, evolve_grains, squared_error
 from spikellm.gradient import Schedule, descend_grains, draw_samples
@@ -52,7 +56,7 @@ def search(
     Args:
         statistics: by site name; all on one device.
         T: time steps.
-        G: grains, at most; None: per group the coarsest G <= MAX_GRAINS within `tolerance` of the best objective.
+        G: grains, at most; None: per group the coarsest G <= MAX_GRAINS within `tolerance` of the least cost on the choosing part.
         seed: of the evolution; the result is the same for the same seed and statistics.
         min_length: phases of a grain, at least [steps].
         tolerance: relative. Excess perplexity moves about as the coding error does: 0.02 of it is 0.02 of the excess.
@@ -72,17 +76,19 @@ def search(
         statistics = {name: site.merged() if site.two_sided else site for name, site in statistics.items()}
     bits = 1.6 * T if signed else T  # log2 of the number of levels
     number = min(2048, max(256, 2 ** round(bits + 2)))  # four points a level, up to 512 levels
-    points = [weighted_points(site, group, number) for site in statistics.values() for group in range(site.counts.shape[1])]
-    x, weight, share = (torch.stack(part)[:, None] for part in zip(*points, strict=True))
+    points = {name: weighted_points(site, number) for name, site in statistics.items()}
+    x, weight, share = (torch.cat(part)[:, None] for part in zip(*points.values(), strict=True))
     spike_weight = None
     if spike_weights and any(spike_weights.values()):
         each = [spike_weights.get(name, 0.0) for name, site in statistics.items() for _ in range(site.counts.shape[1])]
         spike_weight = share * torch.tensor(each, device=share.device)[:, None, None]
     maximum = group_maxima(statistics)
-    objective = Objective(x=x, weight=weight, kernel=kernel, signed=signed, spike_weight=spike_weight)
+    bias = None
+    if any(site.row_neurons for site in statistics.values()):
+        bias = torch.cat([bias_weight(site, *points[name][1:]) for name, site in statistics.items()])
+    objective = Objective(x=x, weight=weight, kernel=kernel, signed=signed, spike_weight=spike_weight, bias_weight=bias)
     rounds = evolve_grains(objective, maximum, T=T, G=most, seed=seed, min_length=min_length, progress=progress)
-    chosen = rounds[-1] if G else coarsest(rounds, tolerance)
-    return assess_all(statistics, *chosen, signed=signed, spike_weights=spike_weights)
+    return assess_all(statistics, rounds[-1:] if G else rounds, tolerance=tolerance, signed=signed, spike_weights=spike_weights)
 
 
 def gradient_search(
@@ -115,64 +121,60 @@ def gradient_search(
             progress=progress,
         )
         rounds.append((codes.widened(most), found))
-    return assess_all(statistics, *coarsest(rounds, tolerance))
+    return assess_all(statistics, rounds, tolerance=tolerance)
 
 
 def group_maxima(statistics: Mapping[str, SiteStatistics]) -> Float[Tensor, " N"]:
-    """Largest activation of every neuron group, 1 where nothing but zeros passed."""
-    maximum = torch.cat([site.maximum.amax(0) for site in statistics.values()])
+    """Largest activation of every neuron group in the parts that codes may know, 1 where nothing but zeros passed."""
+    maximum = torch.cat([site.known_maximum for site in statistics.values()])
     return torch.where(maximum > 0, maximum, 1.0)
 
 
 def assess_all(
     statistics: Mapping[str, SiteStatistics],
-    codes: Codes,
-    found: Float[Tensor, " N"],
+    rounds: Sequence[tuple[Codes, Float[Tensor, " N"]]],
     *,
+    tolerance: float,
     signed: bool = False,
     spike_weights: Mapping[str, float] | None = None,
 ) -> dict[str, CodeFit]:
-    """Codes and objectives of all groups in a row as one fit per site."""
+    """Codes and objectives of all groups in a row, in rounds of more and more grains, as one fit per site."""
     fits, start = {}, 0
     for name, site in statistics.items():
         rows = slice(start, start + site.counts.shape[1])
         start = rows.stop
+        own = [(codes.at(rows), objective[rows]) for codes, objective in rounds]
         spike_weight = (spike_weights or {}).get(name, 0.0)
-        fits[name] = CodeFit.assess(site, codes.at(rows), found[rows], signed=signed, spike_weight=spike_weight)
+        fits[name] = CodeFit.assess(site, own, tolerance=tolerance, signed=signed, spike_weight=spike_weight)
     return fits
 
 
 def base2_search(statistics: Mapping[str, SiteStatistics], T: int) -> dict[str, CodeFit]:
-    """The baseline: base 2 at every site, tau the largest activation of the site."""
+    """The baseline: base 2 at every site, tau the largest activation of the site that codes may know."""
     fits = {}
     for name, site in statistics.items():
         merged = site.merged()
-        maximum = merged.maximum.amax(0)
-        codes = base2_codes(torch.where(maximum > 0, maximum, 1.0), T)
-        fits[name] = CodeFit.assess(merged, codes, torch.full_like(maximum, torch.nan))
+        maximum = group_maxima({name: merged})
+        fits[name] = CodeFit.assess(merged, [(base2_codes(maximum, T), torch.full_like(maximum, torch.nan))])
     return fits
 
 
-def coarsest(rounds: list[tuple[Codes, Tensor]], tolerance: float) -> tuple[Codes, Float[Tensor, " N"]]:
-    """Per group the codes of the fewest grains whose objective is at most (1 + tolerance) times that of the most."""
-    codes, found = rounds[-1]
-    limit = (1 + tolerance) * found
-    for fewer, error in reversed(rounds[:-1]):
-        enough = error <= limit
-        codes, found = fewer.where(enough, codes), torch.where(enough, error, found)
-    return codes, found
-
-
 def weighted_points(
-    statistics: SiteStatistics, group: int, count: int, *, part: int = FIT
-) -> tuple[Float[Tensor, " points"], Float[Tensor, " points"], Float[Tensor, " points"]]:
-    """One group's density, of the fitting part if not told otherwise, in `count` points; ascending where they are used.
+    statistics: SiteStatistics, count: int
+) -> tuple[Float[Tensor, "C points"], Float[Tensor, "C points"], Float[Tensor, "C points"]]:
+    """The density of the fitting part in `count` points a group; ascending where they are used.
 
     Returns:
         positions; weights scaled so that sum weight x^2 = 1, an unused point weighs 0; shares of the group's neurons (zeros have
         no point).
     """
-    weights = (statistics.counts if statistics.weights is None else statistics.weights)[part, group].double()
+    points = [_group_points(statistics, group, count) for group in range(statistics.counts.shape[1])]
+    x, weight, share = (torch.stack(part) for part in zip(*points, strict=True))
+    return x, weight, share
+
+
+def _group_points(statistics: SiteStatistics, group: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    weights = (statistics.counts if statistics.weights is None else statistics.weights)[FIT, group].double()
     used = weights > 0
     if not used.any():
         nothing = torch.zeros(count, device=weights.device)
@@ -187,6 +189,6 @@ def weighted_points(
     total = torch.zeros(count, dtype=torch.float64, device=mass.device).index_add_(0, cell, mass)
     first = torch.zeros_like(total).index_add_(0, cell, mass * center)
     x = torch.where(total > 0, first / total.clamp_min(1e-300), 0.0)
-    neurons = statistics.counts[part, group].double()
-    share = torch.zeros_like(total).index_add_(0, cell, neurons[used]) / (neurons.sum() + statistics.zeros[part, group])
+    neurons = statistics.counts[FIT, group].double()
+    share = torch.zeros_like(total).index_add_(0, cell, neurons[used]) / (neurons.sum() + statistics.zeros[FIT, group])
     return x.float(), (total / (total * x.square()).sum()).float(), share.float()

@@ -10,7 +10,9 @@ come from: `attention.py` (softmax) and `calibration.py` (MLP).
 
 One-sided activations (SiLU) are counted apart by sign: `two_sided`.
 
-Windows go alternately to a fitting and a held-out part.
+Windows go to three parts: codes are fitted to FIT; CHOOSE decides between what was found and base 2, and between numbers of grains
+(`code_fit.py`); errors and firing rates are reported on REPORT, on which nothing is decided: a code may turn out worse than base 2
+there, and an activation beyond all of the other parts' is clipped as it would be in use.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -23,7 +25,8 @@ from torch import Tensor, nn
 MANTISSA_BITS = 8
 LOWEST_EXPONENT, OCTAVES = -40, 64  # values below 2^-40 count as zero; 2^24 and above are refused
 BINS = OCTAVES << MANTISSA_BITS
-FIT, HELD_OUT = 0, 1
+FIT, CHOOSE, REPORT = range(3)
+PARTS = 3
 _SHIFT = 23 - MANTISSA_BITS
 _FIRST = (127 + LOWEST_EXPONENT) << MANTISSA_BITS
 _CODES = 1 << (8 + MANTISSA_BITS)  # of a non-negative float32, exponent and leading mantissa bits
@@ -35,7 +38,9 @@ class SiteStatistics:
 
     C rows: one a group, or two where `two_sided`, first those of x >= 0, then those of x < 0. counts [parts, C, bins] float32;
     weights [parts, C, bins] float32, the summed importance of a bin's activations, None where all count the same; zeros
-    [parts, C] int64, activations of exactly zero or below the smallest bin; maximum [parts, C] float32. Parts are FIT and HELD_OUT.
+    [parts, C] int64, activations of exactly zero or below the smallest bin; maximum [parts, C] float32. Parts are FIT, CHOOSE and
+    REPORT. row_neurons: of a row whose outputs are added up as they are (the softmax normalised before coding), as a neuron sees it:
+    the mean over neurons of how many its row has; None where no such sum is taken.
     """
 
     counts: Float[Tensor, "P C bins"]
@@ -44,6 +49,12 @@ class SiteStatistics:
     maximum: Float[Tensor, "P C"]
     first_bin: int
     two_sided: bool = False
+    row_neurons: float | None = None
+
+    @property
+    def known_maximum(self) -> Float[Tensor, " C"]:
+        """The largest activation of each row that a code may know of: in all parts but the one that reports."""
+        return self.maximum[:REPORT].amax(0)
 
     @property
     def edges(self) -> Float[Tensor, " edges"]:
@@ -90,6 +101,7 @@ class SiteStatistics:
             maximum=tensors[f"{name}.maximum"],
             first_bin=int(tensors[f"{name}.first_bin"]),
             two_sided=bool(tensors[f"{name}.two_sided"]),
+            row_neurons=tensors[f"{name}.row_neurons"].item() if f"{name}.row_neurons" in tensors else None,
         )
 
 
@@ -103,13 +115,22 @@ class Observer(nn.Module):
         row_stride: look at every n-th index of the last axis but one (attention has L^2 probabilities).
         held: hold what passed until `weigh` tells its importance and which of it stand for neurons.
         two_sided: count negative activations apart.
+        summed: outputs are added up along the last axis; rows' lengths are those of the neurons that `weigh` is told.
     """
 
     def __init__(
-        self, site: str, *, groups: int = 1, axis: int = -1, row_stride: int = 1, held: bool = False, two_sided: bool = False
+        self,
+        site: str,
+        *,
+        groups: int = 1,
+        axis: int = -1,
+        row_stride: int = 1,
+        held: bool = False,
+        two_sided: bool = False,
+        summed: bool = False,
     ) -> None:
         super().__init__()
-        self.site = site
+        self.site, self.summed = site, summed
         self.groups, self.axis, self.row_stride, self.held, self.two_sided = groups, axis, row_stride, held, two_sided
         self.rows = 2 * groups if two_sided else groups
         self.part = FIT
@@ -117,6 +138,7 @@ class Observer(nn.Module):
         self.weights: Tensor | None = None
         self.maximum: Tensor | None = None
         self._passed: Tensor | None = None
+        self._lengths = torch.zeros(2, dtype=torch.float64)  # of rows: sum, sum of squares
 
     def forward(self, x: Tensor) -> Tensor:
         if self.held:
@@ -136,6 +158,9 @@ class Observer(nn.Module):
         if self._passed is None:
             raise ValueError(f"site {self.site}: nothing is held; call weigh once after each forward of an observer with held=True")
         x, self._passed = self._passed, None
+        if self.summed and neurons is not None:
+            lengths = neurons[..., :: self.row_stride, :].sum(-1).double()
+            self._lengths += torch.stack([lengths.sum(), lengths.square().sum()]).cpu()
         self._count(x, *(None if each is None else each.expand(x.shape) for each in (importance, neurons)))
 
     def _count(self, x: Tensor, importance: Tensor | None, neurons: Tensor | None) -> None:
@@ -144,8 +169,8 @@ class Observer(nn.Module):
         if hidden is not None:
             values = values.masked_fill(hidden, 0)
         if self.counts is None or self.maximum is None:
-            self.counts = torch.zeros(2, self.rows, BINS, dtype=torch.int64, device=x.device)
-            self.maximum = torch.zeros(2, self.rows, device=x.device)
+            self.counts = torch.zeros(PARTS, self.rows, BINS, dtype=torch.int64, device=x.device)
+            self.maximum = torch.zeros(PARTS, self.rows, device=x.device)
         # amax and amin carry NaN and infinity through to `result`
         highest, lowest = values.amax(1), -values.amin(1)
         peaks = torch.cat([highest, lowest]).clamp_min(0) if self.two_sided else torch.maximum(highest, lowest)
@@ -160,7 +185,7 @@ class Observer(nn.Module):
         self.counts[self.part] += self._histogram(index, None)
         if importance is not None:
             if self.weights is None:
-                self.weights = torch.zeros(2, self.rows, BINS, dtype=torch.float64, device=x.device)
+                self.weights = torch.zeros(PARTS, self.rows, BINS, dtype=torch.float64, device=x.device)
             self.weights[self.part] += self._histogram(index, self._grouped(importance).double().flatten())
 
     def _histogram(self, index: Tensor, weights: Tensor | None) -> Tensor:
@@ -201,4 +226,6 @@ class Observer(nn.Module):
             maximum=self.maximum.cpu().clone(),
             first_bin=first,
             two_sided=self.two_sided,
+            # what an error of the mean costs all rows, sum S^2 bias^2, in units of what errors of their own cost, sum S mse
+            row_neurons=(self._lengths[1] / self._lengths[0]).item() if self._lengths[0] else None,
         )

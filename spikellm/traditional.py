@@ -1,7 +1,8 @@
 """The codes of traditional conversion, fitted as well as they allow: rate, time to first spike, few spikes of base 2.
 
 What our codes are measured against. Each neuron group gets the amplitude (and the base or threshold ratio, where the code has one)
-of least weighted squared error on the fitting part, by a grid: the same statistics, weights and groups as the search has. Their tables
+of least weighted squared error on the fitting part, by a grid: the same statistics, weights and groups as the search has. Nothing is
+chosen afterwards: what is found stays, however much worse than base 2, and is measured on the reporting part. Their tables
 are in `coding.py`; they have no grains. Sources: rate coding as in Rueckauer et al. 2017, time to first spike as in Rueckauer & Liu
 2018 (here with logarithmic times of any base), few spikes as in Stoeckl & Maass 2021; the grids and thresholds are ours.
 """
@@ -15,13 +16,13 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from spikellm.code_fit import CodeFit, held_out_points, spikes_per_neuron, weighted_error
+from spikellm.code_fit import CodeFit, bias_weight
 from spikellm.coding import uniform_table
 from spikellm.config import Coding, Config, SearchMethod
-from spikellm.evolution import CHUNK, base2_codes, squared_error
-from spikellm.neuron import fused
-from spikellm.search import weighted_points
-from spikellm.statistics import HELD_OUT, SiteStatistics
+from spikellm.evolution import CHUNK, squared_error
+from spikellm.neuron import PhaseTable, fused
+from spikellm.search import group_maxima, weighted_points
+from spikellm.statistics import SiteStatistics
 
 log = logging.getLogger(__name__)
 
@@ -90,64 +91,35 @@ def fit_traditional(
 
 
 def _fit_site(site: SiteStatistics, options: list[dict[str, float]], T: int, bound: int | None, kernel: Callable[..., Tensor]) -> CodeFit:
-    maximum = site.maximum.amax(0)
-    top = torch.where(maximum.amax() > 0, maximum.amax(), 1.0).expand_as(maximum)
-    groups = len(maximum)
-    points = [weighted_points(site, group, POINTS) for group in range(groups)]
-    x, weight, _ = (torch.stack(part)[:, None] for part in zip(*points, strict=True))
+    known = site.known_maximum
+    scale = torch.where(known > 0, known, group_maxima({"": site.merged()}))
+    x, weight, share = (part[:, None] for part in weighted_points(site, POINTS))
+    bias = bias_weight(site, weight[:, 0], share[:, 0])
     grid = list(product(options, SHARES.tolist()))
-    scale = torch.where(maximum > 0, maximum, top)
-    tables = [_table(scale * share, option, T) for option, share in grid]
+    tables = [_table(scale * largest, option, T) for option, largest in grid]
     theta, h, d, v0 = (torch.stack(part, 1) for part in zip(*tables, strict=True))
     rows = max(1, CHUNK // (len(grid) * POINTS))
-    parts = [slice(start, start + rows) for start in range(0, groups, rows)]
-    error = torch.cat([kernel(x[part], weight[part], theta[part], h[part], d[part], v0[part], bound) for part in parts])
+    parts = [slice(start, start + rows) for start in range(0, len(known), rows)]
+    error = torch.cat(
+        [kernel(x[part], weight[part], theta[part], h[part], d[part], v0[part], bound, False, None, bias[part]) for part in parts]
+    )
     found, index = error.min(1)
-    every = torch.arange(groups, device=index.device)
+    every = torch.arange(len(known), device=index.device)
     theta, h, d, v0 = (part[every, index] for part in (theta, h, d, v0))
     base = torch.tensor([grid[each][0]["base"] for each in index.tolist()], device=d.device)[:, None]
-    return _assess(site, theta, h, d, v0, base=base, bound=bound, objective=found, top=top)
+    return CodeFit.reported(
+        site,
+        PhaseTable(theta=theta, h=h, d=d, v0=v0, max_spikes=bound, two_sided=site.two_sided),
+        tau=d[:, 0] * base[:, 0],
+        assignment=torch.zeros(d.shape, dtype=torch.int64, device=d.device),
+        base_d=base,
+        base_h=base.clone(),
+        base_theta=base.clone(),
+        objective=found,
+        fallback=torch.zeros(len(known), dtype=torch.bool, device=d.device),
+        rho=torch.ones_like(v0),
+    )
 
 
 def _table(largest: Float[Tensor, " C"], option: dict[str, float], T: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return uniform_table(largest * option["first"], T, base=option["base"], ratio=option["ratio"], v0=option["v0"])
-
-
-def _assess(
-    site: SiteStatistics,
-    theta: Float[Tensor, "C T"],
-    h: Float[Tensor, "C T"],
-    d: Float[Tensor, "C T"],
-    v0: Float[Tensor, " C"],
-    *,
-    base: Float[Tensor, "C 1"],
-    bound: int | None,
-    objective: Float[Tensor, " C"],
-    top: Float[Tensor, " C"],
-) -> CodeFit:
-    """The fit with its error on held-out data; what is found stays, however much worse than base 2."""
-    C, T = d.shape
-    x, weight, count = held_out_points(site)
-    error = squared_error(x[:, None], weight[:, None], theta[:, None], h[:, None], d[:, None], v0[:, None], bound)[:, 0]
-    neurons = count.sum(-1) + site.zeros[HELD_OUT]
-    return CodeFit(
-        tau=d[:, 0] * base[:, 0],
-        v0=v0,
-        assignment=torch.zeros(C, T, dtype=torch.int64, device=d.device),
-        base_d=base,
-        base_h=base.clone(),
-        base_theta=base.clone(),
-        theta=theta,
-        h=h,
-        d=d,
-        objective=objective,
-        error=error,
-        error_base2=weighted_error(x, weight, base2_codes(top, T)),
-        power=(weight * x.square()).sum(-1),
-        firing_rate=spikes_per_neuron(x, count, neurons, (theta, h, d, v0), max_spikes=bound) / T,
-        share=neurons / neurons.sum().clamp_min(1),
-        fallback=torch.zeros(C, dtype=torch.bool, device=d.device),
-        rho=torch.ones_like(v0),
-        max_spikes=bound,
-        two_sided=site.two_sided,
-    )

@@ -86,13 +86,13 @@ def base2_tables(model, T: int = 6) -> dict[str, PhaseTable]:
 
 
 def observed(x: torch.Tensor, **options):
-    """Statistics of x at one site, its first half the fitting part; options of `Observer`."""
-    from spikellm.statistics import FIT, HELD_OUT, Observer
+    """Statistics of x at one site, its first half the fitting part, its last quarter the reporting one; options of `Observer`."""
+    from spikellm.statistics import CHOOSE, FIT, REPORT, Observer
 
     observer = Observer("site", **options)
-    for part, half in zip((FIT, HELD_OUT), x.chunk(2), strict=True):
+    for part, quarter in zip((FIT, FIT, CHOOSE, REPORT), x.chunk(4), strict=True):
         observer.part = part
-        observer(half)
+        observer(quarter)
     return observer.result()
 
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spikellm.coding import assignments, base2_amplitudes, default_v0, even_assignment, phase_amplitudes
+from spikellm.coding import assignments, base2_amplitudes, default_v0, phase_amplitudes
 from spikellm.sites import sites
 
 law = settings(deadline=None, max_examples=80, derandomize=True)
@@ -17,9 +17,8 @@ law = settings(deadline=None, max_examples=80, derandomize=True)
 @law
 def test_assignments_are_all_cuts_into_long_enough_grains(T, G, m):
     if m * G > T:
-        for function in (assignments, even_assignment):
-            with pytest.raises(ValueError, match=rf"T={T}\b.*G={G}\b"):
-                function(T, G, min_length=m)
+        with pytest.raises(ValueError, match=rf"T={T}\b.*G={G}\b"):
+            assignments(T, G, min_length=m)
         return
     rows = assignments(T, G, min_length=m)
     assert len(rows) == comb(T - (m - 1) * G - 1, G - 1)
@@ -34,15 +33,6 @@ def test_counts_named_in_the_method():
     assert len(assignments(8, 2)) == 5
     assert len(assignments(8, 3)) == 6
     assert assignments(4, 2).tolist() == [[0, 0, 1, 1]]
-
-
-@given(T=st.integers(1, 16), G=st.integers(1, 5))
-@law
-def test_even_assignment_is_as_equal_as_possible_longer_grains_first(T, G):
-    if T < 2 * G:
-        return
-    lengths = [even_assignment(T, G).tolist().count(grain) for grain in range(G)]
-    assert lengths == [T // G + 1] * (T % G) + [T // G] * (G - T % G)
 
 
 def test_amplitudes_count_the_exponent_from_the_first_phase_of_the_code():

@@ -6,11 +6,14 @@ from conftest import observed, tiny_model
 from torch import nn
 
 from spikellm.code_plots import write_density_plots
+from spikellm.config import Coding
 from spikellm.conversion import get_neuron, install, model_sites
-from spikellm.diagnostics import bound, damage, lloyd_max, site_levels, site_rows
+from spikellm.diagnostics import damage, lloyd_max, site_levels, site_rows, spelled_levels
 from spikellm.evaluation import perplexity
-from spikellm.search import search
+from spikellm.neuron import PhaseTable
+from spikellm.search import base2_search, search
 from spikellm.sites import SiteKind
+from spikellm.traditional import fit_traditional
 
 
 # Max 1960, table I: least mean squared error of a unit Gaussian with 2 n levels, symmetric about 0.
@@ -37,21 +40,94 @@ def test_points_without_weight_and_groups_without_points_do_no_harm():
     assert error.tolist() == [0.0, 0.0]
 
 
-def test_no_code_is_below_its_bound():
+def density(name: str) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
-    gaussian = torch.randn(200_000, generator=generator)
-    statistics = {"gaussian": observed(gaussian), "silu": observed(nn.functional.silu(3 * gaussian), two_sided=True)}
-    fits = search(statistics, T=4, G=2, seed=0, compiled=False)
-    for row in site_rows(statistics, fits):
-        assert 0.9 * row["relative_error"] > row["lloyd_max"] > 0
+    if name == "uniform":
+        return torch.rand(1_000_000, generator=generator)
+    if name == "gaussian":
+        return torch.randn(1_000_000, generator=generator)
+    return torch.empty(1_000_000).exponential_(generator=generator)
+
+
+@pytest.fixture(scope="module")
+def densities():
+    return {name: observed(density(name)) for name in ("uniform", "gaussian", "exponential")}
+
+
+# How many levels neurons have: those of digit strings that an input can bring about.
+CODES = {
+    "base 2": (lambda statistics, T: base2_search(statistics, T), lambda T: 2**T),
+    "fitted": (lambda statistics, T: search(statistics, T=T, G=2, seed=0, compiled=False), lambda T: 2**T),
+    "signed": (lambda statistics, T: search(statistics, T=T, G=1, seed=0, signed=True, compiled=False), lambda T: 3**T),
+    "rate": (lambda statistics, T: fit_traditional(statistics, Coding.rate, T=T, compiled=False), lambda T: T + 1),
+    "ttfs": (lambda statistics, T: fit_traditional(statistics, Coding.ttfs, T=T, compiled=False), lambda T: T + 1),
+    "two spikes": (
+        lambda statistics, T: fit_traditional(statistics, Coding.few_spike, T=T, max_spikes=2, compiled=False),
+        lambda T: 1 + T + T * (T - 1) // 2,
+    ),
+}
+
+
+@pytest.mark.parametrize("code", list(CODES))
+@pytest.mark.parametrize("T", [4, 6])
+def test_no_code_is_below_the_bound_of_its_own_levels(densities, code, T):
+    find, most = CODES[code]
+    fits = find(densities, T)
+    for row in site_rows(densities, fits):
+        levels = len(spelled_levels(fits[row["name"]].table, 0, most=3**T))
+        assert levels <= most(T) if code == "signed" else levels == most(T)
+        if row["lloyd_max"] is None:
+            assert code == "signed"
+            assert levels > 300
+            continue
+        assert row["relative_error"] >= row["lloyd_max"] * (1 - 1e-3)
         assert row["above_bound"] == pytest.approx(row["relative_error"] / row["lloyd_max"])
-    assert bound(statistics["gaussian"], fits["gaussian"]) == pytest.approx(0.002499, rel=0.03)
+        # a unit Gaussian, 2 n levels on both sides: Max's table, and for many levels 2.72 / (2 n)^2 (Panter & Dite)
+        if row["name"] == "gaussian" and levels in (16, 64):
+            assert row["lloyd_max"] == pytest.approx({16: 0.002499, 64: 0.0001668}[levels], rel=0.03)
+
+
+@pytest.mark.parametrize("T", [3, 4, 5, 6, 7, 8])
+def test_base_2_on_a_uniform_density_is_as_far_above_the_bound_as_its_ends_are(densities, T):
+    """Inner cells are the optimal ones. Zero has half a cell (1/2), the last level one and a half, off its middle (9/2): 2^T + 3."""
+    uniform = {"uniform": densities["uniform"]}
+    (row,) = site_rows(uniform, base2_search(uniform, T))
+    assert row["above_bound"] == pytest.approx(1 + 3 / 2**T, rel=0.01)
+
+
+def test_a_bound_that_the_histogram_cannot_tell_is_absent(densities):
+    for T in (10, 12, 16):
+        for row in site_rows(densities, base2_search(densities, T)):
+            assert row["lloyd_max"] is None
+            assert row["above_bound"] is None
+
+
+def test_two_sides_are_bounded_each_for_its_own_levels():
+    silu = {"silu": observed(nn.functional.silu(3 * density("gaussian")), two_sided=True)}
+    fits = search(silu, T=4, G=2, seed=0, compiled=False)
+    (row,) = site_rows(silu, fits)
+    assert 0.9 * row["relative_error"] > row["lloyd_max"] > 0
+    joined = {"silu": silu["silu"].merged()}
+    (one_side,) = site_rows(joined, search(joined, T=4, G=2, seed=0, compiled=False))
+    assert row["lloyd_max"] < one_side["lloyd_max"]
+
+
+def test_a_bound_on_spikes_bounds_the_levels(densities):
+    fit = fit_traditional(densities, Coding.ttfs, T=6, compiled=False)["gaussian"]
+    sent = site_levels(fit.table, 0, torch.linspace(0.001, 6, 4000))
+    assert torch.allclose(sent, spelled_levels(fit.table, 0, most=99))
+    assert len(sent) == 7
+
+
+def test_digit_strings_of_one_value_are_one_level():
+    """A rate code of equal weights has T + 1 sums, whichever steps fire; thresholds that fall let it fire late."""
+    table = PhaseTable(theta=torch.tensor([[3.0, 0.1, 2.0]]), h=torch.ones(1, 3), d=torch.ones(1, 3), v0=torch.zeros(1))
+    assert spelled_levels(table, 0, most=9).tolist() == [0.0, 1.0, 2.0, 3.0]
+    assert spelled_levels(table, 0, most=3) is None
 
 
 def test_levels_of_base_2_are_its_multiples():
     statistics = {"site": observed(torch.rand(1000, generator=torch.Generator().manual_seed(0)))}
-    from spikellm.search import base2_search
-
     table = base2_search(statistics, T=3)["site"].table
     tau = statistics["site"].maximum.max()
     assert torch.allclose(site_levels(table, 0, torch.linspace(0.001, 2, 4000)), tau * torch.arange(8) / 8)

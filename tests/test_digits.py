@@ -107,7 +107,7 @@ def test_silu_gains_from_two_sides_and_everything_from_signed_digits():
     for name, statistics, options in (("one", together, {}), ("two", sides, {}), ("signed", sides, {"signed": True})):
         fit = search({"site": statistics}, T=4, G=2, seed=0, compiled=False, **options)["site"]
         neuron = PhaseNeuron(fit.table, compiled=False)
-        held_out = x.chunk(2)[1]
+        held_out = x.chunk(4)[3]
         error = ((neuron(held_out) - held_out).square().sum() / held_out.square().sum()).item()
         assert fit.relative_error == pytest.approx(error, rel=0.05)
         rate = fire(held_out[None, None], fit.table).ne(0).float().mean().item()

@@ -9,7 +9,7 @@ from test_config import configure
 from spikellm.gradient import BATCH, Schedule, SurrogateSpike, descend_grains, differentiable_encode, draw_samples
 from spikellm.neuron import PhaseTable, encode
 from spikellm.search import gradient_search
-from spikellm.statistics import HELD_OUT, Observer
+from spikellm.statistics import CHOOSE, FIT, REPORT, Observer
 
 QUICK = Schedule(outer=4, inner=10, samples=2000, rate=1e-3)
 
@@ -22,7 +22,7 @@ def laplacian(seed: int, *shape: int) -> torch.Tensor:
 def statistics(x: torch.Tensor, *, importance: torch.Tensor | None = None):
     """One site, the same values in both parts."""
     observer = Observer("site", held=importance is not None)
-    for part in (0, HELD_OUT):
+    for part in (FIT, CHOOSE, REPORT):
         observer.part = part
         observer(x)
         if importance is not None:
@@ -144,5 +144,6 @@ def test_it_is_an_option_of_the_command_line(tmp_path):
     config = configure(*small, "snn.T=4", "stages=[search]", f"output_root={tmp_path}", *(f"search.{option}" for option in arguments))
     found = run_stages(config)
     results, rows = found.results, found.tables["sites.csv"]
-    assert results["search"]["worse_than_base2"] == 0
+    # four steps are not many: on data that decided nothing some codes are worse
+    assert results["search"]["worse_than_base2"] == sum(row["relative_error"] > row["relative_error_base2"] for row in rows)
     assert len(rows) == results["search"]["groups"]

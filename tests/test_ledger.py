@@ -1,4 +1,4 @@
-"""The ledger against a count that walks along every spike and every synapse of a small network."""
+"""The ledger against counts that walk along every spike of a small network, and against attention performed one addition at a time."""
 
 import json
 from collections import Counter
@@ -7,13 +7,14 @@ import pytest
 import torch
 from conftest import base2_table, base2_tables, tiny_model
 
-from spikellm import ledger
-from spikellm.conversion import convert, get_neuron, install, model_sites, site_groups
+from spikellm import accounts, ledger
+from spikellm.conversion import convert, get_neuron, install, model_sites, set_neuron, site_groups
 from spikellm.neuron import PhaseNeuron, PhaseTable, count_spikes, fire
 from spikellm.prefix import attach_prefix
 from spikellm.rotation import rotate
 from spikellm.sites import SiteKind
 from spikellm.spike_counter import SpikeCounter, train_counts
+from spikellm.temporal import spike_mixture, spike_pairs, step_weights
 
 T = 5
 
@@ -42,8 +43,8 @@ def spikes_by_hand(value: float, table: PhaseTable, group: int) -> list[int]:
     return times
 
 
-def walk(model, ids, *, after: bool, prefix: int, window: int | None = None) -> dict[tuple[str, str], Counter]:
-    """(site, what) -> how much at (time step, column), by one loop per spike; what: spikes, sops."""
+def walk(model, ids) -> dict[tuple[str, str], Counter]:
+    """(site, what) -> how much at (time step, column), by one loop per spike; what: spikes, sops (inside attention: `perform`)."""
     seen: dict[str, list[torch.Tensor]] = {}
     hooks = [
         get_neuron(model, site).register_forward_hook(lambda _m, inputs, _o, name=site.name: seen.setdefault(name, []).append(inputs[0]))
@@ -53,20 +54,14 @@ def walk(model, ids, *, after: bool, prefix: int, window: int | None = None) -> 
     for hook in hooks:
         hook.remove()
     config, found = model.config, {}
-    L, H, K = ids.shape[1], config.num_attention_heads, config.num_key_value_heads
-
-    def visible(query: int, key: int) -> bool:
-        return key <= query and (window is None or query - key < window)
-
+    H, K = config.num_attention_heads, config.num_key_value_heads
     linear = {
         SiteKind.attention_input: (H + 2 * K) * config.head_dim, SiteKind.attention_output: config.hidden_size,
         SiteKind.mlp_input: 2 * config.intermediate_size, SiteKind.mlp_product: config.hidden_size, SiteKind.head_input: config.vocab_size,
     }  # fmt: skip
-    shift = 0 if after else prefix  # coded prefix keys stand first
     for site in model_sites(model):
         table, columns = get_neuron(model, site).table, site_groups(config, site.kind)
         spikes, sops = Counter(), Counter()
-        first_query = 0
         for x in seen[site.name]:
             for index in torch.nonzero(torch.ones_like(x), as_tuple=False).tolist():
                 headed = site.kind in (SiteKind.query, SiteKind.key, SiteKind.value, SiteKind.softmax)
@@ -76,28 +71,117 @@ def walk(model, ids, *, after: bool, prefix: int, window: int | None = None) -> 
                     spikes[t, column] += 1
                     if site.kind in linear:
                         sops[t, column] += linear[site.kind]  # one weight a row
-                    elif site.kind is SiteKind.query:  # its own sum, then the sums of every key that it sees
-                        sops[t, column] += 1
-                        for _ in [key for key in range(L) if visible(index[2], key)] + ["prefix"] * prefix:
-                            sops[t, column] += 1
-                    elif site.kind is SiteKind.key:
-                        sops[t, column] += 1
-                        for query in range(L):
-                            for head in range(H):
-                                if head * K // H == index[1] and (index[2] < shift or visible(query, index[2] - shift)):
-                                    sops[t, column] += 1
-                    elif site.kind is SiteKind.softmax:
-                        assert index[3] < shift or visible(first_query + index[2], index[3] - shift)
-                        sops[t, column] += config.head_dim + (1 if after else 0)
-                    else:  # its own sum; the channel that it gates
-                        sops[t, column] += 1
-            first_query += x.shape[2] if site.kind is SiteKind.softmax else 0
+                    elif site.kind is SiteKind.activation:
+                        sops[t, column] += 1  # the channel that it gates
         found[site.name, "spikes"], found[site.name, "sops"] = spikes, sops
     return found
 
 
 def as_counter(table: list[list[int]]) -> Counter:
     return Counter({(t, column): value for t, row in enumerate(table) for column, value in enumerate(row) if value})
+
+
+INSIDE = (SiteKind.query, SiteKind.key, SiteKind.value, SiteKind.softmax)
+
+
+def trains_of(model, ids) -> dict[SiteKind, torch.Tensor]:
+    """The spike trains [T, heads, rows, channels] of the neurons in the only layer's attention, of one sequence."""
+    found: dict[SiteKind, list[torch.Tensor]] = {kind: [] for kind in INSIDE}
+
+    def keep(kind):
+        def look(neuron, inputs, _output):
+            found[kind].append(fire(neuron.grouped(inputs[0]), neuron.table).view(T, *inputs[0].shape)[:, 0])
+
+        return look
+
+    hooks = [get_neuron(model, site).register_forward_hook(keep(site.kind)) for site in model_sites(model) if site.kind in INSIDE]
+    model.base_model(ids, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    # a block of queries ends with the last key that any of them sees
+    keys = found[SiteKind.softmax][-1].shape[-1]
+    found[SiteKind.softmax] = [torch.nn.functional.pad(block, (0, keys - block.shape[-1])) for block in found[SiteKind.softmax]]
+    return {kind: torch.cat(blocks, 2) for kind, blocks in found.items()}
+
+
+def places(train: list) -> list[tuple[int, int, int, int]]:
+    """(head, row, channel, sign) of every spike of a step."""
+    return [
+        (head, row, channel, sign)
+        for head, rows in enumerate(train)
+        for row, channels in enumerate(rows)
+        for channel, sign in enumerate(channels)
+        if sign
+    ]
+
+
+def perform(model, trains, seen: list[list[bool]], constants: torch.Tensor, *, after: bool):
+    """Attention by adders: what every spike adds, one number at a time, in float64.
+
+    Args:
+        seen: [queries][keys] which coded keys a query sees.
+        constants: exact keys [K, P, E], which every query sees.
+        after: the row's sum is added up beside the values.
+
+    Returns:
+        by site: additions at (time step, head); scores [H, L, S] and of the exact keys [H, L, P]; mixtures [H, L, E (+ 1)].
+    """
+    tables = {site.kind: get_neuron(model, site).table for site in model_sites(model)}
+    heads = {kind: train.shape[1] for kind, train in trains.items()}
+    additions = {kind: Counter() for kind in INSIDE}
+    (H, L, E), (K, S) = trains[SiteKind.query].shape[1:], trains[SiteKind.key].shape[1:3]
+    wide = {"dtype": torch.float64}
+    scores, exact = torch.zeros(H, L, S, **wide), torch.zeros(H, L, constants.shape[1], **wide)
+    x, y, values = torch.zeros(H, L, E, **wide), torch.zeros(K, S, E, **wide), torch.zeros(K, S, E + after, **wide)
+    mixtures = torch.zeros(H, L, E + after, **wide)
+    values[..., E:] = 1
+
+    def add(kind: SiteKind, t: int, head: int, total: torch.Tensor, index: tuple[int, ...], number: float) -> None:
+        d = tables[kind].d[head * tables[kind].groups // heads[kind], t].double()
+        total[index] += d * number
+        additions[kind][t, head] += 1
+
+    for t in range(T):
+        # keys first: they meet what queries have sent before this step
+        for head, key, e, sign in places(trains[SiteKind.key][t].tolist()):
+            for reader in range(head * H // K, (head + 1) * H // K):
+                for query in range(L):
+                    if seen[query][key]:
+                        add(SiteKind.key, t, head, scores, (reader, query, key), sign * x[reader, query, e].item())
+            add(SiteKind.key, t, head, y, (head, key, e), sign)
+        for head, query, e, sign in places(trains[SiteKind.query][t].tolist()):
+            for key in range(S):
+                if seen[query][key]:
+                    add(SiteKind.query, t, head, scores, (head, query, key), sign * y[head * K // H, key, e].item())
+            for column in range(constants.shape[1]):
+                add(SiteKind.query, t, head, exact, (head, query, column), sign * constants[head * K // H, column, e].item())
+            add(SiteKind.query, t, head, x, (head, query, e), sign)
+    for t in range(T):
+        for head, key, e, sign in places(trains[SiteKind.value][t].tolist()):
+            add(SiteKind.value, t, head, values, (head, key, e), sign)
+    for t in range(T):
+        for head, query, key, sign in places(trains[SiteKind.softmax][t].tolist()):
+            assert seen[query][key]
+            for e in range(E + after):
+                add(SiteKind.softmax, t, head, mixtures, (head, query, e), sign * values[head * K // H, key, e].item())
+    return additions, scores, exact, mixtures
+
+
+def by_operators(model, trains, *, after: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries as coded, and the same scores and mixtures as stepped execution computes them (`temporal.py`), summed over time."""
+    neurons = {site.kind: get_neuron(model, site) for site in model_sites(model)}
+    H, K = (trains[kind].shape[1] for kind in (SiteKind.query, SiteKind.key))
+    d = {kind: step_weights(neurons[kind].table.d.double(), trains[kind].shape[1])[:, :, None, None] for kind in trains}
+    key, values = (trains[kind].repeat_interleave(H // K, 1) for kind in (SiteKind.key, SiteKind.value))
+    scores = sum(spike_pairs(trains[SiteKind.query], key, d[SiteKind.query], d[SiteKind.key].repeat_interleave(H // K, 1)))
+    summed = (values * d[SiteKind.value].repeat_interleave(H // K, 1)).sum(0)
+    if after:
+        summed = torch.cat([summed, torch.ones_like(summed[..., :1])], -1)
+    return (
+        (trains[SiteKind.query] * d[SiteKind.query]).sum(0),
+        scores,
+        sum(spike_mixture(trains[SiteKind.softmax], summed, d[SiteKind.softmax])),
+    )
 
 
 CASES = {
@@ -107,21 +191,98 @@ CASES = {
     "sliding window": ("mistral", {"after": True, "sliding_window": 3}, {"window": 3}),
     "two spikes": ("qwen3", {"after": True, "max_spikes": 2}, {}),
 }
+SMALL = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 48, "head_dim": 8, "vocab_size": 64}
 
 
 @pytest.mark.parametrize("case", list(CASES))
 def test_every_spike_and_operation_is_counted(case):
+    """Linear layers and the gate synapse by synapse; attention by performing it, which also must give its result."""
     name, build, known = CASES[case]
-    small = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 48, "head_dim": 8, "vocab_size": 64}
-    model = converted(name, **build, **small)
+    model = converted(name, **build, **SMALL)
     ids = torch.randint(2, 64, (1, 7), generator=torch.Generator().manual_seed(1))
-    wanted = walk(model, ids, after=build["after"], prefix=len(build.get("prefix", ())), **known)
+    wanted = walk(model, ids)
+    trains = trains_of(model, ids)
+    coded = 0 if build["after"] else len(build.get("prefix", ()))  # they stand first
+    window = known.get("window", 7)
+    seen = [[True] * coded + [key <= query < key + window for key in range(7)] for query in range(7)]
+    attention = model.get_submodule("model.layers.0.self_attn.spiking")
+    constants = torch.zeros(len(trains[SiteKind.key][0]), 0, 8)
+    if attention.prefix_key is not None and build["after"]:
+        constants = attention.rotation(attention.prefix_key).double()
+    additions, scores, exact, mixtures = perform(model, trains, seen, constants, after=build["after"])
+    queries, operator_scores, operator_mixtures = by_operators(model, trains, after=build["after"])
+    mask = torch.tensor(seen)
+    assert torch.allclose(scores[:, mask], operator_scores[:, mask], rtol=1e-12, atol=1e-12)
+    assert torch.allclose(
+        exact, queries @ constants.double().repeat_interleave(len(queries) // len(constants), 0).mT, rtol=1e-12, atol=1e-12
+    )
+    assert torch.allclose(mixtures, operator_mixtures, rtol=1e-12, atol=1e-12)
+    assert mixtures.abs().max() > 0.1
     found = ledger.count(model, ids)
     for site in found.sites:
         assert as_counter(site.spikes) == wanted[site.name, "spikes"], site.name
-        assert as_counter(site.sops) == wanted[site.name, "sops"], site.name
+        performed = additions.get(SiteKind[site.kind], wanted[site.name, "sops"])
+        assert as_counter(site.sops) == performed, site.name
+        assert sum(performed.values()) > 0
     assert found.spikes == sum(counts.total() for (_, what), counts in wanted.items() if what == "spikes") > 0
     assert all(0 <= site.firing_rate <= 1 for site in found.sites)
+
+
+class Marked(torch.autograd.Function):
+    """A layer of neurons as a node of the graph."""
+
+    @staticmethod
+    def forward(ctx, x, trains):
+        ctx.trains = trains
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, None
+
+
+class Marker(torch.nn.Module):
+    def __init__(self, trains: int) -> None:
+        super().__init__()
+        self.trains = trains
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return Marked.apply(x, self.trains)
+
+
+def longest(node, known: dict) -> int:
+    """Trains on the longest way from a node of autograd's graph to a leaf."""
+    if node is None:
+        return 0
+    if node not in known:
+        known[node] = getattr(node, "trains", 0) + max((longest(each, known) for each, _ in node.next_functions), default=0)
+    return known[node]
+
+
+@pytest.mark.parametrize(("name", "after", "two_sided"), [("llama", True, False), ("llama", False, True), ("qwen3", True, True)])
+def test_latency_is_the_longest_way_through_the_networks_own_graph(name, after, two_sided):
+    """T steps for every train that one layer of neurons sends before the next can: found in the graph of a forward of the model."""
+    model = tiny_model(name, num_hidden_layers=3)
+    install(model, rotated=False, normalise_after=after)
+    tables = base2_tables(model, T)
+    if two_sided:
+        for site, table in tables.items():
+            if SiteKind.activation.value in site:
+                rows = {row: getattr(table, row).repeat(2, *[1] * (getattr(table, row).ndim - 1)) for row in ("theta", "h", "d", "v0")}
+                tables[site] = PhaseTable(**rows, two_sided=True)
+    convert(model, tables, compiled=False)
+    ids = torch.arange(2, 8)[None]
+    found = ledger.count(model, ids)
+    for site in model_sites(model):
+        set_neuron(model, site, Marker(2 if get_neuron(model, site).table.two_sided else 1))
+    model.get_input_embeddings().weight.requires_grad_(True)
+    trains = longest(model(ids).logits.grad_fn, {})
+    assert found.latency_steps == T * trains
+    assert trains == (8 if two_sided else 7) * 3 + 1
+    assert accounts.spikes_record(found)["latency_steps"] == found.latency_steps
+    comparing = sum(sum(site.neurons) for site in found.sites) + two_sided * 3 * 6 * model.config.intermediate_size
+    (neurons,) = (each for each in accounts.dense_operations(found) if each.name.startswith("neurons"))
+    assert neurons.ac == T * comparing + found.spikes
 
 
 def test_neurons_and_synapses_of_a_site():

@@ -11,7 +11,7 @@ from test_config import configure
 
 from spikellm.config import InputError
 from spikellm.published import import_fits, read_neurons
-from spikellm.statistics import HELD_OUT, Observer
+from spikellm.statistics import CHOOSE, FIT, REPORT, Observer
 
 NAMES = sorted(["layer.norm", "layer.softmax"])
 
@@ -30,7 +30,7 @@ def write(path: Path, content: object) -> Path:
 @pytest.fixture
 def statistics():
     observer = Observer("site", groups=2)
-    for part in (0, HELD_OUT):
+    for part in (FIT, CHOOSE, REPORT):
         observer.part = part
         observer(torch.randn(50, 2, generator=torch.Generator().manual_seed(part)))
     return dict.fromkeys(NAMES, observer.result())

@@ -41,10 +41,14 @@ ZERO_SHOT = {
         }
         for network, shift in (("ann", 0.0), ("snn", 0.015625))
     },
-    "spikes": {"sops_per_token": 1234567.0, "firing_rate": 0.25, "firing_rate_at_synapses": 0.5, "windows": 1, "window": 64},
+    "spikes": {
+        "sops_per_token": 1234567.0, "firing_rate": 0.25, "firing_rate_at_synapses": 0.5, "windows": 1, "window": 64, "latency_steps": 60,
+    },
     "energy": {
         "ann_pj_per_token": 4e6, "snn_pj_per_token": 1.11e6, "int_pj_per_token": 5e5, "int_bits": 5, "table": "fp32", "mac_pj": 4.6,
         "ac_pj": 0.9, "source": "a paper", "break_even_firing_rate": 0.6, "break_even_firing_rate_int": 0.1,
+        "snn_int_pj_per_token": 2.5e5, "break_even_firing_rate_snn_int": 0.8,
+        "weights": {"ann": "fp32", "snn": "fp32", "int": "int5", "snn_int": "int5"},
     },
     "reference": {"source": "a table", "figures": {"perplexity.snn": 11.5, "zero_shot.snn.piqa.acc_norm": 0.7}},
 }  # fmt: skip
@@ -107,6 +111,10 @@ def test_published_figures_stand_beside_the_measured_ones_on_the_console(tmp_pat
     text = console_table(results(4, 1, 12.0, **ZERO_SHOT), tmp_path)
     lines = [line.split() for line in text.splitlines()]
     assert ["perplexity.snn", "11.5", "measured", "12"] in lines
+    # like with like: each SNN beside the ANN of the same weights
+    assert ["SNN,", "fp32", "weights", "1.11", "x", "0.2775"] in lines
+    assert ["SNN,", "int5", "weights", "0.25", "x", "0.5000"] in lines
+    assert any(line[-3:] == ["latency", "60", "steps"] for line in lines)
     assert ["zero_shot.snn.piqa.acc_norm", "0.7", "measured", "0.7656"] in lines
     assert text.splitlines()[-1].endswith(str(tmp_path / "results.json"))
     missing = console_table(results(4, 1, 12.0, reference=ZERO_SHOT["reference"]), tmp_path)

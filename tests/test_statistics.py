@@ -3,10 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spikellm.statistics import FIT, HELD_OUT, Observer, SiteStatistics
+from spikellm.calibration import PERIOD, calibrate, enough_pieces
+from spikellm.config import PrefixConfig
+from spikellm.conversion import install
+from spikellm.statistics import CHOOSE, FIT, REPORT, Observer, SiteStatistics
 
 RELATIVE_WIDTH = 2.0**-8  # of a bin
 
@@ -49,12 +53,13 @@ def test_moments_agree_with_numpy():
 
 def test_windows_go_to_the_part_that_is_set():
     observer = Observer("some.site")
-    for part, scale in ((FIT, 1.0), (HELD_OUT, 4.0), (FIT, 2.0)):
+    for part, scale in ((FIT, 1.0), (CHOOSE, 4.0), (FIT, 2.0), (REPORT, 8.0)):
         observer.part = part
         observer(torch.full((3, 5), scale))
     found = observer.result()
-    assert found.counts.sum(-1).flatten().tolist() == [30, 15]
-    assert found.maximum.flatten().tolist() == [2.0, 4.0]
+    assert found.counts.sum(-1).flatten().tolist() == [30, 15, 15]
+    assert found.maximum.flatten().tolist() == [2.0, 4.0, 8.0]
+    assert found.known_maximum.tolist() == [4.0]
 
 
 def test_groups_are_counted_apart():
@@ -127,3 +132,38 @@ def test_weights_are_the_summed_importance_of_a_bins_activations():
         assert counted == pytest.approx(exact, rel=2 * RELATIVE_WIDTH)
     assert found.merged().weights.sum() == pytest.approx(importance.sum().item() * 5)
     assert found.merged().counts.sum() == x.numel()
+
+
+CUTS = [(8, 64, 8, 64), (4, 5, 4, 5), (3, 65, 6, 32), (2, 64, 4, 32), (1, 64, 4, 16), (1, 7, 4, 1)]
+
+
+@pytest.mark.parametrize(("number", "length", "pieces", "piece"), CUTS)
+def test_every_part_gets_text_and_half_of_it_is_fitted_to(number, length, pieces, piece):
+    windows = torch.arange(number * length).view(number, length)
+    found = enough_pieces(windows)
+    assert found.shape == (pieces, piece)
+    assert all(row.tolist() == list(range(row[0], row[0] + piece)) for row in found)  # text in its order
+    parts = [PERIOD[index % len(PERIOD)] for index in range(pieces)]
+    assert set(parts) == {FIT, CHOOSE, REPORT}
+    assert parts.count(FIT) == pieces / 2
+
+
+def test_text_too_short_for_all_parts_is_refused():
+    with pytest.raises(ValueError, match=r"dataset\.calibration\.window=3: 1 of it .* take a larger window"):
+        enough_pieces(torch.zeros(1, 3, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("after", [True, False])
+def test_one_window_fills_all_parts_and_rows_are_measured_where_they_are_summed(after):
+    model = tiny_model(num_hidden_layers=1)
+    install(model, rotated=False, normalise_after=after)
+    window = torch.randint(2, 256, (1, 40), generator=torch.Generator().manual_seed(0))
+    found = calibrate(model, window, PrefixConfig(enabled=False))
+    for name, site in found.statistics.items():
+        passed = site.counts.sum((1, 2)) + site.zeros.sum(1)
+        assert passed[FIT] == 2 * passed[CHOOSE] == 2 * passed[REPORT] > 0, name
+        summed = "softmax" in name and not after
+        assert (site.row_neurons is not None) == summed
+        if summed:  # queries 0 and 8 of pieces of ten tokens: rows of 1 and 9 keys
+            assert site.row_neurons == pytest.approx((1 + 81) / (1 + 9))
+            assert SiteStatistics.from_tensors(site.tensors("a"), "a").row_neurons == pytest.approx(site.row_neurons)

@@ -10,7 +10,7 @@ from spikellm.code_fit import load_fits, save_fits
 from spikellm.coding import uniform_table
 from spikellm.config import Coding
 from spikellm.neuron import PhaseTable, encode, fire
-from spikellm.statistics import FIT, HELD_OUT, Observer, SiteStatistics
+from spikellm.statistics import CHOOSE, FIT, REPORT, Observer, SiteStatistics
 from spikellm.traditional import fit_traditional, spike_bound, variants
 
 T = 6
@@ -72,7 +72,7 @@ def test_all_spikes_allowed_is_base_2():
 def observed(*, scale: float = 1.0, groups: int = 1) -> SiteStatistics:
     observer = Observer("site", groups=groups)
     generator = torch.Generator().manual_seed(0)
-    for part in (FIT, HELD_OUT):
+    for part in (CHOOSE, FIT, REPORT):
         observer.part = part
         observer(scale * torch.randn(20000, groups, generator=generator) * torch.arange(1, groups + 1))
     return observer.result()

@@ -3,7 +3,7 @@
 Prints seconds per site, their ratio, and at how many of the sites timed with both the default has the lower error. The authors' search
 runs with their settings (20 x (50 + 50 + 1) steps on 100,000 activations of a site), so only on a few sites, spread over the model;
 --sites 271 takes hours on a CPU. Statistics are those of a run's calibration (--calibration FOLDER, or the newest in outputs/), and
-random distributions where there is none. Errors are on the fitting objective and on held-out data before any fallback to base 2.
+random distributions where there is none. Errors are on the fitting objective and on the reporting part before any fallback to base 2.
 """
 
 import argparse
@@ -14,11 +14,11 @@ import torch
 from tqdm.auto import tqdm
 
 from spikellm.calibration import Calibration
-from spikellm.code_fit import held_out_points, weighted_error
+from spikellm.code_fit import part_points, weighted_error
 from spikellm.config import PROJECT_ROOT, SearchConfig
 from spikellm.gradient import Schedule, descend_grains, draw_samples
 from spikellm.search import group_maxima, search
-from spikellm.statistics import FIT, HELD_OUT, Observer, SiteStatistics
+from spikellm.statistics import CHOOSE, FIT, REPORT, Observer, SiteStatistics
 
 RANDOM_SITES = 271
 
@@ -29,7 +29,7 @@ def random_statistics(count: int) -> dict[str, SiteStatistics]:
     sites = {}
     for index in range(count):
         observer = Observer(f"random.{index}")
-        for part in (FIT, HELD_OUT):
+        for part in (FIT, CHOOSE, REPORT):
             observer.part = part
             observer(torch.randn(1, 2**16, generator=generator).abs() ** (1 + 1.5 * index / count))
         sites[observer.site] = observer.result()
@@ -86,7 +86,7 @@ def main() -> None:
     print("relative squared error on held-out data, in units of base 2's:")
     for index, name in enumerate(names):
         fit, code = fits[name], codes.at(slice(index, index + 1))
-        x, weight, _ = held_out_points(chosen[name])
+        x, weight, _ = part_points(chosen[name], REPORT)
         theirs_held = weighted_error(x, weight, code)
         lower["fitting"] += bool(fit.objective[0] < objective[index])
         lower["held-out"] += bool(fit.error[0] < theirs_held[0])

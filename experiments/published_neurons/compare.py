@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from spikellm.code_fit import held_out_points
+from spikellm.code_fit import part_points
 from spikellm.evolution import Codes, base2_codes, squared_error
 from spikellm.published import read_neurons
 from spikellm.search import search, weighted_points
-from spikellm.statistics import FIT, HELD_OUT, Observer, SiteStatistics
+from spikellm.statistics import CHOOSE, FIT, REPORT, Observer, SiteStatistics
 
 PUBLISHED = Path(__file__).resolve().parents[3] / "shared" / "data" / "published_neurons"
-INPUTS = 2**21  # of each distribution, half for fitting, half held out
+INPUTS = 3 * 2**20  # of each distribution, a third for fitting, for choosing and for reporting errors
 AMPLITUDES = torch.logspace(-2, 0.25, 100, base=2)  # tau as a share of the largest input: 1/4 to 1.19
 CHUNK = 2**22  # elements of a buffer
 
@@ -37,7 +37,7 @@ def laplacian(generator: torch.Generator) -> Tensor:
 def observe(draw: Callable[[torch.Generator], Tensor]) -> SiteStatistics:
     """Statistics of inputs with unit scale."""
     observer = Observer(draw.__name__)
-    for part, inputs in zip((FIT, HELD_OUT), draw(torch.Generator().manual_seed(0)).chunk(2), strict=True):
+    for part, inputs in zip((FIT, CHOOSE, REPORT), draw(torch.Generator().manual_seed(0)).chunk(3), strict=True):
         observer.part = part
         observer(inputs[None])
     return observer.result()
@@ -72,8 +72,8 @@ def errors(x: Tensor, weight: Tensor, codes: Codes) -> Tensor:
 
 def best_tau(site: SiteStatistics, codes: Codes) -> Tensor:
     """tau [K] of least squared error on the fitting part."""
-    x, weight, _ = weighted_points(site, 0, 2 ** (codes.assignment.shape[-1] + 3))  # eight points per level
-    tau = AMPLITUDES * site.maximum.max()
+    x, weight, _ = (part[0] for part in weighted_points(site, 2 ** (codes.assignment.shape[-1] + 3)))  # eight points per level
+    tau = AMPLITUDES * site.known_maximum.max()
     candidates = [errors(x, weight, with_tau(codes, each.expand(len(codes.values)))) for each in tau]
     return tau[torch.stack(candidates).argmin(0)]
 
@@ -121,8 +121,8 @@ def main() -> None:
         likeness.append(f"| {model} | {T} | {G} | {len(raw)} | {base:.3f} | {same:.1%} | {rms:.2f} | {most:.1f} |")
         fits = search(sites, T=T, G=G, seed=arguments.seed, compiled=False)
         for name, site in sites.items():
-            x, weight, _ = (part[0] for part in held_out_points(site))
-            maximum = site.maximum.max()
+            x, weight, _ = (part[0] for part in part_points(site, REPORT))
+            maximum = site.known_maximum.max()
             base2 = base2_codes(maximum[None], T)
             largest = with_tau(codes, maximum.expand(len(codes.values)))
             fitted = errors(x, weight, with_tau(codes, best_tau(site, codes)))
