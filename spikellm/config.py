@@ -20,7 +20,7 @@ PROJECT_ROOT = Path(__file__).resolve().parent.parent
 STAGE_NAMES = ("calibrate", "search", "convert", "evaluate", "diagnose", "report")
 DEFAULT_STAGES = STAGE_NAMES[:4]  # a report is written at the end of a run and of a sweep anyway
 ZERO_SHOT_TASKS = ("winogrande", "arc_challenge", "arc_easy", "piqa", "hellaswag")
-NETWORKS = ("ann", "base2", "snn")  # pretrained; base-2 phase coding with the same T; fitted codes
+NETWORKS = ("ann", "ann_prefix", "base2", "snn")  # pretrained; with the prefix of the next; base-2 phase coding, same T; fitted codes
 MAX_T = 16
 
 
@@ -209,7 +209,7 @@ class ZeroShotConfig:
     """Multiple-choice accuracy without examples, through lm-eval."""
 
     tasks: list[str] = field(default_factory=list)  # of winogrande, arc_challenge, arc_easy, piqa, hellaswag; none: no zero-shot
-    networks: list[str] = field(default_factory=lambda: ["ann", "snn"])  # of ann, base2, snn
+    networks: list[str] = field(default_factory=lambda: ["ann", "snn"])  # of ann, ann_prefix, base2, snn
     path: str | None = None  # folder with a TASK.jsonl for every task, in the fields of the hub's data sets; null: the hub
     limit: int | None = None  # first rows of each task; null: all
     batch_size: int = 8  # sequences a forward; not felt in the results

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from spikellm.report import RESULTS, extent, value_at
+from spikellm.report import RESULTS, extent, reference_perplexity, value_at
 
-NETWORK_NAMES = (("ANN", "ann"), ("base-2 SNN", "base2"), ("SNN", "snn"))
+NETWORK_NAMES = (("ANN", "ann"), ("ANN, prefix", "ann_prefix"), ("base-2 SNN", "base2"), ("SNN", "snn"))
 
 
 def console_table(results: dict[str, Any], folder: Path) -> str:
@@ -72,7 +72,10 @@ def _damage(diagnosed: dict[str, Any]) -> list[str]:
 
 
 def _perplexities(figures: dict[str, Any]) -> list[str]:
-    return [f"    {name:<12}{figures[key]:>12.3f}   x {figures[key] / figures['ann']:.4f}" for name, key in NETWORK_NAMES]
+    """Each network's, and its ratio to the ANN with the same prefix."""
+    reference = reference_perplexity(figures)
+    known = [(name, figures[key]) for name, key in NETWORK_NAMES if key in figures]
+    return [f"    {name:<12}{value:>12.3f}" + (f"   x {value / reference:.4f}" if reference else "") for name, value in known]
 
 
 def _accuracies(accuracies: dict[str, Any]) -> list[str]:

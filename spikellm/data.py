@@ -4,13 +4,11 @@ Protocol of WikiText-2 perplexity: rows joined by blank lines, tokenised in one 
 windows that do not overlap; the tail is dropped.
 """
 
-import hashlib
 import logging
 import os
 import socket
 from functools import cache
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 import torch
@@ -52,18 +50,6 @@ def token_windows(config: TextConfig, key: str, tokenizer: PreTrainedTokenizerBa
     if config.max_windows is not None:
         count = min(count, config.max_windows)
     return tokens[: count * config.window].view(count, config.window)
-
-
-def fingerprint(config: TextConfig, key: str) -> dict[str, Any]:
-    """What decides which windows come out: the node, and the text itself where it is local."""
-    found: dict[str, Any] = {
-        name: getattr(config, name) for name in ("path", "name", "split", "field", "skip_rows", "max_rows", "window", "max_windows")
-    }
-    found["source"] = config.source.value
-    if config.source is not DatasetSource.hub:
-        del found["path"]
-        found["sha256"] = hashlib.sha256(read_text(config, key).encode()).hexdigest()
-    return found
 
 
 def read_text(config: TextConfig, key: str) -> str:

@@ -23,9 +23,10 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spikellm import data, zero_shot
-from spikellm.artifacts import ArtifactStore, read_json, write_json
-from spikellm.config import DatasetConfig, InputError, TextConfig, ZeroShotConfig
+from spikellm.artifacts import Artefact, ArtifactStore, read_json, write_json
+from spikellm.config import DatasetConfig, DatasetSource, InputError, TextConfig, ZeroShotConfig
 from spikellm.sites import HEAD
+from spikellm.sources import text_source
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +98,7 @@ def folded_perplexity(model: PreTrainedModel, windows: Int[Tensor, "W L"], label
 class Network:
     """A model that is measured, built no earlier than the first figure that is missing."""
 
-    name: str  # ann, base2 or snn
+    name: str  # of config.NETWORKS
     inputs: dict[str, Any]  # everything its figures depend on beside the data
     build: Callable[[], PreTrainedModel]
     prefix_tokens: Callable[[], list[int]]  # stand before every sequence by themselves
@@ -109,78 +110,89 @@ def texts(dataset: DatasetConfig) -> dict[str, TextConfig]:
     return {"dataset.evaluation": dataset.evaluation} | {f"dataset.extra.{name}": text for name, text in dataset.extra.items()}
 
 
-def prepare(dataset: DatasetConfig, tokenizer: Tokenizer, store: ArtifactStore, networks: Iterable[Network]) -> dict[str, Any]:
-    """Refuse what cannot be read before the long work starts; lm-eval's objects of the tasks with figures missing.
+class Benchmarks:
+    """lm-eval's tasks by name, each loaded once and no earlier than it is asked for."""
+
+    def __init__(self, options: ZeroShotConfig) -> None:
+        self.options = options
+        self._tasks: dict[str, Any] = {}
+
+    def load(self, names: Iterable[str]) -> None:
+        """Raises: InputError: unreadable local rows, a hub that does not answer."""
+        if missing := [name for name in names if name not in self._tasks]:
+            self._tasks |= zero_shot.load_tasks(self.options, missing)
+
+    def __getitem__(self, name: str) -> Any:
+        self.load([name])
+        return self._tasks[name]
+
+
+def prepare(
+    dataset: DatasetConfig, tokenizer: Tokenizer, store: ArtifactStore, networks: Iterable[Network], benchmarks: Benchmarks
+) -> None:
+    """Refuse what cannot be read before the long work starts, and load the benchmarks with figures missing.
 
     Raises:
         InputError: an unreadable local text or benchmark, a hub that does not answer for a benchmark.
     """
     for key, text in texts(dataset).items():
-        data.fingerprint(text, key)
+        if text.source is not DatasetSource.hub:
+            data.read_text(text, key)
     options = dataset.zero_shot
     if not options.tasks:
         if options.path is not None:
             log.warning("dataset.zero_shot.path=%s has no effect without dataset.zero_shot.tasks", options.path)
-        return {}
+        return
     if tokenizer() is None:
         raise InputError(f"dataset.zero_shot.tasks=[{','.join(options.tasks)}]: a random model has no tokenizer; take another model")
     chosen = [network for network in networks if network.name in options.networks]
-    pending = [
-        task
-        for task in options.tasks
-        if not all(store.folder("zero_shot", _task_inputs(options, task, network)).is_dir() for network in chosen)
-    ]
-    return zero_shot.load_tasks(options, pending) if pending else {}
+    benchmarks.load(
+        task for task in options.tasks if not all(store.holds("zero_shot", _task_inputs(options, task, network)) for network in chosen)
+    )
 
 
 def evaluate(
-    dataset: DatasetConfig,
-    tokenizer: Tokenizer,
-    store: ArtifactStore,
-    networks: Iterable[Network],
-    tasks: dict[str, Any],
-) -> tuple[dict[str, Any], bool]:
+    dataset: DatasetConfig, tokenizer: Tokenizer, store: ArtifactStore, networks: Iterable[Network], benchmarks: Benchmarks
+) -> tuple[dict[str, Any], list[Artefact]]:
     """Measure `networks`, one after the other.
 
-    Args:
-        tasks: from `prepare`.
-
     Returns:
-        What results.json gets: perplexity, and where asked for perplexity_by_text and zero_shot; whether all of it was there already.
+        What results.json gets: perplexity, and where asked for perplexity_by_text and zero_shot; the artefacts that it is from.
     """
-    options, every_cached = dataset.zero_shot, True
+    options, artefacts = dataset.zero_shot, []
     perplexities: dict[str, dict[str, Any]] = {key: {} for key in texts(dataset)}
     accuracies: dict[str, dict[str, Any]] = {name: {} for name in options.networks}
     results: dict[str, Any] = {}
     for network in networks:
         model = cache(network.build)
         for key, text in texts(dataset).items():
-            found, cached = _perplexity(store, network, model, tokenizer, text, key)
+            artefact = _perplexity(store, network, model, tokenizer, text, key)
+            found = read_json(artefact.folder / "perplexity.json")
             if (curve := found.pop("anytime", None)) is not None and key == "dataset.evaluation":
                 results["anytime"] = {"perplexity": curve}
             perplexities[key] |= {network.name: found.pop("value")} | found
-            every_cached = every_cached and cached
+            artefacts.append(artefact)
         for task in options.tasks if network.name in options.networks else ():
-            accuracies[network.name][task], cached = _accuracy(store, network, model, tokenizer, options, task, tasks)
-            every_cached = every_cached and cached
+            artefact = _accuracy(store, network, model, tokenizer, options, task, benchmarks)
+            accuracies[network.name][task] = read_json(artefact.folder / "accuracy.json")
+            artefacts.append(artefact)
     results["perplexity"] = perplexities.pop("dataset.evaluation")
     if perplexities:
         results["perplexity_by_text"] = {key.rpartition(".")[2]: figures for key, figures in perplexities.items()}
     if options.tasks:
         results["zero_shot"] = accuracies
-    return results, every_cached
+    return results, artefacts
 
 
 def _perplexity(
     store: ArtifactStore, network: Network, model: Callable[[], PreTrainedModel], tokenizer: Tokenizer, text: TextConfig, key: str
-) -> tuple[dict[str, Any], bool]:
+) -> Artefact:
     def measure(folder: Path) -> None:
         windows = data.token_windows(text, key, tokenizer())
         write_json(folder / "perplexity.json", network.measure(model(), windows, f"{network.name} {key.rpartition('.')[2]}"))
 
-    inputs = network.inputs | {"network": network.name, "text": data.fingerprint(text, key)}
-    folder, cached = store.load_or_compute("evaluate", inputs, measure)
-    return read_json(folder / "perplexity.json"), cached
+    inputs = network.inputs | {"network": network.name, "text": text_source(text, store.digests)}
+    return store.load_or_compute("evaluate", inputs, measure)
 
 
 def _accuracy(
@@ -190,17 +202,16 @@ def _accuracy(
     tokenizer: Tokenizer,
     options: ZeroShotConfig,
     task: str,
-    tasks: Any,
-) -> tuple[dict[str, Any], bool]:
+    benchmarks: Benchmarks,
+) -> Artefact:
     def measure(folder: Path) -> None:
         start = time.perf_counter()
         prefix, limit, batch_size = network.prefix_tokens(), options.limit, options.batch_size
-        found = zero_shot.accuracy(model(), tokenizer(), tasks[task], limit=limit, batch_size=batch_size, prefix_tokens=prefix)
+        found = zero_shot.accuracy(model(), tokenizer(), benchmarks[task], limit=limit, batch_size=batch_size, prefix_tokens=prefix)
         write_json(folder / "accuracy.json", found)
         log.info("zero-shot %s %s: acc %.4f, %.1f s", network.name, task, found["acc"], time.perf_counter() - start)
 
-    folder, cached = store.load_or_compute("zero_shot", _task_inputs(options, task, network), measure)
-    return read_json(folder / "accuracy.json"), cached
+    return store.load_or_compute("zero_shot", _task_inputs(options, task, network), measure)
 
 
 def _task_inputs(options: ZeroShotConfig, task: str, network: Network) -> dict[str, Any]:

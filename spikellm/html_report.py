@@ -12,11 +12,27 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from spikellm import plots
-from spikellm.artifacts import read_json, write_text
+from spikellm.artifacts import intact_json, read_json, write_text
 from spikellm.config import Config, InputError
-from spikellm.report import FIGURES, RESULTS, SITES, SWEEP, extent, heading, readable, summary_rows, value_at, write_summary
+from spikellm.report import (
+    FIGURES,
+    RESULTS,
+    SITES,
+    SWEEP,
+    extent,
+    heading,
+    readable,
+    recorded_results,
+    reference_perplexity,
+    summary_rows,
+    value_at,
+    write_summary,
+)
 
 REPORT, PICTURE = "report.html", "summary.png"
+NETWORK_LABELS = {
+    "ann": "pretrained (ANN)", "ann_prefix": "pretrained, same prefix", "base2": "base-2 phase code", "snn": "fitted code (SNN)",
+}  # fmt: skip
 SHOWN_MAPS = {"relative_error": "relative squared error", "firing_rate": "firing rate [spikes / (neuron x T)]"}
 
 
@@ -54,7 +70,9 @@ def _reportable(folder: Path) -> bool:
 
 
 def _run(folder: Path) -> dict[str, Any]:
-    results = read_json(folder / RESULTS)
+    results = recorded_results(folder)
+    if results is None:
+        raise InputError(f"report.folder={folder}: {RESULTS} there is damaged; run the job again")
     name = f"{results['model']}, T = {results['T']}, grain {results['grain']}"
     return {
         "title": name,
@@ -80,7 +98,7 @@ def _sweep(folder: Path) -> dict[str, Any]:
     for row in finished:
         options = f", {row['options']}" if row["options"] else ""
         jobs.append(_job(folder / row["folder"], f"{row['model']}, T = {row['T']}, grain {row['grain']}{options}", open=row is best))
-    asked = read_json(folder / SWEEP) if (folder / SWEEP).is_file() else {}
+    asked = intact_json(folder / SWEEP) or {}
     models = ", ".join(sorted({row["model"] for row in finished})) or "none finished"
     return {
         "title": f"Sweep of {asked.get('jobs') or len(rows)} jobs: {models}",
@@ -132,17 +150,18 @@ def _job(folder: Path, name: str, *, open: bool = True) -> dict[str, Any]:
 
 
 def _networks(results: dict[str, Any]) -> list[list[str]]:
-    """The table of the three networks, heading first; empty where nothing was measured."""
+    """The table of the networks, heading first; empty where nothing was measured."""
     perplexity = results.get("perplexity") or {}
     shot = results.get("zero_shot") or {}
     tasks = {name: key.split(".")[2:] for name, (key, _) in FIGURES.items() if key.startswith("zero_shot")}
-    tasks = {name: path for name, path in tasks.items() if any(value_at(shot, f"{network}.{'.'.join(path)}") for network in ("ann", "snn"))}
+    tasks = {name: path for name, path in tasks.items() if any(value_at(shot, f"{network}.{'.'.join(path)}") for network in NETWORK_LABELS)}
     lines = []
-    for network, label in (("ann", "pretrained (ANN)"), ("base2", "base-2 phase code"), ("snn", "fitted code (SNN)")):
+    reference = reference_perplexity(perplexity)
+    for network, label in NETWORK_LABELS.items():
         scores = [value_at(shot, f"{network}.{'.'.join(path)}") for path in tasks.values()]
         if network in perplexity or any(score is not None for score in scores):
-            value, ann = perplexity.get(network), perplexity.get("ann")
-            numbers = [f"{value:.3f}" if value else "", f"{value / ann:.4f}" if value and ann else ""]
+            value = perplexity.get(network)
+            numbers = [f"{value:.3f}" if value else "", f"{value / reference:.4f}" if value and reference else ""]
             lines.append([label, *numbers, *("" if score is None else f"{100 * score:.2f}" for score in scores)])
     return [["network", "perplexity", "x ANN", *map(heading, tasks)], *lines] if lines else []
 
@@ -151,6 +170,8 @@ def _measured_on(results: dict[str, Any]) -> str | None:
     said = []
     if perplexity := results.get("perplexity"):
         said.append(f"{extent(perplexity)}, {perplexity['tokens']} predicted")
+        if "ann_prefix" in perplexity:
+            said.append("x ANN: over the perplexity of the pretrained network with the same prefix")
     if results.get("zero_shot"):
         said.append("accuracies in %: acc for WinoGrande, acc_norm for the others")
     return "; ".join(said) or None

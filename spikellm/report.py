@@ -17,7 +17,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from spikellm.artifacts import read_json, write_json, write_text
+from spikellm.artifacts import intact_json, write_json, write_text
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +25,7 @@ RESULTS, SITES, SPIKES, FAILURE, SWEEP = "results.json", "sites.csv", "spikes.cs
 # column of summary.csv -> key of results.json, and the column's heading in summary.md
 FIGURES = {
     "ann": ("perplexity.ann", "ppl ANN"),
+    "ann_prefix": ("perplexity.ann_prefix", "ppl ANN, same prefix"),
     "base2": ("perplexity.base2", "ppl base 2"),
     "snn": ("perplexity.snn", "ppl SNN"),
     "wino": ("zero_shot.snn.winogrande.acc", "Wino"),
@@ -40,6 +41,7 @@ HEADINGS = {name: heading for name, (_, heading) in FIGURES.items()} | {"ratio":
 IDENTITY = ("model", "T", "grain")
 SHOWN_BY_COLUMNS = ("model", "snn.T", "timesteps", "grain")  # overrides that the column `options` need not repeat
 NOT_FINISHED = "not finished: the same command goes on with it"
+DAMAGED = f"{RESULTS} is damaged: the same command makes it again"
 
 
 def extent(figures: dict[str, Any]) -> str:
@@ -53,6 +55,17 @@ def value_at(results: Any, key: str) -> Any:
     for part in key.split("."):
         results = results.get(part) if isinstance(results, dict) else None
     return results
+
+
+def reference_perplexity(figures: dict[str, Any]) -> float | None:
+    """What perplexities of spiking networks are divided by: that of the pretrained network behind the same prefix.
+
+    The prefix alone moves a perplexity by about what a fine code does. Results of older versions have the bare network's only.
+
+    Args:
+        figures: `perplexity` of results.json, or a row of a summary.
+    """
+    return figures.get("ann_prefix") or figures.get("ann")
 
 
 def objective(results: dict[str, Any] | None, key: str) -> float | None:
@@ -83,12 +96,16 @@ def write_failure(folder: Path, reason: str, job: dict[str, Any]) -> None:
         write_json(folder / FAILURE, {"error": reason} | job)
 
 
+def recorded_results(folder: Path) -> dict[str, Any] | None:
+    """The content of a folder's results.json; None where it is missing or damaged."""
+    results = intact_json(folder / RESULTS)
+    return results if results is not None and "schema" in results else None
+
+
 def finished_results(folder: Path, config: str) -> dict[str, Any] | None:
     """The results of a job that was finished in `folder` before with the same resolved configuration (its hash)."""
-    if not (folder / RESULTS).is_file() or (folder / FAILURE).is_file():
-        return None
-    results = read_json(folder / RESULTS)
-    return results if results.get("config") == config else None
+    results = None if (folder / FAILURE).exists() else recorded_results(folder)
+    return results if results is not None and results.get("config") == config else None
 
 
 def summary_rows(folder: Path) -> list[dict[str, Any]]:
@@ -99,11 +116,12 @@ def summary_rows(folder: Path) -> list[dict[str, Any]]:
     """
     rows, options = [], []
     for job in sorted((path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")), key=_job_order):
-        failure = read_json(job / FAILURE) if (job / FAILURE).is_file() else None
-        if failure is None and (job / RESULTS).is_file():
-            found: dict[str, Any] = read_json(job / RESULTS)
-        elif failure is not None or (job / ".hydra").is_dir():
-            found = {"error": NOT_FINISHED} | (failure or {})
+        if (job / FAILURE).exists():
+            found = {"error": NOT_FINISHED} | (intact_json(job / FAILURE) or {})
+        elif (job / RESULTS).exists():
+            found = recorded_results(job) or {"error": DAMAGED}
+        elif (job / ".hydra").is_dir():
+            found = {"error": NOT_FINISHED}
         else:
             continue  # not a job's folder
         rows.append(_row(found) | {"folder": job.name, "error": found.get("error")})
@@ -128,7 +146,7 @@ def summary_columns(published: list[str]) -> list[str]:
 def _row(found: dict[str, Any]) -> dict[str, Any]:
     row: dict[str, Any] = {key: found.get(key) for key in IDENTITY}
     row |= {name: value_at(found, key) for name, (key, _) in FIGURES.items()}
-    row["ratio"] = row["snn"] / row["ann"] if row["snn"] and row["ann"] else None
+    row["ratio"] = row["snn"] / reference if row["snn"] and (reference := reference_perplexity(row)) else None
     figures = (found.get("reference") or {}).get("figures", {})
     return row | {f"{name}_published": figures[key] for name, (key, _) in FIGURES.items() if key in figures}
 

@@ -11,21 +11,20 @@ computes nothing. A stage that needs another's result obtains it, named in `stag
 """
 
 import logging
-import platform
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from spikellm import accounts, checkpoint, conversion, diagnostics, evaluation, ledger
-from spikellm.artifacts import artifact_key, read_json, write_json
+from spikellm import accounts, checkpoint, diagnostics, evaluation, ledger
+from spikellm.artifacts import Artefact, computed_by, read_json, write_json
 from spikellm.code_plots import write_density_plots
 from spikellm.config import Config, Execution
 from spikellm.fitting import site_row
-from spikellm.model import package_version
-from spikellm.prefix import attach_prefix
-from spikellm.workspace import Workspace
+from spikellm.provenance import versions
+from spikellm.sources import job_inputs
+from spikellm.workspace import Workspace, threads
 
 log = logging.getLogger(__name__)
 
@@ -34,47 +33,53 @@ RESULTS_SCHEMA = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageOutcome:
-    """What a stage adds to results.json, and whether it was there already."""
+    """What a stage adds to results.json, and the artefacts that it is from."""
 
-    cached: bool
+    artefacts: list[Artefact]
     results: dict[str, Any]
     tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # rows by the name of a csv file
     plots: list[Path] = field(default_factory=list)  # pictures to copy into the run's folder
 
 
 def calibrate(work: Workspace) -> StageOutcome:
-    found, cached = work.calibration()
+    found, artefact = work.calibration()
     record = {"sites": len(found.statistics), "prefix_tokens": found.prefix_tokens, "rotation": work.rotation_record}
-    return StageOutcome(cached=cached, results=record)
+    return StageOutcome(artefacts=[artefact], results=record)
 
 
 def search(work: Workspace) -> StageOutcome:
-    fits, folder, cached = work.fits()
+    fits, artefact = work.fits()
     rows = [site_row(name, fit) for name, fit in fits.items()]
-    record = {"sites": len(rows), "search": read_json(folder / "search.json"), "codes": str(folder / "codes.safetensors")}
-    return StageOutcome(cached=cached, results=record, tables={"sites.csv": rows})
+    record = {
+        "sites": len(rows), "search": read_json(artefact.folder / "search.json"), "codes": str(artefact.folder / "codes.safetensors"),
+    }  # fmt: skip
+    return StageOutcome(artefacts=[artefact], results=record, tables={"sites.csv": rows})
 
 
 def convert(work: Workspace) -> StageOutcome:
+    """The codes fit the model's sites; with save_model=true the spiking model on disk."""
+
     def build(folder: Path) -> None:
-        model = work.spiking(work.fits()[0])
-        neurons = {site.name: repr(conversion.get_neuron(model, site)) for site in conversion.model_sites(model)}
-        write_json(folder / "neurons.json", neurons)
+        fits, places = work.fits()[0], work.calibration()[0].statistics
+        if absent := sorted(set(fits) ^ set(places)):
+            raise ValueError(f"codes do not fit the model: {len(absent)} sites with a code or statistics alone, {absent[:3]}")
+        write_json(folder / "neurons.json", {name: {"groups": len(fit.tau), "T": fit.assignment.shape[-1]} for name, fit in fits.items()})
         if work.config.save_model:
-            checkpoint.save(model, folder / "model")
+            checkpoint.save(work.spiking(), folder / "model")
             if work.tokenizer is not None:
                 work.tokenizer.save_pretrained(folder / "model")
 
-    inputs = {"search": artifact_key(work.search_inputs), "save_model": work.config.save_model}
-    folder, cached = work.store.load_or_compute("convert", inputs, build)
-    return StageOutcome(cached=cached, results={"saved_model": str(folder / "model")} if work.config.save_model else {})
+    artefact = work.store.load_or_compute("convert", work.convert_inputs, build)
+    return StageOutcome(artefacts=[artefact], results={"saved_model": str(artefact.folder / "model")} if work.config.save_model else {})
 
 
 def evaluate(work: Workspace) -> StageOutcome:
     """Spikes and energy of the spiking model; perplexities and accuracies of all networks."""
-    counted = _spikes(work) if work.config.spikes.enabled else StageOutcome(cached=True, results={})
-    results, cached = evaluation.evaluate(work.config.dataset, lambda: work.tokenizer, work.store, work.networks, work.benchmarks)
-    return StageOutcome(cached=cached and counted.cached, results=results | counted.results, tables=counted.tables)
+    counted = _spikes(work) if work.config.spikes.enabled else StageOutcome(artefacts=[], results={})
+    results, artefacts = evaluation.evaluate(
+        work.config.dataset, lambda: work.tokenizer, work.store, work.networks.values(), work.benchmarks
+    )
+    return StageOutcome(artefacts=artefacts + counted.artefacts, results=results | counted.results, tables=counted.tables)
 
 
 def _spikes(work: Workspace) -> StageOutcome:
@@ -82,14 +87,14 @@ def _spikes(work: Workspace) -> StageOutcome:
 
     def measure(folder: Path) -> None:
         windows = work.evaluation_windows[: work.config.spikes.windows]
-        write_json(folder / "ledger.json", ledger.count(work.spiking(work.fits()[0]), windows).to_json())
+        write_json(folder / "ledger.json", ledger.count(work.spiking(), windows).to_json())
 
-    folder, cached = work.store.load_or_compute("spikes", work.snn_inputs | {"windows": work.config.spikes.windows}, measure)
-    found = ledger.Ledger.from_json(read_json(folder / "ledger.json"))
+    artefact = work.store.load_or_compute("spikes", work.snn_inputs("spikes", windows=work.config.spikes.windows), measure)
+    found = ledger.Ledger.from_json(read_json(artefact.folder / "ledger.json"))
     if found.windows < work.config.spikes.windows:
         log.warning("spikes.windows=%d: the evaluation text has %d", work.config.spikes.windows, found.windows)
     records = {"spikes": accounts.spikes_record(found), "energy": accounts.energy_record(found, accounts.cost_table(work.config.energy))}
-    return StageOutcome(cached=cached, results=records, tables={"spikes.csv": accounts.spike_rows(found)})
+    return StageOutcome(artefacts=[artefact], results=records, tables={"spikes.csv": accounts.spike_rows(found)})
 
 
 def diagnose(work: Workspace) -> StageOutcome:
@@ -101,21 +106,18 @@ def diagnose(work: Workspace) -> StageOutcome:
         record: dict[str, Any] = {"sites": diagnostics.site_rows(statistics, fits)}
         write_density_plots(folder / "plots", statistics, fits)
         if options.windows:
-            model = work.installed()
-            attach_prefix(model, work.calibration()[0].prefix_tokens)
             windows = work.evaluation_windows[: options.windows]
-            by_kind, by_site = diagnostics.damage(model, fits, windows, compiled=work.config.hardware.compile)
+            by_kind, by_site = diagnostics.damage(work.transparent(), fits, windows, compiled=work.config.hardware.compile)
             record["damage"] = {"perplexity_by_kind": by_kind, "perplexity_by_site": by_site}
         write_json(folder / "diagnostics.json", record)
 
-    inputs = work.snn_inputs | {"windows": options.windows}
-    folder, cached = work.store.load_or_compute("diagnose", inputs, measure)
-    record = read_json(folder / "diagnostics.json")
+    artefact = work.store.load_or_compute("diagnose", work.snn_inputs("diagnose", windows=options.windows), measure)
+    record = read_json(artefact.folder / "diagnostics.json")
     rows = record.pop("sites")
     above = sorted(row["above_bound"] for row in rows if row["above_bound"] is not None)
     found = record.get("damage", {}) | {"median_above_bound": above[len(above) // 2] if above else None}
-    plots = sorted((folder / "plots").glob("*.png"))
-    return StageOutcome(cached=cached, results={"diagnostics": found}, tables={"diagnostics.csv": rows}, plots=plots)
+    plots = sorted((artefact.folder / "plots").glob("*.png"))
+    return StageOutcome(artefacts=[artefact], results={"diagnostics": found}, tables={"diagnostics.csv": rows}, plots=plots)
 
 
 STAGES: dict[str, Callable[[Workspace], StageOutcome]] = {
@@ -142,7 +144,12 @@ def run_stages(config: Config, progress: Callable[[dict[str, Any]], None] = lamb
     Args:
         progress: is given what results.json will hold, after every stage.
     """
-    work = Workspace(config)
+    with threads(config.hardware.threads):
+        return _run(Workspace(config), progress)
+
+
+def _run(work: Workspace, progress: Callable[[dict[str, Any]], None]) -> Outcome:
+    config = work.config
     for key in ("step_chunk", "max_memory_gib"):
         if config.snn.execution is Execution.folded and (value := getattr(config.snn, key)) is not None:
             log.warning("snn.%s=%s has no effect with snn.execution=folded", key, value)
@@ -159,6 +166,7 @@ def run_stages(config: Config, progress: Callable[[dict[str, Any]], None] = lamb
         "seed": config.seed,
         "stages": {},
         "versions": versions(),
+        "inputs": job_inputs(replace(config, model=work.model), work.store.digests),
     }
     results |= _published(config)
     found = Outcome(results=results, tables={}, plots=[])
@@ -169,10 +177,11 @@ def run_stages(config: Config, progress: Callable[[dict[str, Any]], None] = lamb
         outcome = stage(work)
         seconds = round(time.perf_counter() - start, 3)
         results |= outcome.results
-        results["stages"][name] = {"seconds": seconds, "cached": outcome.cached}
+        cached = all(artefact.cached for artefact in outcome.artefacts)
+        results["stages"][name] = {"seconds": seconds, "cached": cached, "versions": computed_by(outcome.artefacts)}
         found.tables.update(outcome.tables)
         found.plots.extend(outcome.plots)
-        log.info("%s: %.1f s%s", name, seconds, " (cached)" if outcome.cached else "")
+        log.info("%s: %.1f s%s", name, seconds, " (cached)" if cached else "")
         progress(results)
     return found
 
@@ -188,9 +197,3 @@ def _published(config: Config) -> dict[str, Any]:
     log.warning("reference: nothing was published for %s, T=%s, grain=%s; there is %s, %s",
                 config.model.name, snn.T, snn.grain, reference.model, known)  # fmt: skip
     return {}
-
-
-def versions() -> dict[str, str | None]:
-    """Versions that a result depends on."""
-    names = ("torch", "transformers", "spikellm")
-    return {"python": platform.python_version()} | {name: package_version(name) for name in names}

@@ -2,7 +2,7 @@
 
 A sweep's folder holds sweep.json (what was asked for), a folder per job, summary.csv, summary.md, summary.png and
 report.html. Continuing works on three levels: stages are artefacts (`artifacts.py`); a job that was finished in its folder with the
-same resolved configuration returns its recorded results (`report.finished_results`); and a sweep started with the same command as
+same resolved configuration, inputs and code returns its recorded results (`job.Job`); and a sweep started with the same command as
 the newest unfinished one goes on in that one's folder, unless `hydra.sweep.dir` says where.
 
 The callback's methods run in the process that launches (`on_multirun_*`) and in that of each job (`on_job_end`), which the

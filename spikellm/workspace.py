@@ -1,8 +1,9 @@
 """What the stages share: what each result depends on, the artefact store, and models loaded no earlier than needed."""
 
-import gc
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -11,24 +12,22 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from spikellm import conversion, data, evaluation, rotation
-from spikellm.artifacts import ArtifactStore, artifact_key, write_json
+from spikellm import data, evaluation
+from spikellm.artifacts import Artefact, ArtifactStore, artifact_key, write_json
 from spikellm.calibration import Calibration, calibrate
 from spikellm.code_fit import CodeFit, load_fits, save_fits
-from spikellm.config import Config, Device, Execution, InputError, RotationKind, SoftmaxNorm
+from spikellm.config import Config, Device, Execution, InputError, ModelConfig
 from spikellm.fitting import find_codes, search_summary
-from spikellm.hadamard import HAS_CUDA_KERNEL
-from spikellm.model import load_model, load_tokenizer, source_fingerprint
-from spikellm.prefix import attach_prefix
+from spikellm.model import load_tokenizer, pinned
+from spikellm.networks import Networks
+from spikellm.provenance import code
 from spikellm.published import file_hash
 from spikellm.search import base2_search
 from spikellm.sites import HEAD
+from spikellm.sources import model_source, text_source
 from spikellm.stepped import fitting_chunk, stepped
 
 log = logging.getLogger(__name__)
-
-# Changes when what calibrate or search write no longer means the same.
-ARTIFACT_SCHEMA = 2
 
 
 class Workspace:
@@ -37,29 +36,35 @@ class Workspace:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.store = ArtifactStore(Path(config.output_root) / "artifacts")
-        self._installed: PreTrainedModel | None = None
-        self.benchmarks: dict[str, Any] = {}
-        if config.hardware.threads is not None:
-            torch.set_num_threads(config.hardware.threads)
+
+    @cached_property
+    def model(self) -> ModelConfig:
+        """What is loaded: one commit of a hub id for everything."""
+        return pinned(self.config.model)
+
+    @cached_property
+    def models(self) -> Networks:
+        config = self.config
+        return Networks(self.model, config.hardware, config.rotation, config.snn.softmax_norm)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        return load_tokenizer(self.config.model)
+        return load_tokenizer(self.model)
 
     @cached_property
     def model_inputs(self) -> dict[str, Any]:
-        return source_fingerprint(self.config.model)
+        return model_source(self.model, self.store.digests)
 
     @cached_property
     def calibrate_inputs(self) -> dict[str, Any]:
         config = self.config
         return {
-            "schema": ARTIFACT_SCHEMA,
+            "code": code("calibrate"),
             "model": self.model_inputs,
             "rotation": plain(config.rotation),
             "prefix": plain(config.prefix),
             "softmax_norm": config.snn.softmax_norm.value,
-            "text": data.fingerprint(config.dataset.calibration, "dataset.calibration"),
+            "text": text_source(config.dataset.calibration, self.store.digests),
         }
 
     @cached_property
@@ -67,14 +72,18 @@ class Workspace:
         snn, options = self.config.snn, plain(self.config.search)
         if options["import_file"] is not None:  # what is in the file, not where it lies
             options["import_file"] = file_hash(Path(options["import_file"]))
-        code = {"T": snn.T, "grain": snn.grain, "min_grain_length": snn.min_grain_length, "coding": snn.coding.value}
+        wanted = {"T": snn.T, "grain": snn.grain, "min_grain_length": snn.min_grain_length, "coding": snn.coding.value}
         return {
-            "schema": ARTIFACT_SCHEMA,
+            "code": code("search"),
             "calibrate": artifact_key(self.calibrate_inputs),
-            "snn": code | ({} if snn.max_spikes is None else {"max_spikes": snn.max_spikes}),
+            "snn": wanted | ({} if snn.max_spikes is None else {"max_spikes": snn.max_spikes}),
             "search": options,
             "seed": self.config.seed,
         }
+
+    @cached_property
+    def convert_inputs(self) -> dict[str, Any]:
+        return {"code": code("convert"), "search": artifact_key(self.search_inputs), "save_model": self.config.save_model}
 
     @cached_property
     def calibration_windows(self) -> torch.Tensor:
@@ -82,82 +91,84 @@ class Workspace:
         return data.token_windows(self.config.dataset.calibration, "dataset.calibration", self.tokenizer)
 
     @cached_property
-    def networks(self) -> list[evaluation.Network]:
-        """What is measured, the spiking ones first: they share the converted model, which then makes room for the ANN."""
-
-        def ann() -> PreTrainedModel:
-            self.release()
-            return self.ann()
-
-        common = {"schema": ARTIFACT_SCHEMA, "device": self.config.hardware.device.value}
+    def networks(self) -> dict[str, evaluation.Network]:
+        """What is measured, by name, the spiking ones first: they share the converted model, which then makes room for the ANN."""
+        device = {"device": self.config.hardware.device.value}
         calibrate, search = artifact_key(self.calibrate_inputs), artifact_key(self.search_inputs)
-        snn = {"search": search, "execution": self.config.snn.execution.value}
-        base2 = {"calibrate": calibrate, "T": self.config.snn.T}
+        snn, is_stepped = self.config.snn, self.config.snn.execution is Execution.stepped
 
         def prefix() -> list[int]:
             return self.calibration()[0].prefix_tokens
 
-        def base2_fits() -> dict[str, CodeFit]:
-            return base2_search(self.calibration()[0].statistics, self.config.snn.T)
+        def base2() -> PreTrainedModel:
+            return self._spiking(base2_search(self.calibration()[0].statistics, snn.T))
 
-        measure = self._stepped_perplexity if self.config.snn.execution is Execution.stepped else evaluation.folded_perplexity
-        return [
+        networks = [
             evaluation.Network(
-                name="snn", inputs=common | snn, build=lambda: self.spiking(self.fits()[0]), prefix_tokens=prefix, measure=measure
+                name="snn",
+                inputs=device
+                | {"code": code("evaluate stepped" if is_stepped else "evaluate"), "search": search, "execution": snn.execution.value},
+                build=self.spiking,
+                prefix_tokens=prefix,
+                measure=self._stepped_perplexity if is_stepped else evaluation.folded_perplexity,
             ),
-            evaluation.Network(name="base2", inputs=common | base2, build=lambda: self.spiking(base2_fits()), prefix_tokens=prefix),
-            evaluation.Network(name="ann", inputs=common | {"model": self.model_inputs}, build=ann, prefix_tokens=list),
+            evaluation.Network(
+                name="base2",
+                inputs=device | {"code": code("evaluate base2"), "calibrate": calibrate, "T": snn.T},
+                build=base2,
+                prefix_tokens=prefix,
+            ),
+            evaluation.Network(
+                name="ann_prefix",
+                inputs=device | {"code": code("evaluate"), "calibrate": calibrate},
+                build=self.transparent,
+                prefix_tokens=prefix,
+            ),
+            evaluation.Network(
+                name="ann",
+                inputs=device | {"code": code("evaluate ann"), "model": self.model_inputs},
+                build=self.models.ann,
+                prefix_tokens=list,
+            ),
         ]
+        return {network.name: network for network in networks}
+
+    @cached_property
+    def benchmarks(self) -> evaluation.Benchmarks:
+        return evaluation.Benchmarks(self.config.dataset.zero_shot)
 
     def prepare_evaluation(self) -> None:
         """Read texts and benchmarks, and refuse what cannot be read, before the long work starts."""
-        if not self.store.folder("calibrate", self.calibrate_inputs).is_dir():
+        if not self.store.holds("calibrate", self.calibrate_inputs):
             log.debug("calibration: %d windows", len(self.calibration_windows))
-        self.benchmarks = evaluation.prepare(self.config.dataset, lambda: self.tokenizer, self.store, self.networks)
+        evaluation.prepare(self.config.dataset, lambda: self.tokenizer, self.store, self.networks.values(), self.benchmarks)
 
     @property
     def evaluation_windows(self) -> torch.Tensor:
         """Windows of the main evaluation text [W, L]."""
         return data.token_windows(self.config.dataset.evaluation, "dataset.evaluation", self.tokenizer)
 
-    @property
-    def snn_inputs(self) -> dict[str, Any]:
-        """What figures of the spiking model on the main text depend on."""
-        return self.networks[0].inputs | {"text": data.fingerprint(self.config.dataset.evaluation, "dataset.evaluation")}
+    def snn_inputs(self, stage: str, **more: Any) -> dict[str, Any]:
+        """What figures of the folded spiking model on the main text depend on, computed by the code of `stage`."""
+        text = text_source(self.config.dataset.evaluation, self.store.digests)
+        device = self.config.hardware.device.value
+        return {"code": code(stage), "search": artifact_key(self.search_inputs), "device": device, "text": text} | more
 
     @property
     def rotation_record(self) -> dict[str, Any]:
         kind, seed = self.config.rotation.kind.value, self.config.rotation.seed
         return {"kind": kind, "seed": seed, "hash": artifact_key({"kind": kind, "seed": seed, "model": self.model_inputs})}
 
-    def ann(self) -> PreTrainedModel:
-        """The model as it was pretrained, loaded afresh."""
-        return load_model(self.config.model, self.config.hardware)
+    def transparent(self) -> PreTrainedModel:
+        """The rotated model with its prefix and without neurons."""
+        return self.models.transparent(self.calibration()[0].prefix_tokens)
 
-    def installed(self) -> PreTrainedModel:
-        """The rotated model with transparent neuron slots and no prefix yet."""
-        if self._installed is None:
-            model = self.ann()
-            rotated = self.config.rotation.kind is RotationKind.hadamard
-            if rotated:
-                try:
-                    rotation.rotate(model, seed=self.config.rotation.seed)
-                except ValueError as error:
-                    raise InputError(f"rotation.kind=hadamard with model={self.config.model.name}: {error}") from error
-            if rotated:
-                log.info("rotation: online transforms by %s", "fast-hadamard-transform" if HAS_CUDA_KERNEL else "matrix products")
-            after = self.config.snn.softmax_norm is SoftmaxNorm.after
-            conversion.install(model, rotated=rotated, normalise_after=after, query_block=self.config.hardware.query_block)
-            self._installed = model
-        return self._installed
+    def spiking(self) -> PreTrainedModel:
+        """The spiking model with the codes that were found: prefix attached, a neuron at every site."""
+        return self._spiking(self.fits()[0])
 
-    def spiking(self, fits: dict[str, CodeFit]) -> PreTrainedModel:
-        """The spiking model for `fits`: prefix attached, a neuron at every site."""
-        model = self.installed()
-        conversion.clear(model)
-        attach_prefix(model, self.calibration()[0].prefix_tokens)
-        conversion.convert(model, {name: fit.table for name, fit in fits.items()}, compiled=self.config.hardware.compile)
-        return model
+    def _spiking(self, fits: dict[str, CodeFit]) -> PreTrainedModel:
+        return self.models.spiking({name: fit.table for name, fit in fits.items()}, self.calibration()[0].prefix_tokens)
 
     def _stepped_perplexity(self, model: PreTrainedModel, windows: torch.Tensor, label: str) -> dict[str, Any]:
         """Perplexity with spikes step by step, and what the logits give after 1 .. T steps."""
@@ -169,25 +180,18 @@ class Workspace:
             curve = evaluation.readout_perplexities(model, windows, readouts=readouts.readouts, label=f"{label}, stepped")
         return asdict(curve[-1]) | {"anytime": [point.value for point in curve]}
 
-    def release(self) -> None:
-        """Drop the converted model, so that another fits into memory."""
-        self._installed = None
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+    def calibration(self) -> tuple[Calibration, Artefact]:
+        """Statistics of every site and the prefix tokens."""
+        artefact = self.store.load_or_compute("calibrate", self.calibrate_inputs, self._calibrate)
+        return Calibration.load(artefact.folder), artefact
 
-    def calibration(self) -> tuple[Calibration, bool]:
-        """Statistics of every site and the prefix tokens, and whether they were there already."""
-        folder, cached = self.store.load_or_compute("calibrate", self.calibrate_inputs, self._calibrate)
-        return Calibration.load(folder), cached
-
-    def fits(self) -> tuple[dict[str, CodeFit], Path, bool]:
-        """One code per site, the artefact's folder, and whether it was there already."""
-        folder, cached = self.store.load_or_compute("search", self.search_inputs, self._search)
-        return load_fits(folder / "codes.safetensors"), folder, cached
+    def fits(self) -> tuple[dict[str, CodeFit], Artefact]:
+        """One code per site."""
+        artefact = self.store.load_or_compute("search", self.search_inputs, self._search)
+        return load_fits(artefact.folder / "codes.safetensors"), artefact
 
     def _calibrate(self, folder: Path) -> None:
-        windows, model = self.calibration_windows, self.installed()
+        windows, model = self.calibration_windows, self.models.transparent([])
         try:
             found = calibrate(model, windows, self.config.prefix)
         except ValueError as error:
@@ -206,3 +210,14 @@ class Workspace:
 def plain(node: Any) -> dict[str, Any]:
     """A config node in JSON types."""
     return {key: getattr(value, "value", value) for key, value in asdict(node).items()}
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """Within: torch computes with `count` CPU threads; None: with its own choice."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if count is None else count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,7 +1,9 @@
 """The artefact store: whole or absent, computed once, whoever is killed."""
 
+import errno
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -10,7 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spikellm.artifacts import ArtifactStore, artifact_key, read_json, write_json
+from spikellm import artifacts
+from spikellm.artifacts import ArtifactStore, Digests, artifact_key, computed_by, file_digest, read_json, write_json
+from spikellm.provenance import versions
 
 fork = multiprocessing.get_context("spawn")  # processes without torch: nothing to share
 json_values = st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=5), lambda v: st.lists(v, max_size=3), max_leaves=5)
@@ -164,3 +168,163 @@ def test_json_is_replaced_whole(tmp_path):
         write_json(path, {("no", "key"): 2})
     assert read_json(path) == {"a": 1}
     assert list(tmp_path.iterdir()) == [path]
+
+
+DAMAGE = {
+    "one byte changed": lambda folder: (folder / "result.txt").write_text("wholf"),
+    "cut": lambda folder: (folder / "result.txt").write_text("who"),
+    "empty": lambda folder: (folder / "result.txt").write_bytes(b""),
+    "gone": lambda folder: (folder / "result.txt").unlink(),
+    "a folder in its place": lambda folder: ((folder / "result.txt").unlink(), (folder / "result.txt").mkdir()),
+    "another's inputs": lambda folder: (folder / "inputs.json").write_text('{"a": 2}'),
+    "no checksums": lambda folder: (folder / "checksums.json").unlink(),
+    "checksums cut": lambda folder: (folder / "checksums.json").write_text('{"result.txt": "'),
+    "checksums of nothing": lambda folder: (folder / "checksums.json").write_text("{}"),
+    "checksums are no object": lambda folder: (folder / "checksums.json").write_text("[1]"),
+    "NUL bytes": lambda folder: (folder / "checksums.json").write_bytes(bytes(300)),
+    "versions changed": lambda folder: (folder / "versions.json").write_text("{}"),
+    "an empty folder": lambda folder: [path.unlink() for path in folder.iterdir()],
+    "a file in its place": lambda folder: (shutil.rmtree(folder), folder.write_text("")),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("looked_at", [False, True])
+def test_a_damaged_result_is_named_and_made_again(damage, looked_at, tmp_path, caplog):
+    """Once in a new process (a store that has not seen it), once in the one that has read it before."""
+    store = ArtifactStore(tmp_path)
+    folder, _ = store.load_or_compute("stage", {"a": 1}, write("whole"))
+    assert store.holds("stage", {"a": 1})
+    DAMAGE[damage](folder)
+    store = store if looked_at else ArtifactStore(tmp_path)
+    assert not store.holds("stage", {"a": 1})
+    assert store.load_or_compute("stage", {"a": 1}, write("whole")) == (folder, False)
+    assert (folder / "result.txt").read_text() == "whole"
+    assert [str(folder) in record.message for record in caplog.records] == [True]
+    assert store.load_or_compute("stage", {"a": 1}, write("another")) == (folder, True)
+    assert list(folder.parent.iterdir()) == [folder]  # no remains, no lock
+
+
+def test_a_result_under_anothers_key_is_not_taken(tmp_path):
+    store = ArtifactStore(tmp_path)
+    folder, _ = store.load_or_compute("stage", {"a": 1}, write("theirs"))
+    shutil.copytree(folder, store.folder("stage", {"a": 2}))
+    other, cached = store.load_or_compute("stage", {"a": 2}, write("mine"))
+    assert ((other / "result.txt").read_text(), cached) == ("mine", False)
+
+
+def test_files_below_folders_are_guarded_too(tmp_path):
+    def compute(folder: Path) -> None:
+        (folder / "model").mkdir()
+        write("weights")(folder / "model")
+
+    store = ArtifactStore(tmp_path)
+    folder, _ = store.load_or_compute("stage", {}, compute)
+    shutil.rmtree(folder / "model")
+    assert not store.load_or_compute("stage", {}, compute).cached
+    assert (folder / "model" / "result.txt").read_text() == "weights"
+
+
+def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    """What a power cut leaves is what was synced before the rename."""
+    synced, renamed = set(), []
+    fsync, rename = os.fsync, Path.rename
+
+    def note_rename(self, target):
+        renamed.append({path.stat().st_ino for path in [self, *self.rglob("*")]} - synced)
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (synced.add(os.fstat(descriptor).st_ino), fsync(descriptor)))
+    monkeypatch.setattr(Path, "rename", note_rename)
+
+    def compute(folder: Path) -> None:
+        (folder / "deep").mkdir()
+        write("deep")(folder / "deep")
+        write("flat")(folder)
+
+    folder, _ = ArtifactStore(tmp_path).load_or_compute("stage", {}, compute)
+    assert renamed == [set()]
+    assert folder.parent.stat().st_ino in synced
+
+
+def test_versions_lie_beside_a_result_and_are_read_from_there(tmp_path, monkeypatch):
+    store = ArtifactStore(tmp_path)
+    old = store.load_or_compute("stage", {"a": 1}, write("old"))
+    monkeypatch.setattr(artifacts, "versions", lambda: {"torch": "99"})
+    new = store.load_or_compute("stage", {"a": 2}, write("new"))
+    assert computed_by([old]) == {name: str(version) for name, version in versions().items()}
+    assert computed_by([new]) == {"torch": "99"}
+    assert computed_by([old, new])["torch"] == f"{versions()['torch']}, 99"
+
+
+def test_a_deleted_lock_does_not_cost_the_one_who_holds_it_its_work(tmp_path):
+    """Two compute the same then; neither takes what the other is writing for remains."""
+    store = ArtifactStore(tmp_path)
+
+    def compute(folder: Path) -> None:
+        for lock in folder.parent.glob("*.lock"):
+            lock.unlink()
+        other = fork.Process(target=compute_slowly, args=(str(tmp_path), str(tmp_path / "log")))
+        other.start()
+        other.join(60)
+        assert other.exitcode == 0
+        write("result")(folder)
+
+    folder, _ = store.load_or_compute("stage", {"a": 1}, compute)
+    assert (folder / "result.txt").read_text() == "result"
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_remains_of_killed_processes_go_with_the_next_computation_of_the_stage(tmp_path):
+    store = ArtifactStore(tmp_path)
+    worker = fork.Process(target=compute_and_die, args=(str(tmp_path),))
+    worker.start()
+    worker.join(60)
+    (lock,) = tmp_path.rglob("*.lock")
+    os.utime(lock, (0, 0))
+    folder, _ = store.load_or_compute("stage", {"a": 2}, write("another key"))
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_a_large_file_is_read_once_and_again_when_it_has_changed(tmp_path, monkeypatch):
+    monkeypatch.setattr(artifacts, "LARGE_BYTES", 4)
+    monkeypatch.setattr(artifacts, "SETTLED_NS", -1)
+    read = []
+    monkeypatch.setattr(artifacts, "file_digest", lambda path: (read.append(path), file_digest(path))[1])
+    path, memory = tmp_path / "weights", tmp_path / "memory.json"
+    path.write_text("abcdef")
+    first = Digests(memory).of(path)
+    assert Digests(memory).of(path) == first == file_digest(path)
+    assert len(read) == 1
+    before = path.stat()
+    path.write_text("abcdeg")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # neither size nor time decide
+    changed = Digests(memory).of(path)
+    assert changed == file_digest(path) != first
+    for damage in (b"", bytes(40), b"[]", b'{"a": 1}', memory.read_bytes()[:-9]):
+        memory.write_bytes(damage)
+        assert Digests(memory).of(path) == changed
+    memory.unlink()
+    memory.mkdir()
+    assert Digests(memory).of(path) == changed
+
+
+def test_a_file_that_was_just_written_is_not_remembered(tmp_path, monkeypatch):
+    monkeypatch.setattr(artifacts, "LARGE_BYTES", 4)
+    path = tmp_path / "weights"
+    path.write_text("abcdef")
+    Digests(tmp_path / "memory.json").of(path)
+    assert not (tmp_path / "memory.json").exists()
+
+
+def test_a_process_without_file_handles_takes_nothing_for_damaged(tmp_path, monkeypatch):
+    store = ArtifactStore(tmp_path)
+    folder, _ = store.load_or_compute("stage", {"a": 1}, write("whole"))
+
+    def refuse(path: Path) -> str:
+        raise OSError(errno.EMFILE, "too many open files", str(path))
+
+    monkeypatch.setattr(artifacts, "file_digest", refuse)
+    with pytest.raises(OSError, match="too many open files"):
+        ArtifactStore(tmp_path).load_or_compute("stage", {"a": 1}, write("another"))
+    assert (folder / "result.txt").read_text() == "whole"

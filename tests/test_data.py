@@ -5,8 +5,10 @@ from pydoc_data.topics import topics
 
 import pytest
 
+from spikellm.artifacts import Digests
 from spikellm.config import DatasetSource, InputError, TextConfig
-from spikellm.data import fingerprint, token_windows
+from spikellm.data import token_windows
+from spikellm.sources import text_source
 
 KEY = "dataset.evaluation"
 
@@ -54,12 +56,13 @@ def test_parts_of_the_embedded_text_are_fixed_and_do_not_overlap():
 def test_fingerprint_follows_the_text_and_the_cut_and_not_the_files_place(alphabet, tmp_path):
     copy = tmp_path / "copy.txt"
     copy.write_bytes(alphabet.read_bytes())
-    mine = fingerprint(text_config(alphabet, window=8), KEY)
-    assert fingerprint(text_config(copy, window=8), KEY) == mine
-    assert fingerprint(text_config(alphabet, window=4), KEY) != mine
-    assert fingerprint(text_config(alphabet, window=8, max_windows=1), KEY) != mine
+    digests = Digests(tmp_path / "memory.json")
+    mine = text_source(text_config(alphabet, window=8), digests)
+    assert text_source(text_config(copy, window=8), digests) == mine
+    assert text_source(text_config(alphabet, window=4), digests) != mine
+    assert text_source(text_config(alphabet, window=8, max_windows=1), digests) != mine
     copy.write_text("another text")
-    assert fingerprint(text_config(copy, window=8), KEY) != mine
+    assert text_source(text_config(copy, window=8), digests) != mine
 
 
 def test_wrong_texts_name_key_and_value(tmp_path):

@@ -89,6 +89,15 @@ def test_a_run_s_page(tmp_path):
         assert wanted in text, wanted
 
 
+def test_ratios_of_a_page_are_to_the_same_prefix(tmp_path):
+    found = results(4, 1, 12.0)
+    found["perplexity"]["ann_prefix"] = 8.0
+    write_results(tmp_path, found, {}, [])
+    text = Balance(write_report(tmp_path).read_text()).text
+    for wanted in ("pretrained, same prefix", "8.000", "1.2500", "1.5000", "3.0000", "with the same prefix"):
+        assert wanted in text, wanted
+
+
 def test_a_run_of_some_stages_has_a_page_too(tmp_path):
     partial = results(4, 1, 12.0)
     del partial["perplexity"], partial["search"]

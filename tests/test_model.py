@@ -4,8 +4,10 @@ import pytest
 import torch
 from conftest import SIZES, tiny_model
 
+from spikellm.artifacts import Digests
 from spikellm.config import Device, DType, HardwareConfig, InputError, ModelConfig, ModelSource
-from spikellm.model import empty_model, load_model, load_tokenizer, source_fingerprint
+from spikellm.model import empty_model, load_model, load_tokenizer
+from spikellm.sources import model_source
 
 CPU = HardwareConfig(device=Device.cpu)
 
@@ -40,9 +42,10 @@ def test_a_local_folder_loads_with_the_same_logits(tmp_path, ids):
     model.save_pretrained(tmp_path)
     config = ModelConfig(name="mine", source=ModelSource.hub, path=str(tmp_path))
     assert torch.equal(load_model(config, CPU)(ids).logits, model(ids).logits)
-    before = source_fingerprint(config)
+    digests = Digests(tmp_path / ".memory.json")
+    before = model_source(config, digests)
     tiny_model("qwen2", seed=1).save_pretrained(tmp_path)
-    assert source_fingerprint(config) != before
+    assert model_source(config, digests) != before
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from spikellm.console import console_table
-from spikellm.report import finished_results, summary_rows, value_at, write_failure, write_results, write_summary
+from spikellm.report import NOT_FINISHED, finished_results, summary_rows, value_at, write_failure, write_results, write_summary
 
 SITE = "model.layers.{}.{}"
 OPTIONS = f"seed=0 dataset.evaluation.path=/a/{'long/' * 20}name.txt"
@@ -94,6 +94,18 @@ def test_summary_has_the_shape_of_the_published_table(tmp_path):
     assert "HellaSwag" not in table  # nobody measured it
 
 
+def test_every_ratio_is_to_the_pretrained_network_with_the_same_prefix(tmp_path):
+    """And to the bare one in results of older versions, which have no other."""
+    old = results(4, 1, 12.0)
+    new = results(4, 2, 12.0, perplexity=old["perplexity"] | {"ann_prefix": 8.0})
+    new["perplexity_by_text"] = {"more": new["perplexity"]}
+    for number, each in enumerate((old, new)):
+        write_results(make(tmp_path / f"{number}-T4-G{number + 1}"), each, {}, [])
+    assert [(row["ratio"], row["ann"], row["ann_prefix"]) for row in summary_rows(tmp_path)] == [(1.2, 10.0, None), (1.5, 10.0, 8.0)]
+    lines = [[line.split()[-1] for line in console_table(each, tmp_path).splitlines() if "   x " in line] for each in (old, new)]
+    assert lines == [["1.0000", "2.4000", "1.2000"], ["1.2500", "1.0000", "3.0000", "1.5000"] * 2]
+
+
 def test_a_later_failure_is_told_and_a_later_success_forgets_it(tmp_path):
     job = make(tmp_path / "0-T4-G1")
     write_results(job, results(4, 1, 12.0), {}, [])
@@ -105,6 +117,12 @@ def test_a_later_failure_is_told_and_a_later_success_forgets_it(tmp_path):
     assert summary_rows(tmp_path)[0]["error"] is None
     assert finished_results(job, "0123")["T"] == 4
     assert finished_results(job, "4567") is None
+    for content in (b"", bytes(50), (job / "results.json").read_bytes()[:100], b"{}", b"[1]"):
+        (job / "results.json").write_bytes(content)
+        assert finished_results(job, "0123") is None
+        assert "damaged" in summary_rows(tmp_path)[0]["error"]
+    (job / "error.json").write_bytes(bytes(50))
+    assert summary_rows(tmp_path)[0]["error"] == NOT_FINISHED
 
 
 def test_published_figures_stand_beside_the_measured_ones_on_the_console(tmp_path):

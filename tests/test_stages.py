@@ -10,7 +10,7 @@ import torch
 from launch import die_inside, launch
 from test_config import configure
 
-from spikellm.config import DEFAULT_STAGES, InputError
+from spikellm.config import DEFAULT_STAGES, NETWORKS, InputError
 from spikellm.stages import STAGES, run_stages
 
 EVERY_STAGE = f"stages=[{','.join(STAGES)}]"
@@ -168,7 +168,7 @@ def test_several_texts_and_the_main_one(tmp_path):
     assert more["perplexity"] == both["perplexity"]
     assert more["perplexity_by_text"]["again"]["tokens"] == 31
     assert before.items() <= {path: path.stat().st_mtime_ns for path in artefacts(tmp_path, "evaluate")}.items()
-    assert len(artefacts(tmp_path, "evaluate")) == len(before) + 3
+    assert len(artefacts(tmp_path, "evaluate")) == len(before) + len(NETWORKS)
 
 
 def test_results_do_not_depend_on_what_was_cached(tmp_path):

@@ -32,7 +32,7 @@ def row(name: str, results: dict[str, Any]) -> str:
     cells = [
         name,
         f"{perplexity['snn']:.4g}",
-        f"{perplexity['snn'] / perplexity['ann']:.4g}",
+        f"{perplexity['snn'] / perplexity['ann_prefix']:.4g}",
         f"{results['search']['relative_mse']:.2g}",
         f"{spikes['firing_rate']:.3f}",
         f"{spikes['firing_rate_at_synapses']:.3f}",
@@ -51,7 +51,8 @@ def main() -> None:
     perplexity, spikes, energy = some["perplexity"], some["spikes"], some["energy"]
     print(
         f"\n{some['model']}, T = {some['T']}, perplexity on {perplexity['windows']} windows of {perplexity['window']} tokens, spikes on "
-        f"{spikes['windows']}; ANN perplexity {perplexity['ann']:.4g}, energy {energy['ann_pj_per_token'] / 1e6:.4g} uJ a token "
+        f"{spikes['windows']}; ANN perplexity {perplexity['ann']:.4g}, with the same prefix {perplexity['ann_prefix']:.4g}, "
+        f"energy {energy['ann_pj_per_token'] / 1e6:.4g} uJ a token "
         f"({energy['table']}: {energy['mac_pj']:g} / {energy['ac_pj']:g} pJ, {energy['source']}), {energy['int_bits']}-bit ANN "
         f"{energy['int_pj_per_token'] / 1e6:.4g} uJ\n"
     )

@@ -29,7 +29,7 @@ class Point(NamedTuple):
     T: int
     grain: str
     weight: float  # search.spike_weight
-    ratio: float = 0.0  # perplexity, SNN / ANN
+    ratio: float = 0.0  # perplexity, SNN / ANN with the same prefix
     sops: float = 0.0  # a token
     rate: float = 0.0  # spikes per neuron and step
     energy: float = 0.0  # SNN / ANN
@@ -56,7 +56,7 @@ def measure(point: Point, overrides: list[str]) -> Point:
     """The point with its figures."""
     results: dict[str, Any] = run_stages(compose_config([*overrides, *point.overrides])).results
     perplexity, spikes, energy = results["perplexity"], results["spikes"], results["energy"]
-    ratio, share = perplexity["snn"] / perplexity["ann"], energy["snn_pj_per_token"] / energy["ann_pj_per_token"]
+    ratio, share = perplexity["snn"] / perplexity["ann_prefix"], energy["snn_pj_per_token"] / energy["ann_pj_per_token"]
     return point._replace(ratio=ratio, sops=spikes["sops_per_token"], rate=spikes["firing_rate"], energy=share)
 
 

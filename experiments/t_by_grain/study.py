@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from spikellm import plots
-from spikellm.report import write_summary
+from spikellm.report import reference_perplexity, write_summary
 
 ROOT = Path(__file__).resolve().parents[2]
 OUTPUT = ROOT / "outputs" / "studies" / "t_by_grain"
@@ -48,7 +48,10 @@ def main() -> None:
     if not rows:
         sys.exit(f"{folder}: no job has measured a perplexity")
     base2 = {row["T"]: row["base2"] for row in rows}
-    print(f"ANN {rows[0]['ann']:.3f}; base 2 " + ", ".join(f"{base2[T]:.3f} (T={T})" for T in sorted(base2)))
+    print(
+        f"ANN {rows[0]['ann']:.3f}, with the same prefix {reference_perplexity(rows[0]):.3f}; base 2 "
+        + ", ".join(f"{base2[T]:.3f} (T={T})" for T in sorted(base2))
+    )
     print("\nperplexity\n\n" + table(rows, "snn", 3) + "\n\nperplexity, SNN / ANN\n\n" + table(rows, "ratio", 4))
     for name, draw in FIGURES.items():
         if plots.measured(rows, *NEEDED[name]):
