@@ -4,6 +4,7 @@ transformers fills what a checkpoint lacks with random numbers, leaves out what 
 nobody reads. Here such a checkpoint is refused, with the first name, before the long work starts.
 """
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from spikellm.boundary import blamed_on
 from spikellm.config import InputError, ModelConfig
 from spikellm.sites import ARCHITECTURES, EMBEDDING, FINAL_NORM, HEAD, SPIKING_TYPE
 
+DESCRIPTIONS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "*.index.json")
 LFS_POINTER = b"version https://git-lfs"
 OF_A_DECODER = re.compile(rf"(^|\.)layers\.\d+\.|^({re.escape(EMBEDDING)}|{re.escape(FINAL_NORM)}|{HEAD})\.")
 DERIVED = re.compile(r"\.(rotary_emb\.inv_freq|attn\.(masked_)?bias)$")  # of older transformers: buffers that the config determines
@@ -34,7 +36,9 @@ def check_folder(config: ModelConfig) -> None:
     folder, place = Path(config.path), f"model.path={config.path}"
     if (folder / "adapter_config.json").exists():
         raise InputError(f"{place}: holds an adapter (adapter_config.json); merge it into its model (merge_and_unload) and save that")
-    files = [file for pattern in ("*.json", "tokenizer.model", "model*.safetensors", "pytorch_model*.bin") for file in folder.glob(pattern)]
+    files = [
+        file for pattern in (*DESCRIPTIONS, "tokenizer.model", "model*.safetensors", "pytorch_model*.bin") for file in folder.glob(pattern)
+    ]
     for file in sorted(files):
         if not file.is_file():  # a pipe would be waited for
             raise InputError(f"{place}, {file.name}: is no file; {CURE}")
@@ -44,6 +48,11 @@ def check_folder(config: ModelConfig) -> None:
             raise InputError(f"{place}, {file.name}: is empty; {CURE}")
         if head == LFS_POINTER:
             raise InputError(f"{place}, {file.name}: is a git-lfs pointer, not the file; fetch it with: git lfs pull")
+        if file.suffix == ".json":
+            with blamed_on(f"{place}, {file.name}", CURE):
+                content = json.loads(file.read_bytes())
+            if not isinstance(content, dict):
+                raise InputError(f"{place}, {file.name}: holds no JSON object; {CURE}")
         if file.suffix == ".safetensors":
             with blamed_on(f"{place}, {file.name}", CURE), safe_open(file, "pt") as tensors:
                 tensors.keys()

@@ -65,7 +65,7 @@ def convert(work: Workspace) -> StageOutcome:
             raise ValueError(f"codes do not fit the model: {len(absent)} sites with a code or statistics alone, {absent[:3]}")
         write_json(folder / "neurons.json", {name: {"groups": len(fit.tau), "T": fit.assignment.shape[-1]} for name, fit in fits.items()})
         if work.config.save_model:
-            checkpoint.save(work.spiking(), folder / "model")
+            checkpoint.save(work.spiking(), folder / "model", rotation=work.rotation_record)
             if work.tokenizer is not None:
                 work.tokenizer.save_pretrained(folder / "model")
 

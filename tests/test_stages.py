@@ -200,10 +200,11 @@ def test_a_long_prefix_is_the_same_in_every_stage(tmp_path, monkeypatch):
 def test_more_steps_come_closer_to_the_pretrained_model(tmp_path):
     """At T = 16 base 2 is finer than the difference that shows; the error falls on the way there."""
     distance = {}
-    for T in (4, 16):
+    for T in (2, 16):
         perplexity = run(tmp_path, f"snn.T={T}", "grain=1")["perplexity"]
-        distance[T] = abs(perplexity["snn"] / perplexity["ann"] - 1)
-    assert distance[16] < 1e-3 < distance[4]
+        distance[T] = abs(perplexity["snn"] / perplexity["ann_prefix"] - 1)
+    assert distance[16] < 1e-4
+    assert distance[2] > 1e-3  # at T = 4 chance can take a random model's perplexity closer than that
 
 
 @pytest.mark.parametrize("path", ["llama", "qwen2", "qwen3", "mistral"])

@@ -81,15 +81,15 @@ def main() -> None:
         )
     theirs = (time.perf_counter() - start) / len(chosen)
 
-    lower = {"fitting": 0, "held-out": 0}
+    lower = {"fitting": 0, "reporting": 0}
     print(f"\nT={T}, G={G}, {torch.get_num_threads()} threads, statistics of {arguments.calibration or 'random sites'}")
-    print("relative squared error on held-out data, in units of base 2's:")
+    print("relative squared error on the reporting part, in units of base 2's:")
     for index, name in enumerate(names):
         fit, code = fits[name], codes.at(slice(index, index + 1))
         x, weight, _ = part_points(chosen[name], REPORT)
         theirs_held = weighted_error(x, weight, code)
         lower["fitting"] += bool(fit.objective[0] < objective[index])
-        lower["held-out"] += bool(fit.error[0] < theirs_held[0])
+        lower["reporting"] += bool(fit.error[0] < theirs_held[0])
         units = fit.error_base2[0].clamp_min(1e-30)
         print(f"  {name:48}  authors' {(theirs_held[0] / units).item():.3f}   default {(fit.error[0] / units).item():.3f}")
     print(f"seconds per site   authors' {theirs:.2f} ({len(names)} sites)   default {ours:.4f} ({len(sites)} sites)")

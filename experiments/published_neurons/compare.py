@@ -115,7 +115,7 @@ def main() -> None:
     for path in tqdm(files, unit="file", disable=None):
         raw = read_neurons(path)
         codes = stack(list(raw.values()))
-        T, G = codes.assignment.shape[-1], (codes.values.shape[-1] - 2) // 3
+        T, G = codes.assignment.shape[-1], codes.G
         model = re.sub(r"(-hf)?-T-.*", "", path.stem)
         base, same, rms, most = deviation(codes)
         likeness.append(f"| {model} | {T} | {G} | {len(raw)} | {base:.3f} | {same:.1%} | {rms:.2f} | {most:.1f} |")
