@@ -18,7 +18,7 @@ from test_stages import SMALL, artefacts, cached, run
 from test_zero_shot import byte_model, random_rows
 
 from spikellm import calibration, job
-from spikellm.command import quote_numeric_options
+from spikellm.command import quote_values
 from spikellm.config import InputError, register
 from spikellm.console import console_table
 from spikellm.conversion import clear, convert, install
@@ -235,7 +235,7 @@ def sweep_job(tmp_path, monkeypatch):
 
     def start(*arguments: str) -> tuple[dict, bool]:
         with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
-            composed = compose("config", overrides=quote_numeric_options([*SMALL, *FELT, f"output_root={tmp_path}", *arguments]))
+            composed = compose("config", overrides=quote_values([*SMALL, *FELT, f"output_root={tmp_path}", *arguments]))
         before = (folder / "results.json").stat().st_ino if (folder / "results.json").is_file() else None
         results = job.Job(composed).run()
         assert json.loads((folder / "results.json").read_text()) == results
