@@ -156,6 +156,7 @@ class SpikingModelQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         config = self.quantization_config
         install(model, rotated=config.rotated, normalise_after=config.normalise_after, query_block=config.query_block)
+        del vars(model)["save_pretrained"]  # its class knows how
         places = model_sites(model)
         if {site.name for site in places} != set(config.sites):
             raise InputError(f"{model.config.name_or_path}: tables of {len(config.sites)} sites for a model of {len(places)}; {CURE}")
@@ -312,5 +313,6 @@ def save(model: PreTrainedModel, folder: Path, *, rotation: dict[str, Any] | Non
     twin = kind.__new__(kind)  # the same modules under another config and name
     config_class: Any = kind.config_class
     vars(twin).update(vars(model), config=config_class.from_dict(model.config.to_dict()))
+    vars(twin).pop("save_pretrained", None)  # its class knows how
     twin.config.quantization_config = described(model, rotation=rotation)
     twin.save_pretrained(folder)

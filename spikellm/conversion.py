@@ -82,6 +82,18 @@ def install(model: PreTrainedModel, *, rotated: bool, normalise_after: bool = Tr
     replace(model, FINAL_NORM, SpikingRMSNorm.adopt(model.get_submodule(FINAL_NORM)))
     replace(model, HEAD, WideLinear.adopt(model.get_submodule(HEAD)))
     model.set_attn_implementation(IMPLEMENTATION)
+    vars(model)["save_pretrained"] = _refuse_saving  # `checkpoint.py` gives a model that can be saved its own
+
+
+def _refuse_saving(*_: Any, **__: Any) -> None:
+    """`save_pretrained` of a class that knows no neurons: anybody would open what it writes as a plain model.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError(
+        "a model with neuron slots is saved by spikellm.checkpoint.save(model, folder); save_pretrained would leave the neurons out"
+    )
 
 
 def replace(root: nn.Module, path: str, successor: nn.Module) -> None:

@@ -305,3 +305,12 @@ def test_a_plain_class_is_stopped_too(saved):
     with pytest.raises(ValueError, match="none for a plain model"):
         LlamaForCausalLM.from_pretrained(saved)
     assert AutoConfig.from_pretrained(saved).model_type.startswith("llama, spiking")
+
+
+def test_save_pretrained_of_a_plain_class_writes_nothing(tmp_path):
+    model = tiny_model()
+    install(model, rotated=False, query_block=16)
+    convert(model, base2_tables(model), compiled=False)
+    with pytest.raises(ValueError, match=r"spikellm\.checkpoint\.save"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
