@@ -1,5 +1,7 @@
 """Half-precision models are the networks that they claim to be. Truth: transformers, or a dense formula, in float64 on the same weights."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from conftest import base2_table, base2_tables, norm_ratio, tiny_model
@@ -7,15 +9,17 @@ from torch import nn
 
 from spikellm.attention import SpikingAttention
 from spikellm.calibration import calibrate, observing
+from spikellm.code_fit import CodeFit
 from spikellm.config import Device, DType, HardwareConfig, ModelConfig, ModelSource, PrefixConfig
-from spikellm.conversion import convert, get_neuron, install, model_sites
+from spikellm.conversion import clear, convert, get_neuron, install, model_sites
+from spikellm.evaluation import perplexity
 from spikellm.hadamard import hadamard_matrix, split
 from spikellm.model import load_model
 from spikellm.modules import SpikingLinear, WideLinear
 from spikellm.neuron import PhaseNeuron, decode, fire
 from spikellm.prefix import attach_prefix
 from spikellm.rotation import random_signs, rotate
-from spikellm.search import search
+from spikellm.search import base2_search, search
 from spikellm.statistics import Observer
 from spikellm.stepped import stepped
 
@@ -270,3 +274,33 @@ def test_statistics_do_not_depend_on_the_batch():
             assert torch.equal(getattr(one, field), getattr(four, field))
         if one.weights is not None:
             torch.testing.assert_close(one.weights, four.weights, rtol=1e-6, atol=0)
+
+
+@pytest.mark.slow
+def test_the_real_model_in_bfloat16_is_the_real_model(real_model, real_tokenizer):
+    """Perplexities of the ANN and of base-2 networks, relative to float32's. A thousand tokens: at T = 8 coding noise alone is 0.3 %."""
+    from pydoc_data.topics import topics
+
+    text = real_tokenizer("\n\n".join(topics[name] for name in sorted(topics)[:12]), add_special_tokens=False, verbose=False)["input_ids"]
+    calibration, windows = torch.tensor(text[:512])[None], torch.tensor(text[512 : 512 + 2 * 512]).view(2, 512)
+    found: dict[torch.dtype, list[float]] = {}
+    fits: dict[int, dict[str, CodeFit]] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = deepcopy(real_model)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+        found[dtype] = [perplexity(model, windows, label="ann").value]
+        rotate(model, seed=0)
+        install(model, rotated=True)
+        attach_prefix(model, [1])
+        found[dtype].append(perplexity(model, windows, label="transparent").value)
+        if not fits:
+            statistics = calibrate(model, calibration, PrefixConfig()).statistics
+            fits = {T: base2_search(statistics, T) for T in (8, 10)}
+        for T in (8, 10):
+            clear(model)
+            attach_prefix(model, [1])
+            convert(model, {name: fit.table for name, fit in fits[T].items()})
+            found[dtype].append(perplexity(model, windows, label=f"T={T}").value)
+    for wanted, value, allowed in zip(found[torch.float32], found[torch.bfloat16], (0.005, 0.005, 0.01, 0.005), strict=True):
+        assert value == pytest.approx(wanted, rel=allowed)
