@@ -8,11 +8,11 @@ from contextlib import suppress
 import hydra
 from omegaconf import DictConfig
 
-from spikellm.command import INPUT_ERRORS, exit_code, explain, quote_values, raise_on_termination
-from spikellm.config import register
-from spikellm.console import console_table
-from spikellm.job import Job
-from spikellm.report import objective
+from spikellm.config.schema import register
+from spikellm.report.console import console_table
+from spikellm.report.results import objective
+from spikellm.run.command import INPUT_ERRORS, exit_code, explain, quote_values, raise_on_termination
+from spikellm.run.job import Job
 
 log = logging.getLogger("spikellm")
 logging.raiseExceptions = False  # a full disk is reported once, not by every line of the log

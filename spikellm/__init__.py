@@ -11,13 +11,13 @@ __version__ = "0.1.0"
 # Name -> module; imported on first use, so that `import spikellm` costs no torch. No name may be a module's, whose import would
 # replace it.
 _PUBLIC = {
-    "PhaseNeuron": "neuron",
-    "PhaseTable": "neuron",
-    "convert": "conversion",
-    "install": "conversion",
-    "model_sites": "conversion",
-    "perplexity": "evaluation",
-    "rotate": "rotation",
+    "PhaseNeuron": "coding.neuron",
+    "PhaseTable": "coding.neuron",
+    "convert": "model.conversion",
+    "install": "model.conversion",
+    "model_sites": "model.conversion",
+    "perplexity": "evaluation.perplexity",
+    "rotate": "model.rotation",
 }
 __all__ = sorted(_PUBLIC)
 

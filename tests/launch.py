@@ -28,7 +28,9 @@ class Finished:
 
 def launch(*arguments: str, before: Callable[..., None] | None = None, values: tuple = (), timeout: float = 120) -> Finished:
     """Run main.py; `before(*values)`, a module-level function, is called in the new process first."""
-    SERVER.set_forkserver_preload(["spikellm.stages", "spikellm.html_report", "matplotlib.backends.backend_svg", "hydra._internal.hydra"])
+    SERVER.set_forkserver_preload(
+        ["spikellm.run.stages", "spikellm.report.html", "matplotlib.backends.backend_svg", "hydra._internal.hydra"]
+    )
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder) / "out", Path(folder) / "err"
         process = SERVER.Process(target=_main, args=(arguments, str(out), str(err), before, values))
@@ -48,7 +50,7 @@ def plain(*arguments: str, timeout: float = 300) -> Finished:
 
 def die_inside(stage: str, number: int = signal.SIGKILL, time: int = 1) -> None:
     """Signal this process when `stage` has written its files for the `time`-th time and before they are put in place: the worst moment."""
-    from spikellm.artifacts import ArtifactStore
+    from spikellm.store.artifacts import ArtifactStore
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background is started with SIGINT ignored
     whole, count = ArtifactStore.load_or_compute, 0

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spikellm import artifacts
-from spikellm.artifacts import ArtifactStore, Digests, artifact_key, computed_by, file_digest, read_json, write_json
-from spikellm.provenance import versions
+from spikellm.store import artifacts
+from spikellm.store.artifacts import ArtifactStore, Digests, artifact_key, computed_by, file_digest, read_json, write_json
+from spikellm.store.provenance import versions
 
 fork = multiprocessing.get_context("spawn")  # processes without torch: nothing to share
 json_values = st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=5), lambda v: st.lists(v, max_size=3), max_leaves=5)

@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
-from spikellm.attention import exponentials, spiking_attention, visible_blocks
-from spikellm.conversion import convert, install
-from spikellm.prefix import attach_prefix
-from spikellm.rotation import rotate
-from spikellm.stepped import stepped
+from spikellm.execution.stepped import stepped
+from spikellm.kernels.attention import exponentials, visible_blocks
+from spikellm.model.attention import spiking_attention
+from spikellm.model.conversion import convert, install
+from spikellm.model.prefix import attach_prefix
+from spikellm.model.rotation import rotate
 
 BLOCK = 16  # queries per block: several blocks in every test
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from spikellm import boundary
-from spikellm.boundary import blamed_on
-from spikellm.config import InputError
+from spikellm.config import boundary
+from spikellm.config.boundary import blamed_on
+from spikellm.config.schema import InputError
 
 CURE = "give another file"
 

@@ -12,13 +12,13 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCa
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
-import spikellm.checkpoint
-from spikellm.conversion import convert, get_neuron, install, model_sites, set_neuron
-from spikellm.neuron import PhaseNeuron, PhaseTable
-from spikellm.prefix import attach_prefix
-from spikellm.rotation import rotate
-from spikellm.sites import SiteKind
-from spikellm.stepped import stepped
+import spikellm.model.checkpoint
+from spikellm.coding.neuron import PhaseNeuron, PhaseTable
+from spikellm.execution.stepped import stepped
+from spikellm.model.conversion import convert, get_neuron, install, model_sites, set_neuron
+from spikellm.model.prefix import attach_prefix
+from spikellm.model.rotation import rotate
+from spikellm.model.sites import SiteKind
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -50,7 +50,7 @@ def spiking(name="llama", *, dtype=torch.float32, rotated=True, after=True, pref
 def test_round_trip_keeps_every_logit_and_generates(name, prefix, tmp_path, ids):
     model = spiking(name, prefix=prefix)
     wanted = model(ids).logits
-    spikellm.checkpoint.save(model, tmp_path)
+    spikellm.model.checkpoint.save(model, tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     assert sum(isinstance(module, PhaseNeuron) for module in again.modules()) == 19
     assert torch.equal(again(ids).logits, wanted)
@@ -65,7 +65,7 @@ def test_round_trip_keeps_every_logit_and_generates(name, prefix, tmp_path, ids)
 )
 def test_mixed_tables_come_back_bit_for_bit_in_every_dtype(dtype, rotated, after, prefix, tmp_path, ids):
     model = spiking(dtype=dtype, rotated=rotated, after=after, prefix=prefix, tables=mixed_tables)
-    spikellm.checkpoint.save(model, tmp_path)
+    spikellm.model.checkpoint.save(model, tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert {parameter.dtype for parameter in again.parameters()} == {dtype}
     assert torch.equal(again(ids).logits, model(ids).logits)
@@ -86,14 +86,14 @@ def test_rounded_rope_frequencies_stay_rounded(dtype, tmp_path, ids):
     model = tiny_model().to(dtype)
     install(model, rotated=False, query_block=16)
     convert(model, base2_tables(model), compiled=False)
-    spikellm.checkpoint.save(model, tmp_path)
+    spikellm.model.checkpoint.save(model, tmp_path)
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, model(ids).logits)
 
 
 def test_another_dtype_rounds_weights_and_never_tables(tmp_path, ids):
     odd = {"tables": lambda model: {name: replace(table, d=table.d * 1.001) for name, table in base2_tables(model).items()}}
     model = spiking(dtype=torch.float64, **odd)
-    spikellm.checkpoint.save(model, tmp_path)
+    spikellm.model.checkpoint.save(model, tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert torch.isfinite(again(ids).logits).all()
     for site in model_sites(model):
@@ -105,7 +105,7 @@ def test_another_dtype_rounds_weights_and_never_tables(tmp_path, ids):
 def test_saving_changes_nothing_in_the_model(tmp_path, ids):
     model = spiking()
     before, config, names = model(ids).logits, copy.deepcopy(model.config.to_dict()), set(vars(model))
-    spikellm.checkpoint.save(model, tmp_path)
+    spikellm.model.checkpoint.save(model, tmp_path)
     assert model.config.to_dict() == config
     assert set(vars(model)) == names
     assert type(model) is LlamaForCausalLM
@@ -114,9 +114,9 @@ def test_saving_changes_nothing_in_the_model(tmp_path, ids):
 
 def test_saved_again_it_is_the_same(tmp_path, ids):
     model = spiking(tables=mixed_tables)
-    spikellm.checkpoint.save(model, tmp_path / "0", rotation={"kind": "hadamard", "seed": 0, "hash": "ab"})
+    spikellm.model.checkpoint.save(model, tmp_path / "0", rotation={"kind": "hadamard", "seed": 0, "hash": "ab"})
     first = AutoModelForCausalLM.from_pretrained(tmp_path / "0")
-    spikellm.checkpoint.save(first, tmp_path / "1", rotation={"kind": "hadamard", "seed": 0, "hash": "ab"})
+    spikellm.model.checkpoint.save(first, tmp_path / "1", rotation={"kind": "hadamard", "seed": 0, "hash": "ab"})
     first.save_pretrained(tmp_path / "2")
     configs = [json.loads((tmp_path / each / "config.json").read_text()) for each in "012"]
     assert configs[0] == configs[1] == configs[2]
@@ -137,25 +137,25 @@ def test_a_model_that_is_not_wholly_spiking_is_not_saved(tmp_path):
     model = tiny_model()
     install(model, rotated=False, query_block=16)
     with pytest.raises(ValueError, match="input_layernorm"):
-        spikellm.checkpoint.save(model, tmp_path)
+        spikellm.model.checkpoint.save(model, tmp_path)
     model = spiking()
     with stepped(model), pytest.raises(ValueError, match="stepped"):
-        spikellm.checkpoint.save(model, tmp_path)
+        spikellm.model.checkpoint.save(model, tmp_path)
     model.model.layers[1].self_attn.spiking.clear_prefix()
     with pytest.raises(ValueError, match="layers differ"):
-        spikellm.checkpoint.save(model, tmp_path)
+        spikellm.model.checkpoint.save(model, tmp_path)
     silent = {name: replace(table, d=0 * table.d) for name, table in base2_tables(model).items()}
     with pytest.raises(ValueError, match="d is 0 everywhere"):
-        spikellm.checkpoint.save(spiking(tables=lambda _: silent), tmp_path)
+        spikellm.model.checkpoint.save(spiking(tables=lambda _: silent), tmp_path)
     with pytest.raises(ValueError, match=r"rounded to torch\.bfloat16"):
-        spikellm.checkpoint.save(spiking().to(torch.bfloat16), tmp_path)
+        spikellm.model.checkpoint.save(spiking().to(torch.bfloat16), tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved")
-    spikellm.checkpoint.save(spiking(tables=mixed_tables), folder)
+    spikellm.model.checkpoint.save(spiking(tables=mixed_tables), folder)
     return folder
 
 
@@ -296,7 +296,7 @@ def test_who_does_not_know_the_format_is_stopped_and_told(loader, saved, monkeyp
     for mapping in (CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING):
         monkeypatch.setattr(mapping, "_extra_content", {})
     for mapping in (AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING):
-        monkeypatch.delitem(mapping, spikellm.checkpoint.METHOD)
+        monkeypatch.delitem(mapping, spikellm.model.checkpoint.METHOD)
     with pytest.raises(ValueError, match=r"pip install spikellm, import spikellm\.checkpoint"):
         loader.from_pretrained(saved)
 

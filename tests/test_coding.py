@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spikellm.coding import assignments, base2_amplitudes, default_v0, phase_amplitudes
-from spikellm.sites import sites
+from spikellm.coding.grains import assignments, base2_amplitudes, default_v0, phase_amplitudes
+from spikellm.model.sites import sites
 
 law = settings(deadline=None, max_examples=80, derandomize=True)
 

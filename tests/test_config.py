@@ -7,8 +7,8 @@ import pytest
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from spikellm.command import command_line, compose_config, quote_values
-from spikellm.config import MAX_T, Config, Device, InputError, ModelSource
+from spikellm.config.schema import MAX_T, Config, Device, InputError, ModelSource
+from spikellm.run.command import command_line, compose_config, quote_values
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 GROUPS = ("model", "timesteps", "grain", "dataset", "texts", "hardware", "tracking", "experiment")

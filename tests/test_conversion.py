@@ -7,12 +7,13 @@ import torch
 from conftest import TINY, base2_tables, norm_ratio, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from spikellm import ledger
-from spikellm.checkpoint import save
-from spikellm.conversion import clear, convert, get_neuron, install, model_sites, set_neuron
-from spikellm.neuron import PhaseNeuron
-from spikellm.sites import SiteKind
-from spikellm.stepped import fitting_chunk, stepped
+from spikellm.coding.neuron import PhaseNeuron
+from spikellm.execution.memory import fitting_chunk
+from spikellm.execution.stepped import stepped
+from spikellm.model.checkpoint import save
+from spikellm.model.conversion import clear, convert, get_neuron, install, model_sites, set_neuron
+from spikellm.model.sites import SiteKind
+from spikellm.spikes import ledger
 
 PUBLISHED_MODELS = {
     "llama2_7b": {

@@ -6,12 +6,12 @@ from pydoc_data.topics import topics
 
 import pytest
 
-from spikellm.artifacts import Digests
-from spikellm.config import DatasetSource, InputError, TextConfig
-from spikellm.data import token_windows
-from spikellm.published import file_hash
-from spikellm.sources import text_source
-from spikellm.zero_shot import read_rows
+from spikellm.config.schema import DatasetSource, InputError, TextConfig
+from spikellm.evaluation.texts import token_windows
+from spikellm.evaluation.zero_shot import read_rows
+from spikellm.search.published import file_hash
+from spikellm.store.artifacts import Digests
+from spikellm.store.sources import text_source
 
 KEY = "dataset.evaluation"
 

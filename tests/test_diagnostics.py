@@ -5,15 +5,15 @@ import torch
 from conftest import observed, tiny_model
 from torch import nn
 
-from spikellm.code_plots import write_density_plots
-from spikellm.config import Coding
-from spikellm.conversion import get_neuron, install, model_sites
-from spikellm.diagnostics import damage, lloyd_max, site_levels, site_rows, spelled_levels
-from spikellm.evaluation import perplexity
-from spikellm.neuron import PhaseTable
-from spikellm.search import base2_search, search
-from spikellm.sites import SiteKind
-from spikellm.traditional import fit_traditional
+from spikellm.coding.neuron import PhaseTable
+from spikellm.config.schema import Coding
+from spikellm.evaluation.density_plots import write_density_plots
+from spikellm.evaluation.diagnostics import damage, lloyd_max, site_levels, site_rows, spelled_levels
+from spikellm.evaluation.perplexity import perplexity
+from spikellm.model.conversion import get_neuron, install, model_sites
+from spikellm.model.sites import SiteKind
+from spikellm.search.search import base2_search, search
+from spikellm.search.traditional import fit_traditional
 
 
 # Max 1960, table I: least mean squared error of a unit Gaussian with 2 n levels, symmetric about 0.
@@ -137,8 +137,8 @@ def test_damage_puts_neurons_where_it_says_and_takes_them_away(tmp_path, ids):
     model = tiny_model()
     reference = perplexity(model, ids, label="").value
     install(model, rotated=False)
-    from spikellm.calibration import calibrate
-    from spikellm.config import PrefixConfig
+    from spikellm.calibration.calibrate import calibrate
+    from spikellm.config.schema import PrefixConfig
 
     statistics = calibrate(model, ids, PrefixConfig(enabled=False)).statistics
     fits = search(statistics, T=4, G=2, seed=0, compiled=False)

@@ -6,8 +6,8 @@ from conftest import observed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spikellm.neuron import PhaseNeuron, PhaseTable, count_spikes, decode, encode, fire
-from spikellm.search import base2_search, search
+from spikellm.coding.neuron import PhaseNeuron, PhaseTable, count_spikes, decode, encode, fire
+from spikellm.search.search import base2_search, search
 
 
 def one_row(theta, h, d, v0=0.0, **flags) -> PhaseTable:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from test_config import CONF, configure
 
-from spikellm.config import PROJECT_ROOT, Config
-from spikellm.fields import comments, describe, field_help
+from spikellm.config.help import comments, describe, field_help
+from spikellm.config.schema import PROJECT_ROOT, Config
 
 README = (PROJECT_ROOT / "README.md").read_text(encoding="utf-8")
 READING_ORDER = README.partition("## Reading order")[2].partition("\n## ")[0]
@@ -32,7 +32,7 @@ ANN = {"llama2_7b": 5.47, "llama3_8b": 6.1}
 @pytest.mark.parametrize("row", describe(Config), ids=lambda row: row[0])
 def test_every_field_is_documented(row):
     name, kind, _, meaning = row
-    assert len(meaning.split()) >= 2, f"{name} ({kind}) has no comment in config.py; --help shows it"
+    assert len(meaning.split()) >= 2, f"{name} ({kind}) has no comment in config/schema.py; --help shows it"
 
 
 def test_help_text_is_made_of_names_defaults_comments_and_choices():
@@ -67,15 +67,22 @@ def test_help_text_is_made_of_names_defaults_comments_and_choices():
 
 
 def files_of_the_tree() -> list[str]:
-    package = [path.name for path in (PROJECT_ROOT / "spikellm").rglob("*") if path.suffix in (".py", ".j2")]
+    rooms = [path.parent.name for path in (PROJECT_ROOT / "spikellm").glob("*/__init__.py")]
+    files = [
+        f"{room}: {path.name}" for room in rooms for path in (PROJECT_ROOT / "spikellm" / room).rglob("*") if path.suffix in (".py", ".j2")
+    ]
     folders = [f"experiments/{path.parent.name}" for path in (PROJECT_ROOT / "experiments").glob("*/README.md")]
     groups = [f"conf/{path.name}" for path in CONF.iterdir() if path.is_dir()]
-    return sorted({"main.py", "Makefile", "pyproject.toml", "tests/", *package, *folders, *groups} - {"__init__.py"})
+    return sorted(
+        {"main.py", "Makefile", "pyproject.toml", "tests/", *files, *folders, *groups} - {f"{room}: __init__.py" for room in rooms}
+    )
 
 
 @pytest.mark.parametrize("name", files_of_the_tree())
 def test_every_file_is_named_in_the_reading_order(name):
-    assert re.search(rf"(?<!\w){re.escape(name)}", READING_ORDER), f"{name} is not in README.md's reading order"
+    room, _, file = name.rpartition(": ")
+    rows = [row for row in READING_ORDER.splitlines() if row.startswith(f"| `spikellm/{room}/`")] if room else [READING_ORDER]
+    assert any(re.search(rf"(?<!\w){re.escape(file)}", row) for row in rows), f"{name} is not in README.md's reading order"
 
 
 def test_every_experiment_folder_says_what_it_asks_and_how():
@@ -118,9 +125,9 @@ def test_published_experiments_dry_run_without_weights(name, sizes, tmp_path):
     """From a local config alone: the architecture on the meta device has the 289 sites of the published files."""
     from transformers import LlamaConfig
 
-    from spikellm.hadamard import hadamard_factors
-    from spikellm.model import empty_model
-    from spikellm.sites import check_architecture, decoder_layers, sites
+    from spikellm.kernels.hadamard import hadamard_factors
+    from spikellm.model.load import empty_model
+    from spikellm.model.sites import check_architecture, decoder_layers, sites
 
     LlamaConfig(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, **sizes).save_pretrained(tmp_path)
     model = empty_model(configure(f"experiment={name}", f"model.path={tmp_path}").model)
@@ -140,4 +147,4 @@ def test_figures_of_another_model_t_or_grain_are_not_compared():
 def test_no_file_of_the_tree_is_forgotten_by_the_package():
     """Templates are package data: an installed wheel has them, too."""
     assert '"templates/*.j2"' in (PROJECT_ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    assert Path(PROJECT_ROOT / "spikellm" / "templates" / "report.html.j2").is_file()
+    assert Path(PROJECT_ROOT / "spikellm" / "report" / "templates" / "report.html.j2").is_file()

@@ -7,7 +7,7 @@ from test_conversion import PUBLISHED_MODELS
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from spikellm.energy import (
+from spikellm.spikes.energy import (
     COST_TABLES,
     CostTable,
     DecoderShape,
@@ -20,7 +20,7 @@ from spikellm.energy import (
     softmax_quotients,
     spiking_operations,
 )
-from spikellm.ledger import decoder_shape
+from spikellm.spikes.ledger import decoder_shape
 
 
 def macs(operations: list[Operation]) -> int:

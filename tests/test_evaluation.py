@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import base2_tables, tiny_model
 
-from spikellm.conversion import convert, install
-from spikellm.evaluation import perplexity
+from spikellm.evaluation.perplexity import perplexity
+from spikellm.model.conversion import convert, install
 
 
 def perplexity_by_transformers(model, windows) -> float:

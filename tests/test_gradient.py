@@ -6,10 +6,10 @@ import pytest
 import torch
 from test_config import configure
 
-from spikellm.gradient import BATCH, Schedule, SurrogateSpike, descend_grains, differentiable_encode, draw_samples
-from spikellm.neuron import PhaseTable, encode
-from spikellm.search import gradient_search
-from spikellm.statistics import CHOOSE, FIT, REPORT, Observer
+from spikellm.calibration.statistics import CHOOSE, FIT, REPORT, Observer
+from spikellm.coding.neuron import PhaseTable, encode
+from spikellm.search.gradient import BATCH, Schedule, SurrogateSpike, descend_grains, differentiable_encode, draw_samples
+from spikellm.search.search import gradient_search
 
 QUICK = Schedule(outer=4, inner=10, samples=2000, rate=1e-3)
 
@@ -137,7 +137,7 @@ def test_the_search_returns_fits(G):
 
 
 def test_it_is_an_option_of_the_command_line(tmp_path):
-    from spikellm.stages import run_stages
+    from spikellm.run.stages import run_stages
 
     arguments = ["gradient_outer=1", "gradient_inner=1", "gradient_samples=50", "groups=site", "method=gradient"]
     small = ["model=tiny", "hardware.compile=false", "dataset.calibration.window=64", "dataset.calibration.max_windows=2"]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from scipy.linalg import hadamard as scipy_hadamard
 
-from spikellm.hadamard import hadamard_factors, hadamard_matrix, hadamard_transform, split
+from spikellm.kernels.hadamard import hadamard_factors, hadamard_matrix, hadamard_transform, split
 
 ORDERS = [1, 2, 4, 12, 20, 28, 36, 44, 52, 60, 76, 108, 172]
 # head, hidden and MLP widths of the models in conf/model

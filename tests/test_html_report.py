@@ -14,10 +14,10 @@ from test_config import configure
 from test_report import ZERO_SHOT, make, results, sites, sweep
 from test_stages import SMALL
 
-from spikellm import plots
-from spikellm.config import InputError
-from spikellm.html_report import rebuild, write_report
-from spikellm.report import write_results
+from spikellm.config.schema import InputError
+from spikellm.report import plots
+from spikellm.report.html import rebuild, write_report
+from spikellm.report.results import write_results
 
 VOID = {"meta", "link", "img", "br"}
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)

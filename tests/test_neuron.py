@@ -10,7 +10,8 @@ from conftest import base2_table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spikellm.neuron import PhaseNeuron, PhaseTable, count_spikes, decode, encode, fire, fused
+from spikellm.coding.neuron import PhaseNeuron, PhaseTable, count_spikes, decode, encode, fire
+from spikellm.kernels.compiled import fused
 
 law = settings(deadline=None, max_examples=60, derandomize=True)
 
@@ -194,7 +195,7 @@ def test_groups_that_do_not_divide_the_axis_are_an_error():
 
 
 def test_without_a_compiler_the_plain_pass_is_used(monkeypatch, caplog):
-    from spikellm import neuron
+    from spikellm.coding import neuron
 
     monkeypatch.setattr(neuron.shutil, "which", lambda _: None)
     neuron.fused.cache_clear()
@@ -209,7 +210,7 @@ def test_without_a_compiler_the_plain_pass_is_used(monkeypatch, caplog):
 @pytest.mark.parametrize(("device", "missing", "cure"), [("cuda", "find_spec", "triton"), ("cpu", "shutil", "g++")])
 def test_without_a_compiler_neurons_run_unfused_and_say_so(device, missing, cure, monkeypatch, caplog):
     absent = {"find_spec": lambda _: None, "shutil": SimpleNamespace(which=lambda _: None)}[missing]
-    monkeypatch.setattr(f"spikellm.neuron.{missing}", absent)
+    monkeypatch.setattr(f"spikellm.coding.neuron.{missing}", absent)
 
     def kernel():
         """Not seen by `fused` before."""

@@ -7,21 +7,21 @@ import torch
 from conftest import base2_table, base2_tables, norm_ratio, tiny_model
 from torch import nn
 
-from spikellm.attention import SpikingAttention
-from spikellm.calibration import calibrate, observing
-from spikellm.code_fit import CodeFit
-from spikellm.config import Device, DType, HardwareConfig, ModelConfig, ModelSource, PrefixConfig
-from spikellm.conversion import clear, convert, get_neuron, install, model_sites
-from spikellm.evaluation import perplexity
-from spikellm.hadamard import hadamard_matrix, split
-from spikellm.model import load_model
-from spikellm.modules import SpikingLinear, WideLinear
-from spikellm.neuron import PhaseNeuron, decode, fire
-from spikellm.prefix import attach_prefix
-from spikellm.rotation import random_signs, rotate
-from spikellm.search import base2_search, search
-from spikellm.statistics import Observer
-from spikellm.stepped import stepped
+from spikellm.calibration.calibrate import calibrate, observing
+from spikellm.calibration.statistics import Observer
+from spikellm.coding.neuron import PhaseNeuron, decode, fire
+from spikellm.config.schema import Device, DType, HardwareConfig, ModelConfig, ModelSource, PrefixConfig
+from spikellm.evaluation.perplexity import perplexity
+from spikellm.execution.stepped import stepped
+from spikellm.kernels.hadamard import hadamard_matrix, split
+from spikellm.model.attention import SpikingAttention
+from spikellm.model.conversion import clear, convert, get_neuron, install, model_sites
+from spikellm.model.load import load_model
+from spikellm.model.modules import SpikingLinear, WideLinear
+from spikellm.model.prefix import attach_prefix
+from spikellm.model.rotation import random_signs, rotate
+from spikellm.search.fit import CodeFit
+from spikellm.search.search import base2_search, search
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 HALF = (torch.float16, torch.bfloat16)

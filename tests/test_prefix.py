@@ -4,8 +4,8 @@ import pytest
 import torch
 from conftest import norm_ratio, tiny_model
 
-from spikellm.conversion import install
-from spikellm.prefix import attach_prefix, find_prefix_tokens, keep_what_helps
+from spikellm.model.conversion import install
+from spikellm.model.prefix import attach_prefix, find_prefix_tokens, keep_what_helps
 
 BOS, LOUD, LOUDER = 1, 7, 9
 QUIET = 20  # tokens from here on

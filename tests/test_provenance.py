@@ -6,16 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from spikellm.provenance import COMPUTED_BY, PACKAGE, closure, code_fingerprint
+from spikellm.store.provenance import COMPUTED_BY, PACKAGE, closure, code_fingerprint
 
 MODULES = {
-    "first.py": '"""A module."""\nfrom package.second import g\nRATE = 2.0\n\ndef f(x):\n    """Twice."""\n    return RATE * g(x)\n',
+    "first.py": '"""A module."""\nfrom package.config import schema\nfrom package.second import g\n'
+    "RATE = 2.0\n\n"
+    '\ndef f(x):\n    """Twice."""\n    return RATE * g(x)\n',
     "second.py": "def g(x):\n    from package import third\n    return third.h(x)\n",
     "third.py": "import package.deep.fourth\n\ndef h(x):\n    return x + 1\n",
     "deep/__init__.py": "",
     "deep/fourth.py": "from package import first  # a circle\n",
     "bystander.py": "import package.first\n",
-    "config.py": "DEFAULT = 1\n",
+    "config/schema.py": "DEFAULT = 1\n",
 }
 SEEN = {
     "a constant": ("first.py", "RATE = 2.0", "RATE = 2.5"),
@@ -29,7 +31,7 @@ NOT_SEEN = {
     "a module's docstring": ("first.py", "A module.", "The module."),
     "layout": ("third.py", "x + 1", "(x\n        + 1)"),
     "a module that imports": ("bystander.py", "import", "A = 1\nimport"),
-    "the schema": ("config.py", "1", "2"),
+    "the schema": ("config/schema.py", "1", "2"),
 }
 
 
@@ -60,38 +62,62 @@ def test_an_edit_of_anything_else_is_not(change, fingerprint):
 
 # constant or function -> its module and the stages whose results it changes (their keys are in those of later stages)
 EDITS = {
-    "SOFTMAX_ROW_STRIDE": ("calibration", {"calibrate"}),
-    "PREFIX_WINDOWS": ("calibration", {"calibrate"}),
-    "GENERATIONS": ("evolution", {"search"}),
-    "MEMBERS": ("evolution", {"search"}),
-    "SIGNED_SPIKE_WEIGHT": ("fitting", {"search"}),
-    "squared_error": ("evolution", {"search"}),
-    "find_prefix_tokens": ("prefix", {"calibrate"}),
-    "rotate": ("rotation", {"calibrate"}),
-    "encode": ("neuron", {"search", "convert", "evaluate", "evaluate base2", "evaluate stepped", "spikes", "diagnose"}),
-    "readout_perplexities": ("evaluation", {"evaluate", "evaluate base2", "evaluate stepped", "evaluate ann", "diagnose"}),
-    "spike_linear": ("temporal", {"evaluate stepped"}),
-    "lloyd_max": ("diagnostics", {"diagnose"}),
-    "token_windows": ("data", {"calibrate", "evaluate", "evaluate ann"}),
+    "SOFTMAX_ROW_STRIDE": ("calibration.calibrate", {"calibrate"}),
+    "PREFIX_WINDOWS": ("calibration.calibrate", {"calibrate"}),
+    "GENERATIONS": ("search.evolution", {"search"}),
+    "MEMBERS": ("search.evolution", {"search"}),
+    "SIGNED_SPIKE_WEIGHT": ("search.methods", {"search"}),
+    "squared_error": ("search.evolution", {"search"}),
+    "find_prefix_tokens": ("model.prefix", {"calibrate"}),
+    "rotate": ("model.rotation", {"calibrate"}),
+    "encode": ("coding.neuron", {"search", "convert", "evaluate", "evaluate base2", "evaluate stepped", "spikes", "diagnose"}),
+    "readout_perplexities": ("evaluation.perplexity", {"evaluate", "evaluate base2", "evaluate stepped", "evaluate ann", "diagnose"}),
+    "spike_linear": ("kernels.temporal", {"evaluate stepped"}),
+    "lloyd_max": ("evaluation.diagnostics", {"diagnose"}),
+    "token_windows": ("evaluation.texts", {"calibrate", "evaluate", "evaluate ann"}),
 }
 
 
 @pytest.mark.parametrize("name", EDITS)
 def test_every_constant_and_formula_is_in_the_keys_of_what_it_computes(name):
     module, stages = EDITS[name]
-    tree = ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
+    tree = ast.parse(PACKAGE.joinpath(*module.split(".")).with_suffix(".py").read_text(encoding="utf-8"))
     defined = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     defined |= {each.id for node in tree.body if isinstance(node, ast.Assign) for each in ast.walk(node) if isinstance(each, ast.Name)}
     assert name in defined
     assert stages <= {stage for stage, (_, modules) in COMPUTED_BY.items() if module in closure(modules, PACKAGE)}
 
 
-@pytest.mark.parametrize("name", ["console", "report", "html_report", "plots", "job", "sweep", "tracking", "command", "config"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "report.console",
+        "report.results",
+        "report.html",
+        "report.plots",
+        "run.job",
+        "run.sweep",
+        "run.tracking",
+        "run.command",
+        "config.schema",
+    ],
+)
 def test_what_only_shows_computes_nothing_again(name):
     assert not [stage for stage, (_, modules) in COMPUTED_BY.items() if name in closure(modules, PACKAGE)]
 
 
-@pytest.mark.parametrize("name", ["search", "evolution", "fitting", "evaluation", "diagnostics", "ledger", "stepped"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "search.search",
+        "search.evolution",
+        "search.methods",
+        "evaluation.figures",
+        "evaluation.diagnostics",
+        "spikes.ledger",
+        "execution.stepped",
+    ],
+)
 def test_an_edit_of_a_later_stage_does_not_calibrate_again(name):
     assert name not in closure(COMPUTED_BY["calibrate"][1], PACKAGE)
 
@@ -100,13 +126,13 @@ def test_an_edited_package_answers_from_no_older_result(tmp_path, monkeypatch):
     """The whole way: another formula, another key, another figure."""
     from test_stages import run
 
-    from spikellm import provenance
+    from spikellm.store import provenance
 
     options = ["stages=[calibrate,search]", "model.options.num_hidden_layers=1"]
     first = run(tmp_path, *options)
     edited = tmp_path / "edited" / "spikellm"
     shutil.copytree(PACKAGE, edited, ignore=shutil.ignore_patterns("__pycache__", "*.j2"))
-    path = edited / "code_fit.py"
+    path = edited / "search" / "fit.py"
     path.write_text(path.read_text(encoding="utf-8") + "\nANOTHER = 1\n", encoding="utf-8")
     monkeypatch.setattr(provenance, "PACKAGE", edited)
     again = run(tmp_path, *options)

@@ -9,9 +9,9 @@ import pytest
 import torch
 from test_config import configure
 
-from spikellm.config import InputError
-from spikellm.published import import_fits, read_neurons
-from spikellm.statistics import CHOOSE, FIT, REPORT, Observer
+from spikellm.calibration.statistics import CHOOSE, FIT, REPORT, Observer
+from spikellm.config.schema import InputError
+from spikellm.search.published import import_fits, read_neurons
 
 NAMES = sorted(["layer.norm", "layer.softmax"])
 
@@ -122,7 +122,7 @@ SMALL = ["model=tiny", "hardware.compile=false", "dataset.calibration.window=64"
 
 
 def test_a_run_imports_and_knows_the_file_by_its_content(tmp_path, caplog):
-    from spikellm.stages import run_stages
+    from spikellm.run.stages import run_stages
 
     def run(*arguments: str):
         found = run_stages(configure(*SMALL, f"output_root={tmp_path}", "snn.T=4", "grain='2'", *arguments))

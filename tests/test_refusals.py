@@ -16,15 +16,15 @@ from test_config import configure
 from test_data import text_config
 from test_sweep import composed
 
-from spikellm.boundary import reason
-from spikellm.command import explain
-from spikellm.config import Device, HardwareConfig, InputError, ModelConfig, ModelSource
-from spikellm.data import read_text
-from spikellm.evaluation import perplexity
-from spikellm.model import context_warning, load_model, load_tokenizer
-from spikellm.report import NOT_FINISHED, finished_results, summary_rows, write_failure, write_results
-from spikellm.stages import run_stages
-from spikellm.sweep import RUNNING, Reporter
+from spikellm.config.boundary import reason
+from spikellm.config.schema import Device, HardwareConfig, InputError, ModelConfig, ModelSource
+from spikellm.evaluation.perplexity import perplexity
+from spikellm.evaluation.texts import read_text
+from spikellm.model.load import context_warning, load_model, load_tokenizer
+from spikellm.report.results import NOT_FINISHED, finished_results, summary_rows, write_failure, write_results
+from spikellm.run.command import explain
+from spikellm.run.stages import run_stages
+from spikellm.run.sweep import RUNNING, Reporter
 
 CPU = HardwareConfig(device=Device.cpu)
 
@@ -182,7 +182,7 @@ def test_a_folder_that_the_user_names_is_taken_by_one_run_at_a_time(tmp_path):
 
 
 def test_two_different_sweeps_do_not_share_a_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr("spikellm.sweep.PATIENCE_S", 0.1)
+    monkeypatch.setattr("spikellm.run.sweep.PATIENCE_S", 0.1)
 
     def config(T: str):
         return composed("model=tiny", f"snn.T={T}", f"output_root={tmp_path}", f"hydra.sweep.dir={tmp_path}/sweep")

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from spikellm.console import console_table
-from spikellm.report import NOT_FINISHED, finished_results, summary_rows, value_at, write_failure, write_results, write_summary
+from spikellm.report.console import console_table
+from spikellm.report.results import NOT_FINISHED, finished_results, summary_rows, value_at, write_failure, write_results, write_summary
 
 SITE = "model.layers.{}.{}"
 OPTIONS = f"seed=0 dataset.evaluation.path=/a/{'long/' * 20}name.txt"

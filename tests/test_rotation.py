@@ -7,9 +7,9 @@ import torch
 from conftest import TINY, norm_ratio, tiny_model
 from torch import nn
 
-from spikellm.conversion import get_neuron, install, model_sites, set_neuron
-from spikellm.rotation import rotate
-from spikellm.sites import SiteKind
+from spikellm.model.conversion import get_neuron, install, model_sites, set_neuron
+from spikellm.model.rotation import rotate
+from spikellm.model.sites import SiteKind
 
 ARCHITECTURES = list(TINY)
 

@@ -6,18 +6,20 @@ import pytest
 import torch
 from conftest import tiny_model
 
-from spikellm.calibration import calibrate
-from spikellm.code_fit import CodeFit, load_fits, save_fits
-from spikellm.coding import assignments
-from spikellm.config import Coding, PrefixConfig
-from spikellm.conversion import clear, get_neuron, install, model_sites, place
-from spikellm.evolution import FIXED, base2_codes, first_population
-from spikellm.fitting import search_summary
-from spikellm.neuron import PhaseNeuron, encode_plain
-from spikellm.search import base2_search, group_maxima, search
-from spikellm.sites import SiteKind
-from spikellm.statistics import CHOOSE, FIT, REPORT, Observer, SiteStatistics
-from spikellm.traditional import fit_traditional
+from spikellm.calibration.calibrate import calibrate
+from spikellm.calibration.statistics import CHOOSE, FIT, REPORT, Observer, SiteStatistics
+from spikellm.coding.codes import FIXED, base2_codes
+from spikellm.coding.grains import assignments
+from spikellm.coding.neuron import PhaseNeuron
+from spikellm.config.schema import Coding, PrefixConfig
+from spikellm.kernels.encode import encode_plain
+from spikellm.model.conversion import clear, get_neuron, install, model_sites, place
+from spikellm.model.sites import SiteKind
+from spikellm.search.evolution import first_population
+from spikellm.search.fit import CodeFit, load_fits, save_fits
+from spikellm.search.methods import search_summary
+from spikellm.search.search import base2_search, group_maxima, search
+from spikellm.search.traditional import fit_traditional
 
 T = 4
 

@@ -13,11 +13,11 @@ from test_config import configure
 from test_stages import SMALL, cached, run
 from test_zero_shot import BOS, byte_tokenizer
 
-from spikellm import sources
-from spikellm.artifacts import Digests
-from spikellm.config import DatasetSource, ModelConfig, ModelSource, TextConfig
-from spikellm.model import load_model, load_tokenizer, pinned
-from spikellm.sources import job_inputs, model_source, text_source
+from spikellm.config.schema import DatasetSource, ModelConfig, ModelSource, TextConfig
+from spikellm.model.load import load_model, load_tokenizer, pinned
+from spikellm.store import sources
+from spikellm.store.artifacts import Digests
+from spikellm.store.sources import job_inputs, model_source, text_source
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +217,7 @@ def test_another_tokenizer_another_result(original, tmp_path):
 def test_sources_are_loaded_as_they_are_fingerprinted(hub, tmp_path):
     """A branch that goes on between two runs is another model; within one run everything is of one commit."""
     arguments = [*SMALL, "model.source=hub", "model.path=org/tiny", f"output_root={tmp_path}", "stages=[calibrate]"]
-    from spikellm.stages import run_stages
+    from spikellm.run.stages import run_stages
 
     first = run_stages(configure(*arguments)).results
     assert run_stages(configure(*arguments)).results["stages"]["calibrate"]["cached"]

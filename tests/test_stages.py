@@ -10,8 +10,8 @@ import torch
 from launch import die_inside, launch
 from test_config import configure
 
-from spikellm.config import DEFAULT_STAGES, NETWORKS, InputError
-from spikellm.stages import STAGES, run_stages
+from spikellm.config.schema import DEFAULT_STAGES, NETWORKS, InputError
+from spikellm.run.stages import STAGES, run_stages
 
 EVERY_STAGE = f"stages=[{','.join(STAGES)}]"
 
@@ -182,7 +182,7 @@ def test_results_do_not_depend_on_what_was_cached(tmp_path):
 
 def test_a_long_prefix_is_the_same_in_every_stage(tmp_path, monkeypatch):
     """Several prefix tokens: the numbers of a run that calibrates are those of a run that finds its calibration done."""
-    from spikellm import calibration
+    from spikellm.calibration import calibrate as calibration
 
     monkeypatch.setattr(calibration, "find_prefix_tokens", lambda *_, **__: [7, 200, 1])
     monkeypatch.setattr(calibration, "keep_what_helps", lambda _model, _windows, tokens, **_: tokens)
@@ -216,8 +216,8 @@ def test_every_architecture_runs_through(path, tmp_path):
 def test_the_saved_model_is_the_evaluated_one(tmp_path):
     from transformers import AutoModelForCausalLM
 
-    from spikellm.data import token_windows
-    from spikellm.evaluation import perplexity
+    from spikellm.evaluation.perplexity import perplexity
+    from spikellm.evaluation.texts import token_windows
 
     results = run(tmp_path, "save_model=true")
     config = configure(*SMALL)

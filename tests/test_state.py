@@ -17,18 +17,19 @@ from test_config import CONF, configure
 from test_stages import SMALL, artefacts, cached, run
 from test_zero_shot import byte_model, random_rows
 
-from spikellm import calibration, job
-from spikellm.command import quote_values
-from spikellm.config import InputError, register
-from spikellm.console import console_table
-from spikellm.conversion import clear, convert, install
-from spikellm.data import token_windows
-from spikellm.html_report import write_report
-from spikellm.model import load_model
-from spikellm.prefix import attach_prefix
-from spikellm.report import summary_rows
-from spikellm.stages import STAGES, run_stages
-from spikellm.workspace import Workspace
+from spikellm.calibration import calibrate as calibration
+from spikellm.config.schema import InputError, register
+from spikellm.evaluation.texts import token_windows
+from spikellm.model.conversion import clear, convert, install
+from spikellm.model.load import load_model
+from spikellm.model.prefix import attach_prefix
+from spikellm.report.console import console_table
+from spikellm.report.html import write_report
+from spikellm.report.results import summary_rows
+from spikellm.run import job
+from spikellm.run.command import quote_values
+from spikellm.run.stages import STAGES, run_stages
+from spikellm.run.workspace import Workspace
 
 # One layer and loud weights: the prefix and every neuron are felt.
 FELT = ["snn.T=3", "grain=1", "model.options.num_hidden_layers=1", "+model.options.initializer_range=0.3"]
@@ -43,7 +44,7 @@ def quick_pictures(monkeypatch):
         folder.mkdir()
         (folder / "density.png").write_bytes(b"a picture")
 
-    monkeypatch.setattr("spikellm.stages.write_density_plots", write)
+    monkeypatch.setattr("spikellm.run.stages.write_density_plots", write)
 
 
 @pytest.fixture
@@ -206,14 +207,14 @@ def test_a_saved_model_or_picture_that_is_gone_is_made_again(gone, tmp_path):
 
 def test_convert_loads_no_model_where_none_is_saved(tmp_path, monkeypatch):
     run(tmp_path, *FELT, "stages=[calibrate,search]")
-    monkeypatch.setattr("spikellm.networks.load_model", None)
+    monkeypatch.setattr("spikellm.evaluation.networks.load_model", None)
     assert cached(run(tmp_path, *FELT, "stages=[convert]")) == {"convert": False}
 
 
 def test_figures_carry_the_versions_that_computed_them(tmp_path, monkeypatch):
     run(tmp_path, *FELT, "stages=[calibrate,search]")
-    monkeypatch.setattr("spikellm.artifacts.versions", lambda: {"torch": "99"})
-    monkeypatch.setattr("spikellm.stages.versions", lambda: {"torch": "99"})
+    monkeypatch.setattr("spikellm.store.artifacts.versions", lambda: {"torch": "99"})
+    monkeypatch.setattr("spikellm.run.stages.versions", lambda: {"torch": "99"})
     later = run(tmp_path, *FELT)
     assert later["versions"] == {"torch": "99"}
     assert later["stages"]["calibrate"]["versions"]["torch"] == torch.__version__
@@ -269,7 +270,7 @@ def test_a_finished_job_is_believed_only_as_long_as_its_inputs_last(sweep_job, t
     assert repeated
     assert changed["perplexity"] != first["perplexity"]
     assert sweep_job(*arguments) == (changed, False)
-    monkeypatch.setattr("spikellm.sources.code", lambda stage: {"version": 2})
+    monkeypatch.setattr("spikellm.store.sources.code", lambda stage: {"version": 2})
     assert sweep_job(*arguments)[1]
 
 
@@ -281,5 +282,5 @@ def test_a_report_on_damaged_results_says_so(tmp_path):
 
 def test_a_finished_job_is_looked_up_without_torch():
     """A sweep of many finished jobs answers at once."""
-    code = "import sys, spikellm.job; from spikellm.sources import job_inputs; print('torch' in sys.modules)"
+    code = "import sys, spikellm.run.job; from spikellm.store.sources import job_inputs; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

@@ -7,10 +7,10 @@ from conftest import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spikellm.calibration import PERIOD, calibrate, enough_pieces
-from spikellm.config import PrefixConfig
-from spikellm.conversion import install
-from spikellm.statistics import CHOOSE, FIT, REPORT, Observer, SiteStatistics
+from spikellm.calibration.calibrate import PERIOD, calibrate, enough_pieces
+from spikellm.calibration.statistics import CHOOSE, FIT, REPORT, Observer, SiteStatistics
+from spikellm.config.schema import PrefixConfig
+from spikellm.model.conversion import install
 
 RELATIVE_WIDTH = 2.0**-8  # of a bin
 

@@ -12,17 +12,20 @@ from conftest import TINY, base2_table, base2_tables, norm_ratio, tiny_model
 from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache
 
-from spikellm import attention, ledger, stepped_attention
-from spikellm.config import InputError
-from spikellm.conversion import convert, get_neuron, install, model_sites
-from spikellm.evaluation import perplexity, readout_perplexities
-from spikellm.modules import SpikingRMSNorm
-from spikellm.neuron import PhaseTable
-from spikellm.prefix import attach_prefix
-from spikellm.rotation import rotate
-from spikellm.sites import SiteKind
-from spikellm.stepped import fitting_chunk, peak_bytes, stepped
-from spikellm.stepped_modules import SteppedHead, SteppedLinear, SteppedNeuron, SteppedSpikingLinear, unbatch
+from spikellm.coding.neuron import PhaseTable
+from spikellm.config.schema import InputError
+from spikellm.evaluation.perplexity import perplexity, readout_perplexities
+from spikellm.execution import attention as stepped_attention
+from spikellm.execution.memory import fitting_chunk, peak_bytes
+from spikellm.execution.modules import SteppedHead, SteppedLinear, SteppedNeuron, SteppedSpikingLinear, unbatch
+from spikellm.execution.stepped import stepped
+from spikellm.model import attention
+from spikellm.model.conversion import convert, get_neuron, install, model_sites
+from spikellm.model.modules import SpikingRMSNorm
+from spikellm.model.prefix import attach_prefix
+from spikellm.model.rotation import rotate
+from spikellm.model.sites import SiteKind
+from spikellm.spikes import ledger
 
 GROUPS = {
     SiteKind.query: 4,

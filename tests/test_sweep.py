@@ -14,9 +14,9 @@ from launch import die_inside, launch, plain
 from test_config import CONF
 from test_stages import SMALL, artefacts
 
-from spikellm.config import register
-from spikellm.report import NOT_FINISHED, summary_rows
-from spikellm.sweep import count_jobs
+from spikellm.config.schema import register
+from spikellm.report.results import NOT_FINISHED, summary_rows
+from spikellm.run.sweep import count_jobs
 
 LAUNCHERS = sorted(path.stem for path in (CONF / "hydra" / "launcher").glob("*.yaml"))
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import linear
 
-from spikellm.temporal import integrate, spike_linear, spike_mixture, spike_pairs, step_weights
+from spikellm.kernels.temporal import integrate, spike_linear, spike_mixture, spike_pairs, step_weights
 
 laws = settings(deadline=None, max_examples=40, derandomize=True)
 T_VALUES = st.integers(1, 16)

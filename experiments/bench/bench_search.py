@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from spikellm.calibration import Calibration
-from spikellm.code_fit import part_points, weighted_error
-from spikellm.config import PROJECT_ROOT, SearchConfig
-from spikellm.gradient import Schedule, descend_grains, draw_samples
-from spikellm.search import group_maxima, search
-from spikellm.statistics import CHOOSE, FIT, REPORT, Observer, SiteStatistics
+from spikellm.calibration.calibrate import Calibration
+from spikellm.calibration.statistics import CHOOSE, FIT, REPORT, Observer, SiteStatistics
+from spikellm.config.schema import PROJECT_ROOT, SearchConfig
+from spikellm.search.fit import part_points, weighted_error
+from spikellm.search.gradient import Schedule, descend_grains, draw_samples
+from spikellm.search.search import group_maxima, search
 
 RANDOM_SITES = 271
 

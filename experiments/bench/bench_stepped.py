@@ -14,11 +14,12 @@ from functools import partial
 import torch
 from bench import MODEL, peak_mib, spiking
 
-from spikellm.config import DatasetSource, Device, HardwareConfig, TextConfig
-from spikellm.data import token_windows
-from spikellm.evaluation import perplexity
-from spikellm.model import load_model, load_tokenizer
-from spikellm.stepped import peak_bytes, stepped
+from spikellm.config.schema import DatasetSource, Device, HardwareConfig, TextConfig
+from spikellm.evaluation.perplexity import perplexity
+from spikellm.evaluation.texts import token_windows
+from spikellm.execution.memory import peak_bytes
+from spikellm.execution.stepped import stepped
+from spikellm.model.load import load_model, load_tokenizer
 
 
 def seconds(work: Callable[[], object], repeats: int) -> float:

@@ -10,8 +10,8 @@ import logging
 import sys
 from typing import Any
 
-from spikellm.command import compose_config
-from spikellm.stages import run_stages
+from spikellm.run.command import compose_config
+from spikellm.run.stages import run_stages
 
 CODES = {
     "phase, grain=2": ["snn.coding=phase", "grain=2"],

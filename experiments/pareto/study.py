@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import matplotlib
 from matplotlib.figure import Figure
 
-from spikellm import plots
-from spikellm.command import compose_config
-from spikellm.stages import run_stages
+from spikellm.report import plots
+from spikellm.run.command import compose_config
+from spikellm.run.stages import run_stages
 
 TARGET = 1.03  # perplexity ratio at which operations are compared
 

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from spikellm.code_fit import part_points
-from spikellm.evolution import Codes, base2_codes, squared_error
-from spikellm.published import read_neurons
-from spikellm.search import search, weighted_points
-from spikellm.statistics import CHOOSE, FIT, REPORT, Observer, SiteStatistics
+from spikellm.calibration.statistics import CHOOSE, FIT, REPORT, Observer, SiteStatistics
+from spikellm.coding.codes import Codes, base2_codes
+from spikellm.search.evolution import squared_error
+from spikellm.search.fit import part_points
+from spikellm.search.published import read_neurons
+from spikellm.search.search import search, weighted_points
 
 PUBLISHED = Path(__file__).resolve().parents[3] / "shared" / "data" / "published_neurons"
 INPUTS = 3 * 2**20  # of each distribution, a third for fitting, for choosing and for reporting errors

@@ -8,8 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from spikellm import plots
-from spikellm.report import reference_perplexity, write_summary
+from spikellm.report import plots
+from spikellm.report.results import reference_perplexity, write_summary
 
 ROOT = Path(__file__).resolve().parents[2]
 OUTPUT = ROOT / "outputs" / "studies" / "t_by_grain"

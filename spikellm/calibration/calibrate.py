@@ -1,0 +1,199 @@
+"""Run calibration text through the model without neurons: prefix tokens, then the statistics of every site.
+
+What an error counts. The residual stream r goes through an RMSNorm before anything reads it, which divides an error by the
+stream's size: an error in the MLP's output counts 1 / (|r|^2 + |mlp(r)|^2). That is the importance at down_proj's input (R4 and
+the weight spread errors evenly); at the activation it is multiplied by up^2, the factor on the error there. Without it a few
+tokens with massive residuals, whose errors hardly matter, would set tau at both sites. An error of e_ij in the softmax moves the
+output o_i by (v_j - o_i) / sum of the row, and counts by the square of that (`model/attention.py`). Ours.
+
+Probabilities that are coded as they are (`snn.softmax_norm=before`) are added up along a row, and with them their errors: the mean error
+counts as often as there are probabilities in the row (`fit.bias_weight`), for which the rows' lengths are kept.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import cycle
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from jaxtyping import Int
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from spikellm.calibration.statistics import CHOOSE, FIT, REPORT, Observer, SiteStatistics
+from spikellm.config.schema import PrefixConfig
+from spikellm.model.conversion import clear, model_sites, set_neuron, site_groups
+from spikellm.model.prefix import attach_prefix, find_prefix_tokens, keep_what_helps
+from spikellm.model.sites import (
+    ACTIVATION,
+    ATTENTION,
+    DOWN,
+    GROUP_AXIS,
+    LAYERS,
+    MLP,
+    MLP_NORM,
+    SPIKING_ATTENTION,
+    UP,
+    Site,
+    SiteKind,
+    decoder_layers,
+)
+from spikellm.store.artifacts import read_json, write_json, write_tensors
+
+log = logging.getLogger(__name__)
+
+# Attention has L^2 probabilities a head: every eighth query suffices for their distribution.
+SOFTMAX_ROW_STRIDE = 8
+# Queries per block while observing [tokens], whatever hardware.query_block says: another one rounds sums in another order, which
+# carries activations over the edges of bins. A multiple of the stride, and 32 MiB a block at 32 heads and 2048 keys.
+QUERY_BLOCK = 128
+# Where prefix tokens are looked for, windows and tokens of each: sinks arise at the start, and their number hardly varies.
+PREFIX_WINDOWS, PREFIX_LENGTH = 4, 512
+# The parts that windows go to, over and over: half of them are fitted to.
+PERIOD = (FIT, CHOOSE, FIT, REPORT)
+WEIGHTED_BY_RESIDUAL = (SiteKind.activation, SiteKind.mlp_product)
+TWO_SIDED = (SiteKind.activation,)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """What calibration found: statistics by site name, in the order in which a token meets them; prefix tokens."""
+
+    statistics: dict[str, SiteStatistics]
+    prefix_tokens: list[int]
+
+    def save(self, folder: Path) -> None:
+        """Write to `folder`; `load` reads it back."""
+        tensors: dict[str, Tensor] = {}
+        for name, site in self.statistics.items():
+            tensors |= site.tensors(name)
+        write_tensors(folder / "statistics.safetensors", tensors)
+        write_json(folder / "calibration.json", {"prefix_tokens": self.prefix_tokens, "sites": list(self.statistics)})
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        tensors = load_file(folder / "statistics.safetensors")
+        record = read_json(folder / "calibration.json")
+        statistics = {name: SiteStatistics.from_tensors(tensors, name) for name in record["sites"]}
+        return cls(statistics=statistics, prefix_tokens=record["prefix_tokens"])
+
+
+@torch.no_grad()
+def calibrate(model: PreTrainedModel, windows: Int[Tensor, "W L"], prefix: PrefixConfig) -> Calibration:
+    """Observe an installed model without neurons on `windows`; leaves it with its prefix and transparent slots.
+
+    Windows go to the parts of the statistics in the order of `PERIOD`; windows too few for that are cut into pieces.
+
+    Raises:
+        ValueError: too little text for all parts, or a site saw NaN or infinite activations.
+    """
+    pieces = enough_pieces(windows)
+    with _query_blocks(model, QUERY_BLOCK):
+        tokens = _prefix_tokens(model, windows[:PREFIX_WINDOWS], prefix) if prefix.enabled else []
+        attach_prefix(model, tokens)
+        with observing(model) as observers:
+            for piece, part in zip(tqdm(pieces, desc="calibrate", unit="window", disable=None), cycle(PERIOD), strict=False):
+                for observer in observers.values():
+                    observer.part = part
+                model.base_model(piece[None].to(model.device), use_cache=False)
+    return Calibration(statistics={site.name: observer.result() for site, observer in observers.items()}, prefix_tokens=tokens)
+
+
+def enough_pieces(windows: Int[Tensor, "W L"]) -> Int[Tensor, "P l"]:
+    """The windows, or equal cuts of them where they are fewer than the parts of a `PERIOD`.
+
+    Raises:
+        ValueError: windows of fewer tokens than cuts.
+    """
+    number, length = windows.shape
+    cuts = -(-len(PERIOD) // number)
+    if length < cuts:
+        raise ValueError(
+            f"dataset.calibration.window={length}: {number} of it cannot be cut into the {len(PERIOD)} pieces that fitting, choosing and "
+            f"reporting need; take a larger window"
+        )
+    return windows[:, : length // cuts * cuts].reshape(number * cuts, -1)
+
+
+def _prefix_tokens(model: PreTrainedModel, text: Int[Tensor, "W L"], prefix: PrefixConfig) -> list[int]:
+    bos, starts = model.config.bos_token_id, text[:, :PREFIX_LENGTH]
+    tokens = find_prefix_tokens(model, starts, eta=prefix.eta, max_tokens=prefix.max_tokens, bos=bos)
+    tokens = keep_what_helps(model, starts, tokens, eta=prefix.eta, text=text)
+    log.info("calibrate: prefix tokens %s", tokens)
+    return tokens
+
+
+@contextmanager
+def _query_blocks(model: PreTrainedModel, size: int) -> Iterator[None]:
+    """Within: attention takes its queries in blocks of `size`."""
+    attentions: list[Any] = [layer.get_submodule(f"{ATTENTION}.{SPIKING_ATTENTION}") for layer in decoder_layers(model)]
+    before = [attention.query_block for attention in attentions]
+    try:
+        for attention in attentions:
+            attention.query_block = size
+        yield
+    finally:
+        for attention, own in zip(attentions, before, strict=True):
+            attention.query_block = own
+
+
+@contextmanager
+def observing(model: PreTrainedModel) -> Iterator[dict[Site, Observer]]:
+    """Within: an observer in every slot; afterwards the slots are transparent."""
+    observers = {site: _observer(model, site) for site in model_sites(model)}
+    for site, observer in observers.items():
+        set_neuron(model, site, observer)
+    importances = [MlpImportance(layer) for layer in decoder_layers(model)]
+    try:
+        yield observers
+    finally:
+        for importance in importances:
+            importance.remove()
+        clear(model)
+
+
+def _observer(model: PreTrainedModel, site: Site) -> Observer:
+    softmax = site.kind is SiteKind.softmax
+    attention: Any = model.get_submodule(f"{LAYERS}.0.{ATTENTION}.{SPIKING_ATTENTION}")
+    return Observer(
+        site.name,
+        groups=site_groups(model.config, site.kind),
+        axis=GROUP_AXIS[site.kind],
+        row_stride=SOFTMAX_ROW_STRIDE if softmax else 1,
+        held=softmax or site.kind in WEIGHTED_BY_RESIDUAL,
+        summed=softmax and not attention.normalise_after,
+        two_sided=site.kind in TWO_SIDED,
+    )
+
+
+class MlpImportance:
+    """Hooks on one layer that tell the observers at its activation and its product what an error there counts."""
+
+    def __init__(self, layer: Any) -> None:
+        self.activation, self.product = layer.get_submodule(ACTIVATION), layer.get_submodule(DOWN)
+        self.residual_power = self.up_power = torch.empty(0)
+        self.handles = [
+            layer.get_submodule(MLP_NORM).register_forward_pre_hook(self._keep_residual),
+            layer.get_submodule(UP).register_forward_hook(self._keep_up),
+            layer.get_submodule(MLP).register_forward_hook(self._weigh),
+        ]
+
+    def _keep_residual(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self.residual_power = inputs[0].float().square().mean(-1, keepdim=True)
+
+    def _keep_up(self, _module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        self.up_power = output.float().square()
+
+    def _weigh(self, _module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        importance = 1 / (self.residual_power + output.float().square().mean(-1, keepdim=True))
+        self.activation.neuron.weigh(importance * self.up_power)
+        self.product.neuron.weigh(importance)
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()

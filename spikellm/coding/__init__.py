@@ -1,0 +1,1 @@
+"""Codes: grain assignments, parameters, the tables that they spell, and the neuron that acts by a table."""

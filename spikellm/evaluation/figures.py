@@ -1,0 +1,160 @@
+"""Every network on every text and benchmark: windowed perplexity, zero-shot accuracy.
+
+Perplexity as the field reports it for WikiText-2: mean token loss inside each window (window - 1 targets), mean over the
+windows, exp. lm-eval's `wikitext` task is a word perplexity: another number under another name. Accuracy: see `zero_shot.py`.
+
+Each figure is an artefact of its own: a run that was stopped, or is given one more text, computes what is missing.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from spikellm.config.schema import DatasetConfig, DatasetSource, InputError, TextConfig, ZeroShotConfig
+from spikellm.evaluation import texts, zero_shot
+from spikellm.evaluation.perplexity import perplexity
+from spikellm.store.artifacts import Artefact, ArtifactStore, read_json, write_json
+from spikellm.store.sources import text_source
+
+log = logging.getLogger(__name__)
+
+# Loaded no earlier than needed; None stands for bytes as tokens (random test models).
+Tokenizer = Callable[[], PreTrainedTokenizerBase | None]
+
+
+def folded_perplexity(model: PreTrainedModel, windows: Int[Tensor, "W L"], label: str) -> dict[str, Any]:
+    """`perplexity` in JSON types."""
+    return asdict(perplexity(model, windows, label=label))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Network:
+    """A model that is measured, built no earlier than the first figure that is missing."""
+
+    name: str  # of config.NETWORKS
+    inputs: dict[str, Any]  # everything its figures depend on beside the data
+    build: Callable[[], PreTrainedModel]
+    prefix_tokens: Callable[[], list[int]]  # stand before every sequence by themselves
+    measure: Callable[[PreTrainedModel, Tensor, str], dict[str, Any]] = folded_perplexity  # fields of `Perplexity`; anytime if stepped
+
+
+def named_texts(dataset: DatasetConfig) -> dict[str, TextConfig]:
+    """The texts that networks are measured on, by config key; the first is the main one."""
+    return {"dataset.evaluation": dataset.evaluation} | {f"dataset.extra.{name}": text for name, text in dataset.extra.items()}
+
+
+class Benchmarks:
+    """lm-eval's tasks by name, each loaded once and no earlier than it is asked for."""
+
+    def __init__(self, options: ZeroShotConfig) -> None:
+        self.options = options
+        self._tasks: dict[str, Any] = {}
+
+    def load(self, names: Iterable[str]) -> None:
+        """Raises: InputError: unreadable local rows, a hub that does not answer."""
+        if missing := [name for name in names if name not in self._tasks]:
+            self._tasks |= zero_shot.load_tasks(self.options, missing)
+
+    def __getitem__(self, name: str) -> Any:
+        self.load([name])
+        return self._tasks[name]
+
+
+def prepare(
+    dataset: DatasetConfig, tokenizer: Tokenizer, store: ArtifactStore, networks: Iterable[Network], benchmarks: Benchmarks
+) -> None:
+    """Refuse what cannot be read before the long work starts, and load the benchmarks with figures missing.
+
+    Raises:
+        InputError: an unreadable local text or benchmark, a hub that does not answer for a benchmark.
+    """
+    for key, text in named_texts(dataset).items():
+        if text.source is not DatasetSource.hub:
+            texts.read_text(text, key)
+    options = dataset.zero_shot
+    if not options.tasks:
+        if options.path is not None:
+            log.warning("dataset.zero_shot.path=%s has no effect without dataset.zero_shot.tasks", options.path)
+        return
+    if tokenizer() is None:
+        raise InputError(f"dataset.zero_shot.tasks=[{','.join(options.tasks)}]: a random model has no tokenizer; take another model")
+    chosen = [network for network in networks if network.name in options.networks]
+    benchmarks.load(
+        task for task in options.tasks if not all(store.holds("zero_shot", _task_inputs(options, task, network)) for network in chosen)
+    )
+
+
+def evaluate(
+    dataset: DatasetConfig, tokenizer: Tokenizer, store: ArtifactStore, networks: Iterable[Network], benchmarks: Benchmarks
+) -> tuple[dict[str, Any], list[Artefact]]:
+    """Measure `networks`, one after the other.
+
+    Returns:
+        What results.json gets: perplexity, and where asked for perplexity_by_text and zero_shot; the artefacts that it is from.
+    """
+    options, artefacts = dataset.zero_shot, []
+    perplexities: dict[str, dict[str, Any]] = {key: {} for key in named_texts(dataset)}
+    accuracies: dict[str, dict[str, Any]] = {name: {} for name in options.networks}
+    results: dict[str, Any] = {}
+    for network in networks:
+        model = cache(network.build)
+        for key, text in named_texts(dataset).items():
+            artefact = _perplexity(store, network, model, tokenizer, text, key)
+            found = read_json(artefact.folder / "perplexity.json")
+            if (curve := found.pop("anytime", None)) is not None and key == "dataset.evaluation":
+                results["anytime"] = {"perplexity": curve}
+            perplexities[key] |= {network.name: found.pop("value")} | found
+            artefacts.append(artefact)
+        for task in options.tasks if network.name in options.networks else ():
+            artefact = _accuracy(store, network, model, tokenizer, options, task, benchmarks)
+            accuracies[network.name][task] = read_json(artefact.folder / "accuracy.json")
+            artefacts.append(artefact)
+    results["perplexity"] = perplexities.pop("dataset.evaluation")
+    if perplexities:
+        results["perplexity_by_text"] = {key.rpartition(".")[2]: figures for key, figures in perplexities.items()}
+    if options.tasks:
+        results["zero_shot"] = accuracies
+    return results, artefacts
+
+
+def _perplexity(
+    store: ArtifactStore, network: Network, model: Callable[[], PreTrainedModel], tokenizer: Tokenizer, text: TextConfig, key: str
+) -> Artefact:
+    def measure(folder: Path) -> None:
+        measured = model()
+        windows = texts.token_windows(text, key, tokenizer(), measured.config.vocab_size)
+        write_json(folder / "perplexity.json", network.measure(measured, windows, f"{network.name} {key.rpartition('.')[2]}"))
+
+    inputs = network.inputs | {"network": network.name, "text": text_source(text, store.digests)}
+    return store.load_or_compute("evaluate", inputs, measure)
+
+
+def _accuracy(
+    store: ArtifactStore,
+    network: Network,
+    model: Callable[[], PreTrainedModel],
+    tokenizer: Tokenizer,
+    options: ZeroShotConfig,
+    task: str,
+    benchmarks: Benchmarks,
+) -> Artefact:
+    def measure(folder: Path) -> None:
+        start = time.perf_counter()
+        prefix, limit, batch_size = network.prefix_tokens(), options.limit, options.batch_size
+        found = zero_shot.accuracy(model(), tokenizer(), benchmarks[task], limit=limit, batch_size=batch_size, prefix_tokens=prefix)
+        write_json(folder / "accuracy.json", found)
+        log.info("zero-shot %s %s: acc %.4f, %.1f s", network.name, task, found["acc"], time.perf_counter() - start)
+
+    return store.load_or_compute("zero_shot", _task_inputs(options, task, network), measure)
+
+
+def _task_inputs(options: ZeroShotConfig, task: str, network: Network) -> dict[str, Any]:
+    return network.inputs | {"network": network.name, "benchmark": zero_shot.fingerprint(options, task)}

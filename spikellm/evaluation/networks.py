@@ -1,0 +1,69 @@
+"""The models of a job, loaded no earlier than needed, one at a time in memory.
+
+ann           as pretrained
+transparent   rotated, a slot at every site and nothing in it, the prefix attached: the ANN that the spiking networks approximate
+spiking       the same model with a neuron in every slot
+"""
+
+import gc
+import logging
+from collections.abc import Mapping
+
+import torch
+from transformers import PreTrainedModel
+
+from spikellm.coding.neuron import PhaseTable
+from spikellm.config.schema import HardwareConfig, InputError, ModelConfig, RotationConfig, RotationKind, SoftmaxNorm
+from spikellm.kernels.hadamard import HAS_CUDA_KERNEL
+from spikellm.model import conversion, rotation
+from spikellm.model.load import load_model
+from spikellm.model.prefix import attach_prefix
+
+log = logging.getLogger(__name__)
+
+
+class Networks:
+    """See the module's text. Each call gives the one converted model its state: what was asked for before is no longer valid."""
+
+    def __init__(self, model: ModelConfig, hardware: HardwareConfig, rotation: RotationConfig, softmax_norm: SoftmaxNorm) -> None:
+        self.model, self.hardware, self.rotation, self.softmax_norm = model, hardware, rotation, softmax_norm
+        self._installed: PreTrainedModel | None = None
+
+    def ann(self) -> PreTrainedModel:
+        """The model as it was pretrained, loaded afresh; the converted one makes room for it."""
+        self.release()
+        return load_model(self.model, self.hardware)
+
+    def transparent(self, prefix_tokens: list[int]) -> PreTrainedModel:
+        """The converted model with empty slots and the prefix of `prefix_tokens`."""
+        if self._installed is None:
+            self._installed = self._install()
+        conversion.clear(self._installed)
+        attach_prefix(self._installed, prefix_tokens)
+        return self._installed
+
+    def spiking(self, tables: Mapping[str, PhaseTable], prefix_tokens: list[int]) -> PreTrainedModel:
+        """The converted model with the neurons of `tables`, by site name, behind the prefix of `prefix_tokens`."""
+        model = self.transparent(prefix_tokens)
+        conversion.convert(model, tables, compiled=self.hardware.compile)
+        return model
+
+    def release(self) -> None:
+        """Drop the converted model, so that another fits into memory."""
+        self._installed = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _install(self) -> PreTrainedModel:
+        model = load_model(self.model, self.hardware)
+        rotated = self.rotation.kind is RotationKind.hadamard
+        if rotated:
+            try:
+                rotation.rotate(model, seed=self.rotation.seed)
+            except ValueError as error:
+                raise InputError(f"rotation.kind=hadamard with model={self.model.name}: {error}") from error
+            log.info("rotation: online transforms by %s", "fast-hadamard-transform" if HAS_CUDA_KERNEL else "matrix products")
+        after = self.softmax_norm is SoftmaxNorm.after
+        conversion.install(model, rotated=rotated, normalise_after=after, query_block=self.hardware.query_block)
+        return model

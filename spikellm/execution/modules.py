@@ -1,0 +1,224 @@
+"""Stepped siblings of the modules around neurons: currents [T * B, ...] and spike trains in, the same out.
+
+Each shares weights, tables and rotations with its folded sibling. How they work together: `stepped.py`; the operators:
+`kernels/temporal.py`. Spikes are int8 in {-1, 0, +1}; currents are float32 (float64 in float64 models).
+"""
+
+from collections.abc import Iterator
+from typing import Self
+
+import torch
+from jaxtyping import Float, Int, Int8, Shaped
+from torch import Tensor, nn
+
+from spikellm.coding.neuron import PhaseNeuron, fire
+from spikellm.kernels.temporal import at_last_step, integrate, spike_linear, step_weights
+from spikellm.model.modules import SpikingActivation, SpikingLinear, SpikingRMSNorm, wide
+
+
+class SteppedNeuron(PhaseNeuron):
+    """A site's neurons, firing: integrated input in, spike train out. Forward hooks see both.
+
+    Every spike of a stepped run leaves a forward of one of these; the softmax's run once per block of queries.
+    """
+
+    @classmethod
+    def adopt(cls, neuron: PhaseNeuron) -> Self:
+        """The same table."""
+        return cls(neuron.table, axis=neuron.axis, compiled=neuron.compiled)
+
+    @property
+    def T(self) -> int:
+        return self.theta.shape[1]
+
+    def forward(self, x: Float[Tensor, "*shape"]) -> Int8[Tensor, "T *shape"]:
+        return fire(self.grouped(x), self.table, compiled=self.compiled).view(self.T, *x.shape)
+
+
+def neuron_of(owner: nn.Module, slot: str = "neuron") -> PhaseNeuron:
+    """The neuron in a slot of a converted module.
+
+    Raises:
+        ValueError: there is none.
+    """
+    neuron = getattr(owner, slot, None)
+    if not isinstance(neuron, PhaseNeuron):
+        raise ValueError(f"{type(owner).__name__} carries no neuron in {slot!r}: convert the model before it is run in steps")
+    return neuron
+
+
+def unbatch(x: Shaped[Tensor, "TB *shape"], T: int) -> Shaped[Tensor, "T B *shape"]:
+    """Time out of the batch axis."""
+    return x.unflatten(0, (T, -1))
+
+
+class SteppedEmbedding(nn.Embedding):
+    """Token ids [B, L] to currents [T * B, L, D]: the embedding at the first step, nothing after it."""
+
+    T: int
+
+    @classmethod
+    def adopt(cls, embedding: nn.Embedding, T: int) -> Self:
+        """The same weight."""
+        module = cls(
+            embedding.num_embeddings, embedding.embedding_dim, padding_idx=embedding.padding_idx, _weight=embedding.weight, _freeze=True
+        )
+        module.weight, module.T = embedding.weight, T
+        return module
+
+    def forward(self, input: Int[Tensor, "B L"]) -> Float[Tensor, "TB L D"]:
+        first = super().forward(input)
+        currents = first.new_zeros(self.T, *first.shape, dtype=wide(first.dtype))
+        currents[0] = first
+        return currents.flatten(0, 1)
+
+
+class SteppedRMSNorm(SpikingRMSNorm):
+    """Currents [T * B, L, D] to spikes; `last`: the final norm, whose spikes leave as [B, L, T, D]."""
+
+    neuron: SteppedNeuron
+    last: bool
+
+    @classmethod
+    def of(cls, norm: SpikingRMSNorm, *, last: bool) -> Self:
+        """The same weight and table."""
+        module = cls(norm.weight, norm.eps)
+        module.neuron, module.last = SteppedNeuron.adopt(neuron_of(norm)), last
+        return module
+
+    def forward(self, x: Float[Tensor, "TB L D"]) -> Int8[Tensor, "..."]:
+        spikes = self.neuron(self.normalise(integrate(unbatch(x, self.neuron.T))))
+        return spikes.permute(1, 2, 0, 3) if self.last else spikes.flatten(0, 1)
+
+
+class SteppedHeadNorm(nn.Module):
+    """The norm of q or k between its projection and RoPE (Qwen3): currents in, currents out."""
+
+    def __init__(self, norm: nn.Module, T: int) -> None:
+        super().__init__()
+        self.norm, self.T = norm, T
+
+    def forward(self, x: Float[Tensor, "TB L H E"]) -> Float[Tensor, "TB L H E"]:
+        return at_last_step(self.norm(integrate(unbatch(x, self.T))), self.T).flatten(0, 1)
+
+
+class SteppedActivation(SpikingActivation):
+    """Currents [T * B, L, F] to spikes of SiLU's neuron.
+
+    A two-sided neuron sends two trains, the ON spikes in T steps and after them the OFF spikes, which have weights of their own:
+    [2 T * B, L, F].
+    """
+
+    neuron: SteppedNeuron
+
+    @classmethod
+    def of(cls, activation: SpikingActivation) -> Self:
+        """The same function and table."""
+        module = cls(activation.function)
+        module.neuron = SteppedNeuron.adopt(neuron_of(activation))
+        return module
+
+    def forward(self, x: Float[Tensor, "TB L F"]) -> Int8[Tensor, "SB L F"]:
+        spikes = self.neuron(self.function(integrate(unbatch(x, self.neuron.T))))
+        if self.neuron.two_sided:
+            spikes = torch.cat([spikes.clamp_min(0), spikes.clamp_max(0)])
+        return spikes.flatten(0, 1)
+
+
+class SteppedLinear(nn.Linear):
+    """A Linear that reads spikes [T * B, L, I] of a neuron whose output weights are `d`: currents [T * B, L, O].
+
+    Args:
+        chunk: time steps a product, at most; None: all.
+    """
+
+    d: Tensor
+    chunk: int | None
+
+    @classmethod
+    def of(cls, linear: nn.Linear, d: Float[Tensor, "C T"], chunk: int | None) -> Self:
+        """The same weight and bias."""
+        module = cls(linear.in_features, linear.out_features, bias=False, device="meta")
+        module.weight, module.bias, module.chunk = linear.weight, linear.bias, chunk
+        module.register_buffer("d", d, persistent=False)
+        return module
+
+    def parts(self, spikes: Int8[Tensor, "T *rows I"]) -> Iterator[Float[Tensor, "t *rows O"]]:
+        """Currents of consecutive steps."""
+        return spike_linear(spikes, self.weight, self.d, bias=self.bias, chunk=self.chunk)
+
+    def forward(self, input: Int8[Tensor, "TB L I"]) -> Float[Tensor, "TB L O"]:
+        return joined(self.parts(unbatch(input, self.d.shape[1])), self.d.shape[1]).flatten(0, 1)
+
+
+class SteppedUp(SteppedLinear):
+    """up_proj: what it has summed up after its T steps, held for as many steps as SiLU's spikes gate it."""
+
+    held: int
+
+    def forward(self, input: Int8[Tensor, "TB L I"]) -> Float[Tensor, "SB L O"]:
+        total = integrate(current for part in self.parts(unbatch(input, self.d.shape[1])) for current in part)
+        return total.expand(self.held, *total.shape).flatten(0, 1)  # a view for batch 1
+
+
+class SteppedHead(SteppedLinear):
+    """lm_head: spikes [*rows, T, D] of the final norm to logits [*rows, V], summed over time."""
+
+    def forward(self, input: Int8[Tensor, "*rows T D"]) -> Float[Tensor, "*rows V"]:
+        return integrate(current for part in self.parts(input.movedim(-2, 0)) for current in part)
+
+    def readouts(self, input: Int8[Tensor, "*rows T D"]) -> Iterator[Float[Tensor, "*rows V"]]:
+        """The logits after 1, 2, .. T steps of the final norm's neuron: one tensor, which the next step adds to."""
+        total = None
+        for part in self.parts(input.movedim(-2, 0)):
+            for current in part:
+                total = current.clone() if total is None else total.add_(current)
+                yield total
+
+
+class SteppedSpikingLinear(SpikingLinear):
+    """o_proj or down_proj: integrates its input currents, applies R4, fires, and sends on d_t (W s_t).
+
+    `incoming` [C, S]: output weights of the S trains whose spikes have made the input (SiLU's, before down_proj); None: currents.
+    """
+
+    neuron: SteppedNeuron
+    incoming: Tensor | None
+    chunk: int | None
+
+    @classmethod
+    def of(cls, linear: SpikingLinear, *, incoming: Float[Tensor, "C S"] | None, chunk: int | None) -> Self:
+        """The same weight, bias, table and R4."""
+        module = cls.adopt(linear)
+        module.neuron, module.chunk, module.rotation = SteppedNeuron.adopt(neuron_of(linear)), chunk, linear.rotation
+        module.register_buffer("incoming", incoming, persistent=False)
+        return module
+
+    def forward(self, x: Float[Tensor, "SB L I"]) -> Float[Tensor, "TB L O"]:
+        T = self.neuron.T
+        if self.incoming is None:
+            total = integrate(unbatch(x, T))
+        else:
+            currents = unbatch(x, self.incoming.shape[1])
+            weights = step_weights(self.incoming, x.shape[-1]).to(x.dtype)
+            total = currents[0] * weights[0]
+            for current, weight in zip(currents[1:], weights[1:], strict=True):
+                total.addcmul_(current, weight)
+        spikes = self.neuron(self.transform(total))
+        parts = spike_linear(spikes, self.weight, self.neuron.d, bias=self.bias, chunk=self.chunk)
+        return joined(parts, T).flatten(0, 1)
+
+
+def joined(parts: Iterator[Float[Tensor, "t *rows O"]], T: int) -> Float[Tensor, "T *rows O"]:
+    """Currents of consecutive steps in one tensor."""
+    first = next(parts)
+    if len(first) == T:
+        return first
+    whole = first.new_empty(T, *first.shape[1:])
+    start = 0
+    while True:
+        whole[start : start + len(first)] = first
+        start += len(first)
+        if start == T:
+            return whole
+        first = next(parts)

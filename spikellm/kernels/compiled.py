@@ -1,0 +1,24 @@
+"""Kernels compiled into one pass over memory, or as they are where there is no compiler."""
+
+import logging
+import shutil
+from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+
+log = logging.getLogger(__name__)
+
+
+@cache
+def fused(function: Callable, device_type: str) -> Callable:
+    """`function` compiled into one kernel for any shape; `function` itself, with a warning, where there is no compiler."""
+    if device_type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
+        log.warning("no C++ compiler found: neurons run unfused, about 20 times slower; install g++ to cure it")
+        return function
+    if device_type == "cuda" and find_spec("triton") is None:
+        log.warning("no Triton found: neurons run unfused, several times slower; pip install triton cures it")
+        return function
+    # a process that sweeps over T compiles once per T and kind of shape; dynamo's default of 8 would end it
+    return torch.compile(function, dynamic=True, fullgraph=True, recompile_limit=128)  # type: ignore[call-overload]

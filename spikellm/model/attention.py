@@ -1,0 +1,253 @@
+"""Attention with neurons on q, k, v and the softmax, for transformers' attention interface.
+
+Two functions are registered under one name: the attention itself and its mask. Without the mask function transformers
+would pass no mask and the model would silently stop being causal; the attention therefore refuses to run without one.
+
+The neurons, R3 (an online Hadamard transform of q and k after RoPE: scores stay, outliers spread) and the prefix (keys and
+values of a few outlier tokens, before every sequence) belong to the layer: they lie in its submodule `spiking`.
+
+Where the softmax is normalised (`snn.softmax_norm`), with scores s_j, the prefix among the keys:
+
+* before (the authors' network): p_j = exp(s_j) / sum_k exp(s_k), coded; out = sum_j p^_j v^_j. Most of a row's mass can lie in
+  probabilities far below the code's smallest step, and their rounding errors add up over a thousand keys.
+* after (ours): e_j = exp(s_j - m) with m the row's largest score among real keys, coded;
+  out = (c sum_j e^_j v^_j + a V) / (c sum_j e^_j + a), with M the largest score of all, c = exp(m - M) and a = exp(s - M) of
+  the prefix. Every row uses the code's whole range, the bias cancels in the quotient, and the prefix (constants with a
+  sink's share of the mass) does not press real keys below the code's smallest step. Its P columns stay dense:
+  P (E + 1) multiply-adds a query and head, beside the S E of the real keys.
+
+Queries are taken in blocks, and keys that no query of a block may see are left out: half of the work and a fraction of
+the memory of the full [H, L, S] matrix. Scores, exponentials and sums are float32 at least, whatever the model's dtype: transformers'
+eager attention rounds scores to bfloat16, by 0.06 at a score of 20.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+
+from spikellm.coding.neuron import PhaseNeuron
+from spikellm.kernels.attention import (
+    coded_exponentials,
+    exponentials,
+    per_key_head,
+    prefix_weights,
+    probabilities,
+    squared_distances,
+    visible_blocks,
+)
+from spikellm.kernels.compiled import fused
+from spikellm.model.modules import OnlineHadamard, wide
+from spikellm.model.sites import SPIKING_ATTENTION
+
+IMPLEMENTATION = "spiking"
+# an additive mask hides a key from here on: callers write -inf, the least number of some dtype, -1e9 or -1e4
+HIDDEN = -9e3
+# What models pass on to their attention though the mask, or another part of the model, has dealt with it.
+WITHOUT_EFFECT = {
+    "cache",
+    "cache_position",
+    "is_causal",
+    "logits_to_keep",
+    "num_items_in_batch",
+    "output_hidden_states",
+    "output_router_logits",
+    "past_key_values",
+    "position_embeddings",
+    "position_ids",
+    "return_dict",
+    "sliding_window",
+    "token_type_ids",
+    "use_cache",
+}
+
+
+class SpikingAttention(nn.Module):
+    """What the layer's attention needs: slots for four neurons, R3, the prefix.
+
+    Args:
+        head_width: E.
+        rotated: apply R3.
+        normalise_after: see the module's text.
+        query_block: queries per block [tokens].
+        dtype: of activations.
+    """
+
+    rotation: OnlineHadamard | None
+    prefix_key: Tensor | None
+    prefix_value: Tensor | None
+
+    def __init__(
+        self,
+        head_width: int,
+        *,
+        rotated: bool,
+        normalise_after: bool,
+        query_block: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.query: nn.Module = nn.Identity()
+        self.key: nn.Module = nn.Identity()
+        self.value: nn.Module = nn.Identity()
+        self.softmax: nn.Module = nn.Identity()
+        self.head_width, self.normalise_after, self.query_block, self.dtype = head_width, normalise_after, query_block, dtype
+        self.rotation = OnlineHadamard(head_width, dtype=dtype, device=device) if rotated else None
+        self.register_buffer("prefix_key", None)
+        self.register_buffer("prefix_value", None)
+
+    def set_prefix(self, key: Float[Tensor, "K P E"], value: Float[Tensor, "K P E"]) -> None:
+        """Keys (after RoPE, before R3) and values that stand before every sequence."""
+        self.prefix_key, self.prefix_value = key.clone(), value.clone()
+
+    def clear_prefix(self) -> None:
+        """Take the prefix away."""
+        self.prefix_key = self.prefix_value = None
+
+    def forward(
+        self,
+        query: Float[Tensor, "B H L E"],
+        key: Float[Tensor, "B K S E"],
+        value: Float[Tensor, "B K S E"],
+        mask: Bool[Tensor, "B 1 L S"],
+        scaling: float,
+    ) -> Float[Tensor, "B L H E"]:
+        query, key, value, mask, prefix = self.operands(query, key, value, mask)
+        query, key, value = self.query(query), self.key(key), self.value(value)
+        mix = self._mix_then_normalise if self.normalise_after else self._normalise_then_mix
+        blocks = [
+            mix(query[:, :, rows] * scaling, key[:, :, keys], value[:, :, keys], mask[:, :, rows, keys], prefix)
+            for rows, keys in visible_blocks(mask, self.query_block)
+        ]
+        return torch.cat(blocks, dim=2).transpose(1, 2)
+
+    def operands(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+        """What the neurons of q, k and v read, after R3, and the mask; the prefix among the keys, or apart from them."""
+        query, key, value = (x.to(wide(x.dtype)) for x in (query, key, value))
+        prefix = None
+        if self.prefix_key is not None and self.prefix_value is not None:
+            prefix = (self.prefix_key.expand(len(key), -1, -1, -1), self.prefix_value.expand(len(key), -1, -1, -1))
+            if not self.normalise_after:
+                key, value = torch.cat([prefix[0], key], dim=2), torch.cat([prefix[1], value], dim=2)
+                mask = torch.cat([mask.new_ones(*mask.shape[:-1], prefix[0].shape[2]), mask], dim=-1)
+        if self.rotation is not None:
+            query, key = self.rotation(query), self.rotation(key)
+            prefix = prefix and (self.rotation(prefix[0]), prefix[1])
+        return query, key, value, mask, prefix
+
+    def _normalise_then_mix(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, _: Any) -> Float[Tensor, "B H l E"]:
+        weights = self.softmax(probabilities(per_key_head(query, key.mT), mask))
+        if (weigh := getattr(self.softmax, "weigh", None)) is not None:  # calibration
+            weigh(None, mask)
+        return per_key_head(weights, value)
+
+    def _mix_then_normalise(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, prefix: tuple[Tensor, Tensor] | None
+    ) -> Float[Tensor, "B H l E"]:
+        weights, total, top = self._coded_exponentials(per_key_head(query, key.mT), mask)
+        mixed, share = per_key_head(weights, value), torch.ones_like(top)
+        if prefix is not None:
+            sink, share = prefix_weights(per_key_head(query, prefix[0].mT), top)
+            mixed = share * mixed + per_key_head(sink, prefix[1])
+            total = share * total + sink.sum(-1, keepdim=True)
+        total = torch.where(total == 0, 1, total)  # no spike was sent, and there is no prefix: nothing is mixed
+        output = mixed / total
+        if (weigh := getattr(self.softmax, "weigh", None)) is not None:  # calibration
+            weigh((share / total).square() * squared_distances(output, value), mask)
+        return output
+
+    def _coded_exponentials(self, scores: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """e^ [B, H, l, s], its row sums and the rows' largest scores [B, H, l, 1]; one pass if the neuron is compiled."""
+        if isinstance(self.softmax, PhaseNeuron) and self.softmax.compiled:
+            table, _ = self.softmax.table.halves()  # exponentials are positive
+            rows = table.theta, table.h, table.d, table.v0
+            return fused(coded_exponentials, scores.device.type)(scores, mask, *rows, table.max_spikes, table.signed)
+        weights, top = exponentials(scores, mask)
+        weights = self.softmax(weights)
+        return weights, weights.sum(-1, keepdim=True), top
+
+
+def spiking_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **options: Any,
+) -> tuple[Float[Tensor, "B L H E"], None]:
+    """transformers' attention function; the layer must carry a `SpikingAttention`.
+
+    Args:
+        attention_mask: True where a query may see a key, or 0 there and a large negative number elsewhere; [B or 1, 1, L, S].
+        options: what else a caller of the model has passed.
+
+    Raises:
+        ValueError: no mask came in, one that hides nothing but shifts scores, the layer was not converted, or an option would have to
+            change the result.
+    """
+    if attention_mask is None:
+        raise ValueError(f"attention implementation {IMPLEMENTATION!r} needs its mask: register {IMPLEMENTATION!r} masks too")
+    spiking = getattr(module, SPIKING_ATTENTION, None)
+    if spiking is None:
+        raise ValueError(f"layer {getattr(module, 'layer_idx', '?')} has no {SPIKING_ATTENTION!r} submodule: convert the model first")
+    if dropout:
+        raise ValueError(f"attention_dropout={dropout}: a spiking model does not drop spikes; call model.eval() or set attention_dropout=0")
+    acting = sorted(name for name, option in options.items() if name not in WITHOUT_EFFECT and option is not None and option is not False)
+    if options.get("is_causal") is False:
+        acting.append("is_causal=False")
+    if acting:
+        raise ValueError(f"attention of a spiking model cannot honour {', '.join(acting)}: call the model without")
+    return spiking(query, key, value, visible(attention_mask, query, key), scaling), None
+
+
+def visible(mask: Tensor, query: Float[Tensor, "B H L E"], key: Float[Tensor, "B K S E"]) -> Bool[Tensor, "B 1 L S"]:
+    """A caller's mask as booleans.
+
+    Raises:
+        ValueError: it is of another shape, of integers, or adds a bias to scores.
+    """
+    wanted = (len(query), 1, query.shape[2], key.shape[2])
+    if mask.ndim != 4 or mask.shape[0] not in (1, wanted[0]) or mask.shape[1:] != wanted[1:]:
+        raise ValueError(f"attention_mask has shape {tuple(mask.shape)}, {wanted} is needed: one mask for all heads of a sequence")
+    if mask.is_floating_point():
+        hidden = mask <= HIDDEN
+        if not (hidden | (mask == 0)).all():
+            raise ValueError(
+                "attention_mask adds a bias to scores, which spiking attention cannot: 0 where a key is visible, -inf elsewhere"
+            )
+        mask = ~hidden
+    if mask.dtype is not torch.bool:
+        raise ValueError(f"attention_mask is {mask.dtype}: booleans are needed (True: visible), or floats that are added to scores")
+    return mask.expand(wanted[0], -1, -1, -1)
+
+
+def refuse_other_implementation(module: nn.Module, *_: Any) -> None:
+    """Forward hook of a layer's attention: any other attention function has passed its neurons and prefix by.
+
+    Raises:
+        ValueError: the model was set to another implementation.
+    """
+    chosen: Any = getattr(module.config, "_attn_implementation", None)
+    if chosen != IMPLEMENTATION:
+        raise ValueError(
+            f"attn_implementation={chosen!r} leaves out neurons of a spiking model; {IMPLEMENTATION!r} is the one that has them"
+        )
+
+
+def spiking_mask(*args: Any, **kwargs: Any) -> Bool[Tensor, "B 1 L S"]:
+    """The boolean mask, always spelled out: True where a query may see a key."""
+    mask = sdpa_mask(*args, **kwargs | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
+    assert mask is not None  # the two options forbid it
+    return mask
+
+
+AttentionInterface.register(IMPLEMENTATION, spiking_attention)
+AttentionMaskInterface.register(IMPLEMENTATION, spiking_mask)

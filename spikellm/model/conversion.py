@@ -1,0 +1,176 @@
+"""Turn a pretrained model into a spiking one: a slot at every site, then a neuron in every slot.
+
+install    norms, activation, o_proj and down_proj become modules with a neuron slot; attention gets its submodule and
+           the model the attention implementation "spiking". Slots are transparent: the model still is the ANN, computed with
+           float32 activations (`modules.py`).
+set_neuron puts an observer or a neuron into one site's slot
+convert    puts `PhaseNeuron`s at all sites, or fails
+"""
+
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+from accelerate.hooks import add_hook_to_module
+from torch import nn
+from transformers import PreTrainedModel
+
+from spikellm.coding.neuron import PhaseNeuron, PhaseTable
+from spikellm.model.attention import IMPLEMENTATION, SpikingAttention, refuse_other_implementation
+from spikellm.model.modules import SpikingActivation, SpikingLinear, SpikingRMSNorm, WideEmbedding, WideLinear, wide
+from spikellm.model.sites import (
+    ACTIVATION,
+    ATTENTION,
+    ATTENTION_NORM,
+    DOWN,
+    EMBEDDING,
+    FINAL_NORM,
+    GATE,
+    GROUP_AXIS,
+    HEAD,
+    KEY,
+    LAYERS,
+    MLP_NORM,
+    OUTPUT,
+    QUERY,
+    SPIKING_ATTENTION,
+    UP,
+    VALUE,
+    Site,
+    SiteKind,
+    check_architecture,
+    decoder_layers,
+    head_width,
+    sites,
+)
+
+
+def install(model: PreTrainedModel, *, rotated: bool, normalise_after: bool = True, query_block: int = 256) -> None:
+    """Give every site of `model` a transparent neuron slot, in place.
+
+    Args:
+        rotated: `rotation.rotate` was applied: add the online halves of R3 and R4.
+        normalise_after: divide attention's output by the sum of the coded exponentials (see `attention.py`).
+        query_block: queries per block of attention [tokens].
+
+    Raises:
+        ValueError: unsupported architecture.
+    """
+    check_architecture(model)
+    width = head_width(model.config)
+    for layer in decoder_layers(model):
+        weight: Any = layer.get_submodule(OUTPUT).weight
+        for norm in (ATTENTION_NORM, MLP_NORM):
+            replace(layer, norm, SpikingRMSNorm.adopt(layer.get_submodule(norm)))
+        for reader in (QUERY, KEY, VALUE, GATE, UP):
+            replace(layer, reader, WideLinear.adopt(layer.get_submodule(reader)))
+        replace(layer, ACTIVATION, SpikingActivation(layer.get_submodule(ACTIVATION)))
+        replace(layer, OUTPUT, SpikingLinear.adopt(layer.get_submodule(OUTPUT)))
+        replace(layer, DOWN, SpikingLinear.adopt(layer.get_submodule(DOWN), rotated=rotated))
+        spiking = SpikingAttention(
+            width,
+            rotated=rotated,
+            normalise_after=normalise_after,
+            query_block=query_block,
+            dtype=wide(weight.dtype),
+            device=weight.device,
+        )
+        attention = layer.get_submodule(ATTENTION)
+        attention.add_module(SPIKING_ATTENTION, spiking)
+        attention.register_forward_hook(refuse_other_implementation)
+    replace(model, EMBEDDING, WideEmbedding.adopt(model.get_submodule(EMBEDDING)))
+    replace(model, FINAL_NORM, SpikingRMSNorm.adopt(model.get_submodule(FINAL_NORM)))
+    replace(model, HEAD, WideLinear.adopt(model.get_submodule(HEAD)))
+    model.set_attn_implementation(IMPLEMENTATION)
+    vars(model)["save_pretrained"] = _refuse_saving  # `checkpoint.py` gives a model that can be saved its own
+
+
+def _refuse_saving(*_: Any, **__: Any) -> None:
+    """`save_pretrained` of a class that knows no neurons: anybody would open what it writes as a plain model.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError(
+        "a model with neuron slots is saved by spikellm.model.checkpoint.save(model, folder); save_pretrained would leave the neurons out"
+    )
+
+
+def replace(root: nn.Module, path: str, successor: nn.Module) -> None:
+    """Put `successor` in the place of the module at `path` below `root`."""
+    module = root.get_submodule(path)
+    if hasattr(module, "_hf_hook"):  # accelerate moves the inputs of a block between devices
+        add_hook_to_module(successor, module._hf_hook)
+    root.set_submodule(path, successor)
+
+
+def model_sites(model: PreTrainedModel) -> list[Site]:
+    """The sites of an installed model, in the order in which a token meets them."""
+    return list(sites(len(decoder_layers(model))))
+
+
+def get_neuron(model: PreTrainedModel, site: Site) -> nn.Module:
+    """What sits in the slot of `site`.
+
+    Raises:
+        ValueError: the model has no such slot.
+    """
+    return getattr(_slot_owner(model, site), site.slot[1])
+
+
+def _slot_owner(model: PreTrainedModel, site: Site) -> nn.Module:
+    owner, attribute = site.slot
+    module: nn.Module | None = None
+    with suppress(AttributeError):
+        module = model.get_submodule(owner)
+    if module is None or not isinstance(getattr(module, attribute, None), nn.Module):
+        raise ValueError(f"{site.name}: the model has no slot {owner}.{attribute}; call install(model, rotated=..) first")
+    return module
+
+
+def set_neuron(model: PreTrainedModel, site: Site, neuron: nn.Module) -> None:
+    """Put `neuron` into the slot of `site`.
+
+    Raises:
+        ValueError: the model has no such slot.
+    """
+    setattr(_slot_owner(model, site), site.slot[1], neuron)
+
+
+def site_groups(config: Any, kind: SiteKind) -> int:
+    """Attention heads at a site that has them, else 1."""
+    if kind in (SiteKind.query, SiteKind.softmax, SiteKind.attention_output):
+        return config.num_attention_heads
+    return config.num_key_value_heads if kind in (SiteKind.key, SiteKind.value) else 1
+
+
+def convert(model: PreTrainedModel, tables: Mapping[str, PhaseTable], *, compiled: bool = True) -> None:
+    """Put a neuron at every site of an installed model, in place.
+
+    Args:
+        tables: site name -> table; must name exactly the model's sites.
+        compiled: see `neuron.encode`.
+
+    Raises:
+        ValueError: a site has no table, a table no site, or the model no slots.
+    """
+    places = model_sites(model)
+    missing = [site.name for site in places if site.name not in tables]
+    unknown = sorted(set(tables) - {site.name for site in places})
+    if missing or unknown:
+        raise ValueError(f"tables do not fit the model: {len(missing)} sites without a table {missing[:3]}, unknown {unknown[:3]}")
+    for site in places:
+        place(model, site, tables[site.name], compiled=compiled)
+
+
+def place(model: PreTrainedModel, site: Site, table: PhaseTable, *, compiled: bool) -> None:
+    """Put a neuron with `table` into the slot of one site."""
+    weight = next(model.get_submodule(f"{LAYERS}.{site.layer}" if site.layer is not None else FINAL_NORM).parameters())
+    table = table.to(device=weight.device, dtype=wide(weight.dtype))
+    set_neuron(model, site, PhaseNeuron(table, axis=GROUP_AXIS[site.kind], compiled=compiled))
+
+
+def clear(model: PreTrainedModel) -> None:
+    """Make every slot transparent again."""
+    for site in model_sites(model):
+        set_neuron(model, site, nn.Identity())

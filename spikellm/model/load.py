@@ -1,0 +1,204 @@
+"""Load a causal language model and its tokenizer onto the hardware.
+
+Three sources: a GGUF file inside an installed package (the embedded default: no hub needed), a hub id or local folder in
+transformers' format, and random weights for tests. All give a plain transformers model with sdpa attention: the ANN.
+"""
+
+import logging
+import re
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from spikellm.config.boundary import blamed_on
+from spikellm.config.schema import Config, Device, HardwareConfig, InputError, ModelConfig, ModelSource
+from spikellm.model.intake import CURE, check_config, check_finite, check_folder, check_type, check_vocabulary, unfilled
+from spikellm.model.sites import check_architecture
+from spikellm.store.sources import cached_commit, packaged_file
+
+log = logging.getLogger(__name__)
+
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+LEAST_POSITIONS = 2048  # of any supported pretrained model
+# Options of an architecture of which torch takes 0, and makes a network of nothing.
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+
+
+def load_model(config: ModelConfig, hardware: HardwareConfig) -> PreTrainedModel:
+    """The pretrained model in evaluation mode, weights in `load.dtype`, on `hardware.device`.
+
+    Raises:
+        InputError: unknown, gated or unreachable model, unsupported architecture, absent device.
+    """
+    dtype = getattr(torch, config.dtype.value)
+    device_map = _device_map(hardware)
+    model: PreTrainedModel
+    if config.source is ModelSource.random:
+        model = _random_model(config, dtype).to("cpu" if device_map is None else "cuda")  # small: never spread
+    else:
+        _looked_at(config)  # refuse before gigabytes are fetched
+        arguments = {"dtype": dtype, "device_map": device_map, "attn_implementation": "sdpa", **_location(config)}
+        if config.source is ModelSource.gguf and hasattr(transformers, "GgufConfig"):
+            # since transformers 5.24 weights may stay in GGUF's blocks, which cannot be rotated
+            arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        model = _from_hub(config, AutoModelForCausalLM, **arguments)
+        if config.source is ModelSource.gguf:
+            _forget_gguf(model)
+        _check_in_memory(config, hardware, model)
+        check_finite(config, model)
+    check_type(config, model.config.model_type)
+    check_architecture(model)
+    model.eval().requires_grad_(False)
+    return model
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase | None:
+    """The model's tokenizer; None for random models, whose tokens are the bytes of the text."""
+    if config.source is ModelSource.random:
+        return None
+    content = _looked_at(config)
+    tokenizer = _from_hub(config, AutoTokenizer, **_location(config))
+    check_vocabulary(config, content, tokenizer.vocab_size)
+    return tokenizer
+
+
+def model_config(config: ModelConfig) -> PretrainedConfig:
+    """transformers' configuration of the model, without its weights; of a GGUF file it takes seconds."""
+    return _random_config(config) if config.source is ModelSource.random else _from_hub(config, AutoConfig, **_location(config))
+
+
+def vocabulary(config: ModelConfig) -> int | None:
+    """Tokens that the model has embeddings for; None for GGUF, whose tokenizer is in the same file."""
+    return None if config.source is ModelSource.gguf else model_config(config).vocab_size
+
+
+def context_warning(config: Config) -> str | None:
+    """What to say where windows are longer than the model's positions; None where they are not."""
+    named = {"dataset.calibration": config.dataset.calibration, "dataset.evaluation": config.dataset.evaluation}
+    named |= {f"dataset.extra.{name}": text for name, text in config.dataset.extra.items()}
+    longest = max(text.window for text in named.values())
+    if config.model.source is ModelSource.gguf and longest <= LEAST_POSITIONS:
+        return None
+    positions = model_config(config.model).max_position_embeddings
+    if longest <= positions:
+        return None
+    windows = ", ".join(f"{key}.window={text.window}" for key, text in named.items() if text.window > positions)
+    return f"{windows}: the model's context is {positions} tokens (max_position_embeddings); later tokens of a window are off its training"
+
+
+def empty_model(config: ModelConfig) -> PreTrainedModel:
+    """The architecture on the meta device, without weights (random sources and local or hub configs)."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(model_config(config), trust_remote_code=False)
+
+
+def pinned(config: ModelConfig) -> ModelConfig:
+    """The same model with the revision of a hub id resolved to the commit that it stands for now.
+
+    What a job loads from then on, weights, configurations and tokenizer, is of this commit, whatever happens to the branch.
+
+    Raises:
+        InputError: the model is unknown, or the hub does not answer and the local cache does not have it.
+    """
+    if config.source is not ModelSource.hub or Path(config.path).is_dir():
+        return config
+    _from_hub(config, AutoConfig, **_location(config))  # brings the local cache up to date with the hub
+    return replace(config, revision=cached_commit(config.path, config.revision or "main") or config.revision)
+
+
+def _location(config: ModelConfig) -> dict[str, Any]:
+    if config.source is ModelSource.gguf:
+        folder, name = packaged_file(config)
+        return {"pretrained_model_name_or_path": str(folder), "gguf_file": name}
+    return {"pretrained_model_name_or_path": config.path, "revision": config.revision or "main"}
+
+
+def _from_hub(config: ModelConfig, loader: Any, **arguments: Any) -> Any:
+    remote = config.source is ModelSource.hub and not Path(config.path).exists()
+    weights = {"output_loading_info": True, "ignore_mismatched_sizes": True} if loader is AutoModelForCausalLM else {}
+    place = f"model.path={config.path}"
+    try:
+        with blamed_on(place, "model.path=FOLDER takes a local copy in transformers' format" if remote else CURE):
+            found = loader.from_pretrained(trust_remote_code=False, **weights, **arguments)
+    except InputError as error:
+        if not remote:
+            raise
+        text = " ".join(str(error.__cause__).split())
+        if "gated" in text.lower() or "401" in text or "403" in text:
+            raise InputError(f"{place}: the model is gated: accept its licence on the hub and log in (hf auth login)") from error
+        hub = f", and the hub does not answer for it ({text.split('. ')[0][:300]})" if HUB_ID.fullmatch(config.path) else ""
+        raise InputError(f"{place}: no such local folder{hub}; model.path=FOLDER takes a local copy in transformers' format") from error
+    if weights:
+        found, info = found
+        if lost := unfilled(info):
+            raise InputError(f"{place}: {lost}; {CURE}")
+    return found
+
+
+def _looked_at(config: ModelConfig) -> dict[str, Any]:
+    """The content of config.json, of a model that may be loaded; nothing for a packed file, which has none."""
+    if config.source is not ModelSource.hub:
+        return {}
+    if Path(config.path).is_dir():
+        check_folder(config)
+    content, _ = _from_hub(config, SimpleNamespace(from_pretrained=PretrainedConfig.get_config_dict), **_location(config))
+    check_config(config, content)
+    return content
+
+
+def _device_map(hardware: HardwareConfig) -> str | None:
+    if hardware.device is Device.cpu:
+        return None
+    if not torch.cuda.is_available():
+        raise InputError(f"hardware.device={hardware.device.value}: no CUDA device found; take hardware=cpu")
+    return hardware.device.value
+
+
+def _check_in_memory(config: ModelConfig, hardware: HardwareConfig, model: Any) -> None:
+    """accelerate's device map offloads what does not fit and leaves meta tensors in its place: they cannot be rotated."""
+    offloaded = sorted(name for name, parameter in model.named_parameters() if parameter.is_meta)
+    if offloaded:
+        raise InputError(
+            f"hardware.device={hardware.device.value} with model={config.name}: {len(offloaded)} weights do not fit into the memory "
+            f"of the GPUs ({offloaded[0]} ..); take more GPUs, model.dtype=bfloat16, or hardware=cpu"
+        )
+
+
+def _random_config(config: ModelConfig) -> Any:
+    check_type(config, config.path)
+    for key in SIZES:
+        if isinstance(size := config.options.get(key, 1), int) and size < 1:
+            raise InputError(f"model.options.{key}={size}: must be at least 1")
+    given = ", ".join(f"{key}: {value}" for key, value in config.options.items())
+    what = f"model.options={{{given}}} with model.path={config.path}"
+    cure = "these do not fit each other; conf/model/tiny.yaml has some that do"
+    with blamed_on(what, cure), torch.device("meta"):  # without weights: what is wrong is told in milliseconds
+        options = AutoConfig.for_model(config.path, **config.options)
+        model = AutoModelForCausalLM.from_config(options, attn_implementation="sdpa", trust_remote_code=False)
+        model(torch.zeros(1, 2, dtype=torch.long))
+    return options
+
+
+def _random_model(config: ModelConfig, dtype: torch.dtype) -> Any:
+    """The same weights in every dtype, rounded; RoPE's frequencies stay float32, as in a model that is read from a checkpoint."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = AutoModelForCausalLM.from_config(
+            _random_config(config), attn_implementation="sdpa", dtype=torch.float32, trust_remote_code=False
+        )
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+    return model
+
+
+def _forget_gguf(model: PreTrainedModel) -> None:
+    """A model read from GGUF is an ordinary dense model from here on; its GGUF quantizer would refuse to be saved."""
+    model.config.__dict__.pop("quantization_config", None)
+    model.__dict__.pop("hf_quantizer", None)
+    model.__dict__.pop("is_quantized", None)

@@ -1,0 +1,153 @@
+"""Drop-in replacements for modules of a decoder, with slots for neurons and arithmetic that spikes can rely on.
+
+A slot holds `nn.Identity` (the ANN), an observer (calibration) or a `PhaseNeuron` (the SNN). Parameters keep their names,
+so that a state dict fits before and after. Source of the norm: Zhang & Sennrich 2019, as transformers computes it.
+
+Precision. Weights stay as the checkpoint has them; activations are currents and membrane potentials, float32 in every network whose
+weights are narrower (float64 for float64 weights), from the embedding to the logits, in folded and in time-stepped execution alike.
+bfloat16 has 8 significant bits: it would represent 385 of the 512 levels of base 2 at T = 9, 513 of 1024 at T = 10, and round every
+fitted d_t.
+"""
+
+from typing import Any, Self
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import linear as matrix_product
+
+from spikellm.kernels.hadamard import hadamard_factors, hadamard_transform, split
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of activations beside weights of `dtype`: float32 at least."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def wide_product(x: Float[Tensor, "*rows I"], weight: Float[Tensor, "O I"]) -> Float[Tensor, "*rows O"]:
+    """x W^T of float32 activations, summed and returned in float32 (of float64 in float64).
+
+    On CUDA a bfloat16 weight meets the two bfloat16 parts of x = high + low, 16 significant bits, as many as a code of T = 16 has:
+    tensor cores, float32 accumulation, no second copy of the weight. Elsewhere the weight is widened, which is exact.
+    """
+    dtype = torch.promote_types(wide(x.dtype), weight.dtype)
+    x = x.to(dtype)
+    if not (weight.is_cuda and weight.dtype is torch.bfloat16 and dtype is torch.float32):
+        return matrix_product(x, weight.to(dtype))
+    rows = x.reshape(-1, x.shape[-1])
+    high = rows.to(weight.dtype)
+    low = (rows - high).to(weight.dtype)
+    parts = torch.mm(torch.cat([high, low]), weight.T, out_dtype=dtype).view(2, *x.shape[:-1], len(weight))
+    return parts[0] + parts[1]
+
+
+class WideEmbedding(nn.Embedding):
+    """Token ids to float32 currents: transformers derives the dtype of RoPE's tables from them, too."""
+
+    @classmethod
+    def adopt(cls, embedding: Any) -> Self:
+        """Take over the weight."""
+        module = cls(embedding.num_embeddings, embedding.embedding_dim, padding_idx=embedding.padding_idx, device="meta")
+        module.weight = embedding.weight
+        return module
+
+    def forward(self, input: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch D"]:
+        rows = super().forward(input)
+        return rows.to(wide(rows.dtype))
+
+
+class WideLinear(nn.Linear):
+    """A Linear of weights as they are and activations in float32: see `wide_product`."""
+
+    @classmethod
+    def adopt(cls, linear: Any) -> Self:
+        """Take over weight and bias."""
+        module = cls(linear.in_features, linear.out_features, bias=False, device="meta")
+        module.weight, module.bias = linear.weight, linear.bias
+        return module
+
+    def forward(self, input: Float[Tensor, "*batch I"]) -> Float[Tensor, "*batch O"]:
+        product = wide_product(input, self.weight)
+        return product if self.bias is None else product + self.bias
+
+
+class SpikingRMSNorm(nn.Module):
+    """RMSNorm, then a neuron: x [.., D]."""
+
+    def __init__(self, weight: nn.Parameter, eps: float) -> None:
+        super().__init__()
+        self.weight = weight
+        self.eps = eps
+        self.neuron: nn.Module = nn.Identity()
+
+    @classmethod
+    def adopt(cls, norm: Any) -> Self:
+        """Take over the weight of a transformers RMSNorm."""
+        return cls(norm.weight, norm.variance_epsilon)
+
+    def normalise(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
+        """weight * x / rms(x)."""
+        x = x.to(wide(x.dtype))
+        return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps))
+
+    def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
+        return self.neuron(self.normalise(x))
+
+
+class SpikingActivation(nn.Module):
+    """Activation function (SiLU), then a neuron."""
+
+    def __init__(self, function: nn.Module) -> None:
+        super().__init__()
+        self.function = function
+        self.neuron: nn.Module = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.neuron(self.function(x))
+
+
+class OnlineHadamard(nn.Module):
+    """x -> x H / sqrt(n) along the last axis: R3 and R4. Signs alone are stored, which no cast to another dtype changes."""
+
+    left: Tensor
+    right: Tensor
+
+    def __init__(self, width: int, *, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.width = width
+        for name, size in zip(("left", "right"), split(width), strict=True):
+            # not in the state dict: the width determines them
+            self.register_buffer(name, torch.empty(size, size, dtype=dtype, device=device), persistent=False)
+        self.reset()
+
+    def reset(self) -> None:
+        """Fill the factors (again: they are not in checkpoints)."""
+        if not self.left.is_meta:
+            for buffer, factor in zip((self.left, self.right), hadamard_factors(self.width, dtype=torch.float64), strict=True):
+                buffer.copy_(factor)
+
+    def forward(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
+        return hadamard_transform(x, (self.left, self.right))
+
+
+class SpikingLinear(WideLinear):
+    """A neuron before a Linear; with R4, the online Hadamard transform before the neuron."""
+
+    neuron: nn.Module
+    rotation: OnlineHadamard | None
+
+    @classmethod
+    def adopt(cls, linear: Any, *, rotated: bool = False) -> Self:
+        """Take over weight and bias; `rotated` says that the weight expects transformed input."""
+        module = super().adopt(linear)
+        module.neuron = nn.Identity()
+        weight = linear.weight
+        module.rotation = OnlineHadamard(linear.in_features, dtype=wide(weight.dtype), device=weight.device) if rotated else None
+        return module
+
+    def transform(self, x: Float[Tensor, "*batch I"]) -> Float[Tensor, "*batch I"]:
+        """R4, if it is there."""
+        return x if self.rotation is None else self.rotation(x)
+
+    def forward(self, input: Float[Tensor, "*batch I"]) -> Float[Tensor, "*batch O"]:
+        return super().forward(self.neuron(self.transform(input)))

@@ -1,0 +1,144 @@
+"""Computation-invariant rotations R1..R4: the same function, activations without outlier channels.
+
+Each RMSNorm weight is folded into the Linears that it feeds (an RMSNorm without weight commutes with rotations); then
+
+* R1  x -> x Q on the residual stream, Q = diag(signs) H / sqrt(n), signs from `rotation.seed`;
+* R2  per-head H between v_proj and o_proj;
+* R3  online H on q and k after RoPE (`attention.py`);
+* R4  online H before down_proj (`modules.py`), its inverse in the weight here.
+
+Sources: QuaRot (Ashkboos et al. 2024), SpinQuant (Liu et al., arXiv:2405.16406). Unlike QuaRot's code the embedding's mean is
+not subtracted: right for LayerNorm, wrong for RMSNorm. Each weight is composed in float64 and rounded to the model's dtype once:
+three roundings of a bfloat16 weight would deviate by 1.7 times as much.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from spikellm.kernels.hadamard import hadamard_factors, hadamard_transform, split
+from spikellm.model.sites import (
+    ATTENTION_NORM,
+    DOWN,
+    EMBEDDING,
+    FINAL_NORM,
+    GATE,
+    HEAD,
+    KEY,
+    MLP_NORM,
+    OUTPUT,
+    QUERY,
+    UP,
+    VALUE,
+    decoder_layers,
+    head_width,
+)
+
+Step = Callable[[Tensor], Tensor]  # of a weight's algebra: [O, I] to [O, I], float64
+
+# A wide embedding is composed in parts of so many rows: LLaMA-3-8B's takes 4.2 GB in float64.
+ROWS = 8192
+
+
+@torch.no_grad()
+def rotate(model: PreTrainedModel, *, seed: int) -> None:
+    """Apply the weight part of R1..R4 in place. R3 and R4 need their online halves: see `conversion.install`.
+
+    Raises:
+        ValueError: a width of the model has no Hadamard matrix.
+    """
+    for width in (model.config.hidden_size, model.config.intermediate_size, head_width(model.config)):
+        split(width)  # refuses before anything is changed
+    untie(model)
+    signs = random_signs(model.config.hidden_size, seed=seed)
+    _compose(model.get_submodule(EMBEDDING), columns=[partial(_read_rotated, signs=signs)])
+    final_norm: Any = model.get_submodule(FINAL_NORM)
+    _compose(model.get_submodule(HEAD), columns=[partial(_scaled, factor=final_norm.weight), partial(_read_rotated, signs=signs)])
+    final_norm.weight.fill_(1.0)
+    for layer in decoder_layers(model):
+        rotate_block(layer, signs, head_width(model.config))
+
+
+@torch.no_grad()
+def rotate_block(layer: nn.Module, signs: Float[Tensor, " D"], head_width: int) -> None:
+    """R1, R2 and R4 in the weights of one decoder layer, its norms folded into the Linears that they feed."""
+
+    def part(name: str) -> Any:
+        return layer.get_submodule(name)
+
+    read, write = partial(_read_rotated, signs=signs), partial(_write_rotated, signs=signs)
+    heads, channels = partial(_heads_rotated, width=head_width), partial(_rows_of_heads_rotated, width=head_width)
+    fold_attention, fold_mlp = (partial(_scaled, factor=part(norm).weight) for norm in (ATTENTION_NORM, MLP_NORM))
+    _compose(part(QUERY), columns=[fold_attention, read])
+    _compose(part(KEY), columns=[fold_attention, read])
+    # R2: v -> v H per head, undone by o_proj; probabilities mix tokens, not channels, so it passes through
+    _compose(part(VALUE), columns=[fold_attention, read], rows=[channels])
+    _compose(part(OUTPUT), columns=[heads], rows=[write])
+    _compose(part(GATE), columns=[fold_mlp, read])
+    _compose(part(UP), columns=[fold_mlp, read])
+    _compose(part(DOWN), columns=[_transform], rows=[write])
+    for norm in (ATTENTION_NORM, MLP_NORM):
+        part(norm).weight.fill_(1.0)
+
+
+def random_signs(width: int, *, seed: int) -> Float[Tensor, " D"]:
+    """R1's diagonal: +-1, the same for a seed on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 2, (width,), generator=generator).double() * 2 - 1
+
+
+@torch.no_grad()
+def untie(model: PreTrainedModel) -> None:
+    """Give lm_head a weight of its own."""
+    head: Any = model.get_submodule(HEAD)
+    embedding: Any = model.get_submodule(EMBEDDING)
+    if head.weight is embedding.weight:
+        head.weight = nn.Parameter(embedding.weight.clone(), requires_grad=embedding.weight.requires_grad)
+    model.config.tie_word_embeddings = False
+
+
+def _compose(module: Any, *, columns: list[Step], rows: Sequence[Step] = ()) -> None:
+    """Apply steps to a weight [O, I] in float64, those on its columns first, and round it once; steps on rows act on the bias as well."""
+    for part in module.weight.split(len(module.weight) if rows else ROWS):
+        part.copy_(_applied(part.double(), [*columns, *rows]))
+    if getattr(module, "bias", None) is not None and rows:
+        module.bias.copy_(_applied(module.bias.double()[:, None], rows)[:, 0])
+
+
+def _applied(weight: Tensor, steps: Sequence[Step]) -> Tensor:
+    for step in steps:
+        weight = step(weight)
+    return weight
+
+
+def _transform(x: Float[Tensor, "*rows n"]) -> Float[Tensor, "*rows n"]:
+    return hadamard_transform(x, hadamard_factors(x.shape[-1], dtype=x.dtype, device=x.device))
+
+
+def _scaled(weight: Float[Tensor, "O I"], *, factor: Float[Tensor, " I"]) -> Float[Tensor, "O I"]:
+    return weight * factor.to(weight.device, weight.dtype)
+
+
+def _read_rotated(weight: Float[Tensor, "O D"], *, signs: Float[Tensor, " D"]) -> Float[Tensor, "O D"]:
+    """x W^T = (x Q) (W Q)^T; also an embedding, whose rows are residual vectors."""
+    return _transform(_scaled(weight, factor=signs))
+
+
+def _write_rotated(weight: Float[Tensor, "D I"], *, signs: Float[Tensor, " D"]) -> Float[Tensor, "D I"]:
+    """(x W^T + b) Q = x (Q^T W)^T + b Q."""
+    return _read_rotated(weight.T, signs=signs).T
+
+
+def _heads_rotated(weight: Float[Tensor, "O I"], *, width: int) -> Float[Tensor, "O I"]:
+    """Every head's columns times H."""
+    return _transform(weight.unflatten(1, (-1, width))).flatten(1)
+
+
+def _rows_of_heads_rotated(weight: Float[Tensor, "O I"], *, width: int) -> Float[Tensor, "O I"]:
+    """Every head's rows times H."""
+    return _heads_rotated(weight.T, width=width).T

@@ -1,0 +1,129 @@
+"""The vocabulary of places: where a LLaMA-family decoder multiplies an activation, and what the place is called.
+
+Nine sites in every decoder layer and one after the last, named as in the authors' published neuron files. The attribute
+names of transformers' LLaMA implementation are written here and nowhere else; Mistral, Qwen2 and Qwen3 share them.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from torch import nn
+
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+# After an architecture: the model type of a saved spiking model. transformers repeats it to who opens one without this package.
+SPIKING_TYPE = ", spiking: pip install spikellm, import spikellm.model.checkpoint"
+
+LAYERS = "model.layers"
+EMBEDDING = "model.embed_tokens"
+FINAL_NORM = "model.norm"
+ROTARY = "model.rotary_emb"
+HEAD = "lm_head"
+ATTENTION, MLP = "self_attn", "mlp"
+ATTENTION_NORM, MLP_NORM = "input_layernorm", "post_attention_layernorm"
+QUERY, KEY, VALUE, OUTPUT = "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"
+GATE, UP, DOWN, ACTIVATION = "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "mlp.act_fn"
+HEAD_NORMS = ("q_norm", "k_norm")  # of the attention module, between projection and RoPE; Qwen3 only
+LAYER_PARTS = (ATTENTION_NORM, MLP_NORM, QUERY, KEY, VALUE, OUTPUT, GATE, UP, DOWN, ACTIVATION)
+
+
+class SiteKind(Enum):
+    """The ten kinds of site; the value is the name in published files after `model.layers.{i}.`."""
+
+    attention_input = "input_layernorm.output"
+    query = "self_attn.q_Identity.input"
+    key = "self_attn.k_Identity.input"
+    value = "self_attn.v_Identity.input"
+    softmax = "self_attn.softmax_Identity.input"
+    attention_output = "self_attn.o_proj.input"
+    mlp_input = "post_attention_layernorm.output"
+    activation = "mlp.silu_Identity.input"
+    mlp_product = "mlp.down_proj.input"
+    head_input = "model.norm.output"
+
+
+# The axis that neuron groups divide: heads in [B, H, L, E] and [B, H, L, S], channels elsewhere.
+GROUP_AXIS = dict.fromkeys(SiteKind, -1) | {
+    SiteKind.query: 1,
+    SiteKind.key: 1,
+    SiteKind.value: 1,
+    SiteKind.softmax: 1,
+}
+
+# Where a site's neuron sits: the module below the layer (below the model for the last kind) that holds the slot, and
+# the slot's attribute. The slots are made by `modules.py` and `attention.py`.
+SPIKING_ATTENTION = "spiking"
+SLOTS = {
+    SiteKind.attention_input: (ATTENTION_NORM, "neuron"),
+    SiteKind.query: (f"{ATTENTION}.{SPIKING_ATTENTION}", "query"),
+    SiteKind.key: (f"{ATTENTION}.{SPIKING_ATTENTION}", "key"),
+    SiteKind.value: (f"{ATTENTION}.{SPIKING_ATTENTION}", "value"),
+    SiteKind.softmax: (f"{ATTENTION}.{SPIKING_ATTENTION}", "softmax"),
+    SiteKind.attention_output: (OUTPUT, "neuron"),
+    SiteKind.mlp_input: (MLP_NORM, "neuron"),
+    SiteKind.activation: (ACTIVATION, "neuron"),
+    SiteKind.mlp_product: (DOWN, "neuron"),
+    SiteKind.head_input: (FINAL_NORM, "neuron"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One place of the network. `layer` is None for the site after the last layer."""
+
+    kind: SiteKind
+    layer: int | None
+
+    @property
+    def name(self) -> str:
+        return self.kind.value if self.layer is None else f"{LAYERS}.{self.layer}.{self.kind.value}"
+
+    @property
+    def slot(self) -> tuple[str, str]:
+        """(module path from the model's root, attribute) of the neuron."""
+        owner, attribute = SLOTS[self.kind]
+        return (owner if self.layer is None else f"{LAYERS}.{self.layer}.{owner}"), attribute
+
+
+def sites(layers: int) -> Iterator[Site]:
+    """All 9 * layers + 1 sites of a model, in the order in which a token meets them."""
+    for layer in range(layers):
+        for kind in SiteKind:
+            if kind is not SiteKind.head_input:
+                yield Site(kind, layer)
+    yield Site(SiteKind.head_input, None)
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The decoder layers of a model.
+
+    Raises:
+        ValueError: it has none where models of the LLaMA family have theirs.
+    """
+    owner, _, name = LAYERS.rpartition(".")
+    layers = getattr(getattr(model, owner, None), name, None)
+    if not isinstance(layers, nn.ModuleList):
+        raise ValueError(f"{type(model).__name__} has no layers in {LAYERS}; supported: {', '.join(ARCHITECTURES)}")
+    return layers
+
+
+def head_width(config: Any) -> int:
+    """E, the width of an attention head; transformers' configs may leave it to be derived."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def check_architecture(model: nn.Module) -> None:
+    """Refuse a model that this vocabulary does not fit.
+
+    Raises:
+        ValueError: unsupported model type, or a module of the vocabulary is missing.
+    """
+    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__).removesuffix(SPIKING_TYPE)
+    if kind not in ARCHITECTURES:
+        raise ValueError(f"architecture {kind!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
+    modules = dict(model.named_modules())
+    wanted = [EMBEDDING, FINAL_NORM, HEAD, *(f"{LAYERS}.0.{part}" for part in LAYER_PARTS)]
+    missing = [name for name in wanted if name not in modules]
+    if missing:
+        raise ValueError(f"architecture {kind!r} lacks the modules {', '.join(missing)}")

@@ -1,0 +1,1 @@
+"""The command line, a job, its stages and what they share, sweeps, tracking."""

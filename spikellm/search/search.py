@@ -1,0 +1,196 @@
+"""Distribution-aware search: statistics of every site in, phase tables out.
+
+Problem, for each neuron group (a site, or one attention head of it) with density p of |x|, over the code's parameters:
+
+    minimise over tau, v0, a, B, H, Theta      integral of w(x) p(x) (y(x) - x)^2 dx  /  integral of w(x) p(x) x^2 dx
+
+y is the neuron's output (`coding/neuron.py`), tau, v0, the assignment a of phases to grains and the bases spell its table
+(`coding/grains.py`), and w is what an error of that activation counts further down (`calibration/calibrate.py`,
+`model/attention.py`; else 1). Where the outputs of a row are added up as they are, the square of the mean error counts as often
+as a row is long (`fit.py`).
+
+The integrals are over the fitting part of the calibration text (`calibration/statistics.py`). What comes out is chosen on the
+second part and measured on the third, which decides nothing; tau may know of the largest activation of the first two.
+
+The density stands as weighted points, each an equal share of a mixture of p^(1/3) (the level density of the optimal quantiser,
+Panter & Dite 1951), mass and energy, so that the tail keeps points of its own. Zheng et al. (ICLR 2026) optimise one site at a
+time by surrogate gradients (`gradient.py`); here all sites evolve together (`evolution.py`).
+
+Ours also: a table may use fewer grains than it may, so that more grains are never worse on the objective; grain=auto takes the
+coarsest G whose cost on the choosing part is within a tolerance of the best; a group whose fitted table is no better than base 2 there
+keeps base 2. One-sided activations (SiLU) have a table for each sign. Signed digits (`coding/neuron.py`) are searched in the same way, with
+one number more, the ratio of thresholds to resets. With a spike weight lambda the objective is multiplied by exp(lambda n), n the mean
+spikes of a neuron: lambda is the relative rise of the error at which one spike less a neuron is a fair exchange.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from spikellm.calibration.statistics import FIT, SiteStatistics
+from spikellm.coding.codes import Codes, base2_codes
+from spikellm.coding.grains import assignments
+from spikellm.kernels.compiled import fused
+from spikellm.search.evolution import Objective, evolve_grains, squared_error
+from spikellm.search.fit import CodeFit, bias_weight
+from spikellm.search.gradient import Schedule, descend_grains, draw_samples
+
+MAX_GRAINS = 3  # of grain=auto
+
+
+def search(
+    statistics: Mapping[str, SiteStatistics],
+    *,
+    T: int,
+    G: int | None,
+    seed: int,
+    min_length: int = 2,
+    tolerance: float = 0.02,
+    signed: bool = False,
+    spike_weights: Mapping[str, float] | None = None,
+    compiled: bool = True,
+    progress: Callable[[int], None] = lambda grains: None,
+) -> dict[str, CodeFit]:
+    """Fit a table to every neuron group of every site.
+
+    Args:
+        statistics: by site name; all on one device.
+        T: time steps.
+        G: grains, at most; None: per group the coarsest G <= MAX_GRAINS within `tolerance` of the least cost on the choosing part.
+        seed: of the evolution; the result is the same for the same seed and statistics.
+        min_length: phases of a grain, at least [steps].
+        tolerance: relative. Excess perplexity moves about as the coding error does: 0.02 of it is 0.02 of the excess.
+        signed: digits may be negative.
+        spike_weights: by site name; the log of the factor on the squared error at which one spike less a neuron is a fair exchange
+            (0, or no entry: spikes cost nothing).
+        compiled: fuse the evaluation of candidates.
+        progress: called with the number of grains after each round.
+
+    Raises:
+        ValueError: T phases cannot hold G grains.
+    """
+    most = G or min(MAX_GRAINS, max(1, T // min_length))
+    assignments(T, most, min_length=min_length)  # refuses early
+    kernel = fused(squared_error, next(iter(statistics.values())).counts.device.type) if compiled else squared_error
+    if signed:  # a digit's sign does not tell the side
+        statistics = {name: site.merged() if site.two_sided else site for name, site in statistics.items()}
+    bits = 1.6 * T if signed else T  # log2 of the number of levels
+    number = min(2048, max(256, 2 ** round(bits + 2)))  # four points a level, up to 512 levels
+    points = {name: weighted_points(site, number) for name, site in statistics.items()}
+    x, weight, share = (torch.cat(part)[:, None] for part in zip(*points.values(), strict=True))
+    spike_weight = None
+    if spike_weights and any(spike_weights.values()):
+        each = [spike_weights.get(name, 0.0) for name, site in statistics.items() for _ in range(site.counts.shape[1])]
+        spike_weight = share * torch.tensor(each, device=share.device)[:, None, None]
+    maximum = group_maxima(statistics)
+    bias = None
+    if any(site.row_neurons for site in statistics.values()):
+        bias = torch.cat([bias_weight(site, *points[name][1:]) for name, site in statistics.items()])
+    objective = Objective(x=x, weight=weight, kernel=kernel, signed=signed, spike_weight=spike_weight, bias_weight=bias)
+    rounds = evolve_grains(objective, maximum, T=T, G=most, seed=seed, min_length=min_length, progress=progress)
+    return assess_all(statistics, rounds[-1:] if G else rounds, tolerance=tolerance, signed=signed, spike_weights=spike_weights)
+
+
+def gradient_search(
+    statistics: Mapping[str, SiteStatistics],
+    *,
+    T: int,
+    G: int | None,
+    seed: int,
+    schedule: Schedule,
+    min_length: int = 2,
+    tolerance: float = 0.02,
+    progress: Callable[[int], None] = lambda groups: None,
+) -> dict[str, CodeFit]:
+    """The published search: arguments as for `search`, but exactly G grains, and `progress` as in `descend_grains`."""
+    most = G or min(MAX_GRAINS, max(1, T // min_length))
+    assignments(T, most, min_length=min_length)  # refuses early
+    generator = torch.Generator().manual_seed(seed)
+    groups = [(site, group) for site in statistics.values() for group in range(site.counts.shape[1])]
+    samples = torch.stack([draw_samples(site, group, schedule.samples, generator) for site, group in groups])
+    rounds = []
+    for grains in (G,) if G else range(1, most + 1):
+        codes, found = descend_grains(
+            samples,
+            group_maxima(statistics),
+            T=T,
+            G=grains,
+            seed=seed,
+            min_length=min_length,
+            schedule=schedule,
+            progress=progress,
+        )
+        rounds.append((codes.widened(most), found))
+    return assess_all(statistics, rounds, tolerance=tolerance)
+
+
+def group_maxima(statistics: Mapping[str, SiteStatistics]) -> Float[Tensor, " N"]:
+    """Largest activation of every neuron group in the parts that codes may know, 1 where nothing but zeros passed."""
+    maximum = torch.cat([site.known_maximum for site in statistics.values()])
+    return torch.where(maximum > 0, maximum, 1.0)
+
+
+def assess_all(
+    statistics: Mapping[str, SiteStatistics],
+    rounds: Sequence[tuple[Codes, Float[Tensor, " N"]]],
+    *,
+    tolerance: float,
+    signed: bool = False,
+    spike_weights: Mapping[str, float] | None = None,
+) -> dict[str, CodeFit]:
+    """Codes and objectives of all groups in a row, in rounds of more and more grains, as one fit per site."""
+    fits, start = {}, 0
+    for name, site in statistics.items():
+        rows = slice(start, start + site.counts.shape[1])
+        start = rows.stop
+        own = [(codes.at(rows), objective[rows]) for codes, objective in rounds]
+        spike_weight = (spike_weights or {}).get(name, 0.0)
+        fits[name] = CodeFit.assess(site, own, tolerance=tolerance, signed=signed, spike_weight=spike_weight)
+    return fits
+
+
+def base2_search(statistics: Mapping[str, SiteStatistics], T: int) -> dict[str, CodeFit]:
+    """The baseline: base 2 at every site, tau the largest activation of the site that codes may know."""
+    fits = {}
+    for name, site in statistics.items():
+        merged = site.merged()
+        maximum = group_maxima({name: merged})
+        fits[name] = CodeFit.assess(merged, [(base2_codes(maximum, T), torch.full_like(maximum, torch.nan))])
+    return fits
+
+
+def weighted_points(
+    statistics: SiteStatistics, count: int
+) -> tuple[Float[Tensor, "C points"], Float[Tensor, "C points"], Float[Tensor, "C points"]]:
+    """The density of the fitting part in `count` points a group; ascending where they are used.
+
+    Returns:
+        positions; weights scaled so that sum weight x^2 = 1, an unused point weighs 0; shares of the group's neurons (zeros have
+        no point).
+    """
+    points = [_group_points(statistics, group, count) for group in range(statistics.counts.shape[1])]
+    x, weight, share = (torch.stack(part) for part in zip(*points, strict=True))
+    return x, weight, share
+
+
+def _group_points(statistics: SiteStatistics, group: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    weights = (statistics.counts if statistics.weights is None else statistics.weights)[FIT, group].double()
+    used = weights > 0
+    if not used.any():
+        nothing = torch.zeros(count, device=weights.device)
+        return nothing, nothing, nothing
+    mass = weights[used]
+    width = statistics.edges.double().diff()[used]
+    center = statistics.centers.double()[used]
+    parts = ((mass / width).pow(1 / 3) * width, mass, mass * center.square())
+    # most points where levels belong, some for mass and energy
+    measure = torch.stack([factor * part / part.sum() for factor, part in zip((0.7, 0.2, 0.1), parts, strict=True)]).sum(0)
+    cell = ((measure.cumsum(0) - measure / 2) * count).long().clamp_(0, count - 1)
+    total = torch.zeros(count, dtype=torch.float64, device=mass.device).index_add_(0, cell, mass)
+    first = torch.zeros_like(total).index_add_(0, cell, mass * center)
+    x = torch.where(total > 0, first / total.clamp_min(1e-300), 0.0)
+    neurons = statistics.counts[FIT, group].double()
+    share = torch.zeros_like(total).index_add_(0, cell, neurons[used]) / (neurons.sum() + statistics.zeros[FIT, group])
+    return x.float(), (total / (total * x.square()).sum()).float(), share.float()

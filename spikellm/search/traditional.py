@@ -1,0 +1,126 @@
+"""The codes of traditional conversion, fitted as well as they allow: rate, time to first spike, few spikes of base 2.
+
+What our codes are measured against. Each neuron group gets the amplitude (and the base or threshold ratio, where the code has one)
+of least weighted squared error on the fitting part, by a grid: the same statistics, weights and groups as the search has. Nothing is
+chosen afterwards: what is found stays, however much worse than base 2, and is measured on the reporting part. Their tables
+are in `coding/grains.py`; they have no grains. Sources: rate coding as in Rueckauer et al. 2017, time to first spike as in Rueckauer & Liu
+2018 (here with logarithmic times of any base), few spikes as in Stoeckl & Maass 2021; the grids and thresholds are ours.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from itertools import product
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from spikellm.calibration.statistics import SiteStatistics
+from spikellm.coding.grains import uniform_table
+from spikellm.coding.neuron import PhaseTable
+from spikellm.config.schema import Coding, Config, SearchMethod
+from spikellm.kernels.compiled import fused
+from spikellm.search.evolution import CHUNK, squared_error
+from spikellm.search.fit import CodeFit, bias_weight
+from spikellm.search.search import group_maxima, weighted_points
+
+log = logging.getLogger(__name__)
+
+# The largest output of a code as a share of the largest activation: 1/256 to 1.19 in steps of 9 %.
+SHARES = torch.logspace(-8, 0.25, 67, base=2)
+TTFS_BASES = (1.1, 1.2, 1.3, 1.5, 1.75, 2.0, 2.5)
+FEW_SPIKE_RATIOS = (0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
+POINTS = 512  # of a group's distribution; traditional codes are coarse
+
+
+def variants(coding: Coding, T: int) -> list[dict[str, float]]:
+    """What the grid tries beside the amplitude: base, ratio, v0 (arguments of `uniform_table`) and d_0 as a share of the largest output."""
+    if coding is Coding.rate:
+        return [{"base": 1.0, "ratio": 1.0, "v0": 0.5, "first": 1 / T}]
+    if coding is Coding.ttfs:
+        return [{"base": base, "ratio": (1 + 1 / base) / 2, "v0": 0.0, "first": 1.0} for base in TTFS_BASES]
+    return [{"base": 2.0, "ratio": ratio, "v0": 0.5, "first": 0.5} for ratio in FEW_SPIKE_RATIOS]
+
+
+def spike_bound(coding: Coding, max_spikes: int | None) -> int | None:
+    """`PhaseTable.max_spikes` of a code."""
+    return {Coding.ttfs: 1, Coding.few_spike: max_spikes}.get(coding)
+
+
+def traditional_codes(config: Config, statistics: Mapping[str, SiteStatistics]) -> dict[str, CodeFit]:
+    """The codes of `snn.coding`, with a warning for every option that has no effect on them."""
+    options, snn = config.search, config.snn
+    kind = f"snn.coding={snn.coding.value}"
+    if snn.grain != "1":
+        log.warning("grain=%s has no effect with %s, which has no grains", snn.grain, kind)
+    if options.method is not SearchMethod.evolution:
+        log.warning("search.method=%s has no effect with %s", options.method.value, kind)
+    with tqdm(total=len(statistics), desc="search", unit="site", disable=None) as bar:
+        return fit_traditional(
+            statistics, snn.coding, T=snn.T, max_spikes=snn.max_spikes, compiled=config.hardware.compile, progress=bar.update
+        )
+
+
+def fit_traditional(
+    statistics: Mapping[str, SiteStatistics],
+    coding: Coding,
+    *,
+    T: int,
+    max_spikes: int | None = None,
+    compiled: bool = True,
+    progress: Callable[[int], None] = lambda sites: None,
+) -> dict[str, CodeFit]:
+    """The best code of a kind for every neuron group of every site.
+
+    `tau` of a fit is the largest d_t times the base (its `base_d`), so that d_t = tau base_d^-(t+1); thresholds may be lower by a
+    constant ratio, which `base_theta` leaves out.
+
+    Args:
+        statistics: by site name.
+        coding: rate, ttfs or few_spike.
+        max_spikes: of few_spike.
+        compiled: fuse the evaluation of candidates.
+        progress: called with 1 after each site.
+    """
+    kernel = fused(squared_error, next(iter(statistics.values())).counts.device.type) if compiled else squared_error
+    fits = {}
+    for name, site in statistics.items():
+        fits[name] = _fit_site(site, variants(coding, T), T, spike_bound(coding, max_spikes), kernel)
+        progress(1)
+    return fits
+
+
+def _fit_site(site: SiteStatistics, options: list[dict[str, float]], T: int, bound: int | None, kernel: Callable[..., Tensor]) -> CodeFit:
+    known = site.known_maximum
+    scale = torch.where(known > 0, known, group_maxima({"": site.merged()}))
+    x, weight, share = (part[:, None] for part in weighted_points(site, POINTS))
+    bias = bias_weight(site, weight[:, 0], share[:, 0])
+    grid = list(product(options, SHARES.tolist()))
+    tables = [_table(scale * largest, option, T) for option, largest in grid]
+    theta, h, d, v0 = (torch.stack(part, 1) for part in zip(*tables, strict=True))
+    rows = max(1, CHUNK // (len(grid) * POINTS))
+    parts = [slice(start, start + rows) for start in range(0, len(known), rows)]
+    error = torch.cat(
+        [kernel(x[part], weight[part], theta[part], h[part], d[part], v0[part], bound, False, None, bias[part]) for part in parts]
+    )
+    found, index = error.min(1)
+    every = torch.arange(len(known), device=index.device)
+    theta, h, d, v0 = (part[every, index] for part in (theta, h, d, v0))
+    base = torch.tensor([grid[each][0]["base"] for each in index.tolist()], device=d.device)[:, None]
+    return CodeFit.reported(
+        site,
+        PhaseTable(theta=theta, h=h, d=d, v0=v0, max_spikes=bound, two_sided=site.two_sided),
+        tau=d[:, 0] * base[:, 0],
+        assignment=torch.zeros(d.shape, dtype=torch.int64, device=d.device),
+        base_d=base,
+        base_h=base.clone(),
+        base_theta=base.clone(),
+        objective=found,
+        fallback=torch.zeros(len(known), dtype=torch.bool, device=d.device),
+        rho=torch.ones_like(v0),
+    )
+
+
+def _table(largest: Float[Tensor, " C"], option: dict[str, float], T: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return uniform_table(largest * option["first"], T, base=option["base"], ratio=option["ratio"], v0=option["v0"])

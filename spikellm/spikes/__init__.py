@@ -1,0 +1,1 @@
+"""Spikes, synaptic operations and energy of a real run, site by site."""

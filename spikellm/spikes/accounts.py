@@ -1,0 +1,141 @@
+"""From a ledger to what a run reports: rates and operations per token, what stays dense, energy, the rows of spikes.csv."""
+
+from dataclasses import asdict
+from typing import Any
+
+from spikellm.config.schema import EnergyConfig, EnergyTable
+from spikellm.model.sites import SiteKind
+from spikellm.spikes.energy import (
+    COST_TABLES,
+    HOROWITZ,
+    CostTable,
+    Operation,
+    compare,
+    integer_ac_pj,
+    integer_mac_pj,
+    matrix_products,
+    pointwise_operations,
+    softmax_quotients,
+    spiking_operations,
+)
+from spikellm.spikes.ledger import Ledger, SiteSpikes
+
+
+def cost_table(options: EnergyConfig) -> CostTable:
+    """The configured costs of operations."""
+    if options.table is not EnergyTable.custom:
+        return COST_TABLES[options.table.value]
+    assert options.mac_pj is not None
+    assert options.ac_pj is not None
+    return CostTable(name="custom", mac_pj=options.mac_pj, ac_pj=options.ac_pj, source="energy.mac_pj, energy.ac_pj")
+
+
+def dense_operations(ledger: Ledger) -> list[Operation]:
+    """All that the spiking model computes beside its spikes, over the ledger's tokens."""
+    shape, tokens = ledger.shape, ledger.tokens
+    # coded prefix columns are in the softmax like any other
+    pairs = ledger.pairs + ledger.coded_prefix * tokens * shape.layers
+    outputs = [site.groups for site in ledger.sites if site.kind == SiteKind.attention_output.name]
+    return [
+        *pointwise_operations(shape, tokens=tokens, pairs=pairs),
+        softmax_quotients(shape, tokens=tokens, pairs=pairs, after=ledger.normalise_after),
+        *spiking_operations(
+            shape,
+            T=ledger.T,
+            tokens=tokens,
+            neurons=sum(site.sides * sum(site.neurons) for site in ledger.sites),
+            spikes=ledger.spikes,
+            linear_groups=max(outputs),
+            gates=max(site.sides for site in ledger.sites if site.kind == SiteKind.activation.name),
+            rotated=ledger.rotated,
+            prefix=ledger.exact_prefix,
+        ),
+    ]
+
+
+def spikes_record(ledger: Ledger) -> dict[str, Any]:
+    """results.json: `spikes`."""
+    tokens, T = ledger.tokens, ledger.T
+    by_kind: dict[str, Any] = {}
+    rows = spike_rows(ledger)
+    for kind in SiteKind:
+        chosen = [row for row in rows if row["kind"] == kind.name]
+        neurons, spikes, sops = (sum(row[f"{what}_per_token"] for row in chosen) for what in ("neurons", "spikes", "sops"))
+        by_kind[kind.name] = {"firing_rate": spikes / (neurons * T), "spikes_per_token": spikes, "sops_per_token": sops}
+    steps = [sum(sum(site.spikes[t]) for site in ledger.sites) for t in range(T)]
+    return {
+        "windows": ledger.windows,
+        "window": tokens // ledger.windows,
+        "tokens": tokens,
+        "firing_rate": ledger.spikes / (ledger.neurons * T),
+        "firing_rate_at_synapses": ledger.sops / (ledger.synapses * T),
+        "spikes_per_token": ledger.spikes / tokens,
+        "sops_per_token": ledger.sops / tokens,
+        "latency_steps": ledger.latency_steps,
+        "firing_rate_by_step": [spikes / ledger.neurons for spikes in steps],
+        "by_kind": by_kind,
+        "dense_operations": [
+            {"name": each.name, "mac_per_token": each.mac / tokens, "ac_per_token": each.ac / tokens} for each in dense_operations(ledger)
+        ],
+    }
+
+
+def energy_record(ledger: Ledger, table: CostTable) -> dict[str, Any]:
+    """results.json: `energy`. ANN and integer ANN see the same tokens and mask, without a prefix."""
+    seen = {"tokens": ledger.tokens, "pairs": ledger.pairs}
+    matrices = matrix_products(ledger.shape, **seen)
+    pointwise = [*pointwise_operations(ledger.shape, **seen), softmax_quotients(ledger.shape, **seen, after=False)]
+    dense = dense_operations(ledger)
+    energy = compare(
+        table,
+        T=ledger.T,
+        matrices=matrices,
+        pointwise=pointwise,
+        dense=dense,
+        sops=ledger.sops,
+        spikes=ledger.spikes,
+        synapses=ledger.synapses,
+        tokens=ledger.tokens,
+    )
+    bits = ledger.T + 1
+    return {
+        "table": table.name,
+        "mac_pj": table.mac_pj,
+        "ac_pj": table.ac_pj,
+        "source": table.source,
+        "int_bits": bits,
+        "int_mac_pj": integer_mac_pj(bits),
+        "int_ac_pj": integer_ac_pj(bits),
+        "weights": {"ann": table.name, "snn": table.name, "int": f"int{bits}", "snn_int": f"int{bits}"},
+        "int_source": f"{HOROWITZ}, 8 bits, scaled to {bits}",
+        "ann_mac_per_token": sum(each.mac for each in matrices + pointwise) / ledger.tokens,
+        "snn_mac_per_token": sum(each.mac for each in dense) / ledger.tokens,
+        "snn_ac_per_token": (ledger.sops + sum(each.ac for each in dense)) / ledger.tokens,
+    } | asdict(energy)
+
+
+def spike_rows(ledger: Ledger) -> list[dict[str, Any]]:
+    """The rows of spikes.csv, one a site; lists have one entry a time step, a head, or a list of steps a head."""
+    return [_row(site, ledger.tokens) for site in ledger.sites]
+
+
+def _row(site: SiteSpikes, tokens: int) -> dict[str, Any]:
+    T, neurons = len(site.spikes), sum(site.neurons)
+    heads = [list(steps) for steps in zip(*site.spikes, strict=True)]  # [C][T]
+    steps = [sum(row) for row in site.spikes]
+    operations = [sum(row) for row in site.sops]
+    return {
+        "name": site.name,
+        "layer": site.layer,
+        "kind": site.kind,
+        "neurons_per_token": neurons / tokens,
+        "fan_out": sum(site.synapses) / max(1, neurons),
+        "spikes_per_token": sum(steps) / tokens,
+        "firing_rate": site.firing_rate,
+        "sops_per_token": sum(operations) / tokens,
+        "firing_rate_by_step": [spikes / max(1, neurons) for spikes in steps],
+        "sops_per_token_by_step": [sops / tokens for sops in operations],
+        "firing_rate_by_head": [sum(spikes) / max(1, population * T) for spikes, population in zip(heads, site.neurons, strict=True)],
+        "spikes_by_head_and_step": heads,
+        "sops_by_head_and_step": [list(steps) for steps in zip(*site.sops, strict=True)],
+    }

@@ -1,0 +1,89 @@
+"""Counts spikes and synaptic operations at one site, from a neuron's input or from its spike train.
+
+Folded execution makes no spikes, but the code of |x| tells which there would be (`neuron.count_spikes`): nothing of the size of a
+train is kept. Both ways give the same numbers.
+"""
+
+import math
+from dataclasses import replace
+
+import torch
+from jaxtyping import Int, Int64
+from torch import Tensor, nn
+
+from spikellm.coding.neuron import ROWS, PhaseNeuron, count_spikes
+
+
+def train_counts(train: Int[Tensor, "T C I J"]) -> Int64[Tensor, "T C I"]:
+    """Spikes of either sign at every step, summed over J."""
+    return (train != 0).sum(-1)
+
+
+def synaptic_operations(counts: Int64[Tensor, "T C I"], fan_out: int | Int64[Tensor, " I"]) -> Int64[Tensor, "T C"]:
+    """Spikes times the fan-out of their place."""
+    return (counts * fan_out).sum(-1)
+
+
+class SpikeCounter(nn.Module):
+    """Sits in a neuron's slot, counts the spikes of what passes and lets the neuron answer.
+
+    Args:
+        neuron: of the slot.
+        axis: of x that columns (and the neuron's groups) divide.
+        columns: C, the slices that are counted apart: attention heads, or 1.
+        fan_out: synapses of a spike; a tensor [I] has one for every position.
+    """
+
+    def __init__(self, neuron: PhaseNeuron, *, axis: int, columns: int, fan_out: int) -> None:
+        super().__init__()
+        self.neuron, self.axis, self.columns = neuron, axis, columns
+        self.fan_out: int | Tensor = fan_out
+        self.whole = True  # False: `add_neurons` is told from outside (the softmax, where masked pairs are no neurons)
+        self.spikes = torch.zeros(neuron.table.T, columns, dtype=torch.int64)
+        self.sops = torch.zeros_like(self.spikes)
+        self.neurons = torch.zeros(columns, dtype=torch.int64)
+        self.synapses = torch.zeros(columns, dtype=torch.int64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.add_values(x)
+        return self.neuron(x)
+
+    def add_values(self, x: Tensor) -> None:
+        """Count what the neuron would fire for x, in folded execution."""
+        counts = []
+        for part, table in self.neuron.table.sides(x):
+            slices = math.lcm(table.groups, self.columns)
+            rows = {name: getattr(table, name).repeat_interleave(slices // table.groups, 0) for name in ROWS}
+            counts.append(count_spikes(self._arranged(part, slices), replace(table, **rows), compiled=self.neuron.compiled))
+        self._add(sum(counts[1:], start=counts[0]), x.numel())
+
+    def look(self, _module: nn.Module, _inputs: tuple[Tensor, ...], train: Tensor) -> None:
+        """`add_train` as a forward hook of a `SteppedNeuron`."""
+        self.add_train(train)
+
+    def add_train(self, train: Int[Tensor, "T *x"]) -> None:
+        """Count a spike train, in time-stepped execution."""
+        self._add(torch.stack([train_counts(self._arranged(step, self.columns)[None])[0] for step in train]), train[0].numel())
+
+    def add_neurons(self, number: int, synapses: int) -> None:
+        """So many neurons a column, with so many synapses together, had the chance to fire."""
+        self.neurons += number
+        self.synapses += synapses
+
+    def _add(self, counts: Int64[Tensor, "T slices I"], elements: int) -> None:
+        counts = counts.unflatten(1, (self.columns, -1)).sum(2)
+        self.spikes += counts.sum(-1).cpu()
+        self.sops += synaptic_operations(counts, self.fan_out).cpu()
+        if self.whole:
+            number = elements // self.columns
+            positions = counts.shape[-1]
+            everywhere = self.fan_out if isinstance(self.fan_out, int) else int(self.fan_out.sum())
+            self.add_neurons(number, number // positions * everywhere)
+
+    def _arranged(self, x: Tensor, slices: int) -> Tensor:
+        """x as [slices, I, J]: positions of their own fan-out in the middle (I = 1 without)."""
+        if slices > 1:
+            axis = self.axis % x.ndim
+            x = x.unflatten(axis, (slices, -1)).movedim(axis, 0)
+        positions = 1 if isinstance(self.fan_out, int) else len(self.fan_out)
+        return x.reshape(slices, positions, -1)

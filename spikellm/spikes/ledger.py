@@ -1,0 +1,293 @@
+"""The spike ledger: spikes, firing rates and synaptic operations of a real run, per site, head and time step.
+
+A synaptic operation (SOP) is one spike arriving at one synapse: an accumulate. SOPs = spikes x fan-out, and the fan-out of a spike is
+what a time-stepped execution (`kernels/temporal.py`) adds up because of it:
+
+    norms, o_proj's and down_proj's input    the outputs of the Linears that read it (q, k, v; gate, up; o; down; lm_head)
+    query            the keys its query may see, the prefix among them, + 1
+    key              the queries that may see it, in every query head of its group, + 1
+    value            1
+    softmax          E, a row of values; + 1 for the row's sum where the softmax is normalised after coding
+    activation       1, the channel of `up` that it gates
+
+Queries and keys fire in the same steps, and with X_t, Y_t their spikes summed so far (each weighted by its d_t),
+
+    X_t Y_t^T - X_t-1 Y_t-1^T  =  x_t Y_t^T + X_t-1 y_t^T
+
+so every spike of either side adds one element of the other side's sums to each score that it takes part in: its fan-out is the other
+operand's row, whether or not something has been summed there yet; the 1 is its own sum. Softmax and activation fire when value and
+`up` have been integrated: their spikes meet complete operands, and a value's spike only builds its sum. Pairs that the mask hides
+count nowhere. Counting each pair of spikes that meet (T^2 a product) would count work that nobody does.
+
+Counters (`counter.py`) sit around neurons only while `count` runs. What stays dense is in `energy.py`, and is listed in
+results.json.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+import torch
+from jaxtyping import Bool, Int, Int64
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from spikellm.coding.neuron import PhaseNeuron
+from spikellm.execution.modules import SteppedNeuron
+from spikellm.model.attention import SpikingAttention
+from spikellm.model.conversion import get_neuron, model_sites, set_neuron, site_groups
+from spikellm.model.modules import SpikingLinear
+from spikellm.model.sites import (
+    ATTENTION,
+    DOWN,
+    GATE,
+    GROUP_AXIS,
+    HEAD,
+    KEY,
+    OUTPUT,
+    QUERY,
+    SPIKING_ATTENTION,
+    UP,
+    VALUE,
+    Site,
+    SiteKind,
+    decoder_layers,
+    head_width,
+)
+from spikellm.spikes.counter import SpikeCounter
+from spikellm.spikes.energy import DecoderShape
+
+LINEARS = (QUERY, KEY, VALUE, OUTPUT, GATE, UP, DOWN)
+# The Linears that read a site's spikes.
+READERS = {
+    SiteKind.attention_input: (QUERY, KEY, VALUE),
+    SiteKind.attention_output: (OUTPUT,),
+    SiteKind.mlp_input: (GATE, UP),
+    SiteKind.mlp_product: (DOWN,),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SiteSpikes:
+    """Counts of one site: per time step and column (attention head, or one), summed over all tokens; plain numbers."""
+
+    name: str
+    kind: str  # of `SiteKind`
+    layer: int | None
+    groups: int  # tables of its code, pairs of tables where it has two sides
+    sides: int  # 2: an ON and an OFF neuron where others have one; they send their trains one after the other
+    spikes: list[list[int]]  # [T][C]
+    sops: list[list[int]]  # [T][C]
+    neurons: list[int]  # [C]
+    synapses: list[int]  # [C] neurons times their fan-out
+
+    @property
+    def firing_rate(self) -> float:
+        """spikes / (neurons x T)."""
+        return _sum(self.spikes) / max(1, sum(self.neurons) * len(self.spikes))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ledger:
+    """All sites of a run, and what else its costs depend on."""
+
+    sites: list[SiteSpikes]
+    tokens: int
+    windows: int
+    pairs: int  # (query, key) pairs that the mask let see each other, over all sequences and layers, without the prefix
+    coded_prefix: int  # prefix positions whose keys and values pass neurons
+    exact_prefix: int  # prefix positions beside the coded ones
+    normalise_after: bool
+    rotated: bool
+    shape: DecoderShape
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> Self:
+        sites = [SiteSpikes(**site) for site in record["sites"]]
+        return cls(**record | {"sites": sites, "shape": DecoderShape(**record["shape"])})
+
+    @property
+    def T(self) -> int:
+        return len(self.sites[0].spikes)
+
+    @property
+    def latency_steps(self) -> int:
+        """Time steps from a token to its logits.
+
+        Neurons integrate while the layer of neurons before them fires, and then fire for T steps (T for each side) themselves; all
+        that is between them takes no steps, nor does the embedding. In a decoder layer there fire one after the other: norm; query, key
+        and value; softmax; o_proj's input; norm; SiLU (`up` integrates beside it); down_proj's input; and, in the end, the final norm.
+        """
+        beside = (SiteKind.key.name, SiteKind.value.name)  # the query
+        return self.T * sum(site.sides for site in self.sites if site.kind not in beside)
+
+    @property
+    def spikes(self) -> int:
+        return sum(_sum(site.spikes) for site in self.sites)
+
+    @property
+    def sops(self) -> int:
+        return sum(_sum(site.sops) for site in self.sites)
+
+    @property
+    def neurons(self) -> int:
+        return sum(sum(site.neurons) for site in self.sites)
+
+    @property
+    def synapses(self) -> int:
+        return sum(sum(site.synapses) for site in self.sites)
+
+
+def _sum(table: list[list[int]]) -> int:
+    return sum(sum(row) for row in table)
+
+
+def decoder_shape(model: PreTrainedModel) -> DecoderShape:
+    """The shape of a model, installed or not, also on the meta device."""
+    config: Any = model.config
+    layer = decoder_layers(model)[0]
+    linears: list[Any] = [layer.get_submodule(name) for name in LINEARS]
+    return DecoderShape(
+        layers=config.num_hidden_layers,
+        D=config.hidden_size,
+        F=config.intermediate_size,
+        H=config.num_attention_heads,
+        K=config.num_key_value_heads,
+        E=head_width(config),
+        V=config.vocab_size,
+        biases=sum(linear.bias.numel() for linear in linears if linear.bias is not None),
+        head_norms=hasattr(layer.get_submodule(ATTENTION), "q_norm"),
+    )
+
+
+def site_fan_out(model: PreTrainedModel, site: Site) -> int:
+    """Synapses of a spike at `site`; 0 at queries and keys, where it depends on what the mask lets see."""
+    if site.kind is SiteKind.head_input:
+        head: Any = model.get_submodule(HEAD)
+        return head.out_features
+    layer: Any = decoder_layers(model)[site.layer or 0]
+    if site.kind in READERS:
+        return sum(layer.get_submodule(name).out_features for name in READERS[site.kind])
+    attention: SpikingAttention = layer.get_submodule(f"{ATTENTION}.{SPIKING_ATTENTION}")
+    known = {SiteKind.value: 1, SiteKind.activation: 1, SiteKind.softmax: attention.head_width + attention.normalise_after}
+    return known.get(site.kind, 0)
+
+
+class AttentionWatch:
+    """Before each forward of one attention, tells its counters what the mask lets see."""
+
+    def __init__(self, attention: SpikingAttention, counters: dict[SiteKind, SpikeCounter]) -> None:
+        self.counters, self.pairs = counters, 0
+        self.steps = attention.query.T if isinstance(attention.query, SteppedNeuron) else 1  # in the batch axis
+        counters[SiteKind.softmax].whole = False
+        self.handle = attention.register_forward_pre_hook(self._look)
+
+    def _look(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        query, key, _, mask, _ = inputs
+        assert isinstance(module, SpikingAttention)
+        prefix = 0 if module.prefix_key is None else module.prefix_key.shape[1]
+        keys, queries = visibility(mask[: len(mask) // self.steps])
+        heads, pairs = query.shape[1], int(keys.sum())
+        self.pairs += pairs
+        coded = 0 if module.normalise_after else prefix
+        if coded:  # they pass the key neurons, before all others, and every query sees them
+            queries = torch.cat([queries.new_full((len(queries), coded), query.shape[2]), queries], -1)
+            pairs += coded * keys.numel()
+        self.counters[SiteKind.query].fan_out = keys.flatten() + prefix + 1
+        self.counters[SiteKind.key].fan_out = queries.flatten() * (heads // key.shape[1]) + 1
+        softmax = self.counters[SiteKind.softmax]
+        assert isinstance(softmax.fan_out, int)
+        share = pairs * heads // softmax.columns
+        softmax.add_neurons(share, share * softmax.fan_out)
+
+
+def visibility(mask: Bool[Tensor, "B 1 L S"]) -> tuple[Int64[Tensor, "B L"], Int64[Tensor, "B S"]]:
+    """Keys that every query may see, queries that may see every key.
+
+    Raises:
+        ValueError: a query that may see nothing, as padding has.
+    """
+    keys, queries = mask[:, 0].sum(-1), mask[:, 0].sum(-2)
+    if not keys.all():
+        raise ValueError("spikes of padded sequences cannot be counted: padding would fire as well")
+    return keys, queries
+
+
+@contextmanager
+def counting(model: PreTrainedModel) -> Iterator[tuple[dict[Site, SpikeCounter], list[AttentionWatch]]]:
+    """Within: counters around the neurons of a converted model, or fed by the trains of one that runs in steps (`execution/stepped.py`).
+
+    Raises:
+        ValueError: a site carries no neuron.
+    """
+    counters, handles = {}, []
+    for site in model_sites(model):
+        neuron = get_neuron(model, site)
+        if not isinstance(neuron, PhaseNeuron):
+            raise ValueError(f"{site.name} carries no neuron: convert the model before its spikes are counted")
+        counters[site] = SpikeCounter(
+            neuron, axis=GROUP_AXIS[site.kind], columns=site_groups(model.config, site.kind), fan_out=site_fan_out(model, site)
+        )
+    watches = []
+    for index, layer in enumerate(decoder_layers(model)):
+        attention: Any = layer.get_submodule(f"{ATTENTION}.{SPIKING_ATTENTION}")
+        own = {site.kind: counter for site, counter in counters.items() if site.layer == index}
+        watches.append(AttentionWatch(attention, own))
+    for site, counter in counters.items():
+        if isinstance(counter.neuron, SteppedNeuron):
+            handles.append(counter.neuron.register_forward_hook(counter.look))
+        else:
+            set_neuron(model, site, counter)
+    try:
+        yield counters, watches
+    finally:
+        for handle in (*handles, *(watch.handle for watch in watches)):
+            handle.remove()
+        for site, counter in counters.items():
+            set_neuron(model, site, counter.neuron)
+
+
+@torch.no_grad()
+def count(model: PreTrainedModel, windows: Int[Tensor, "W L"]) -> Ledger:
+    """The ledger of a converted model on `windows`, one window a forward; within `stepped.stepped` counted from its spike trains.
+
+    Every token counts, the last of a window too: its final norm fires into the language model's head.
+    """
+    with counting(model) as (counters, watches):
+        for window in tqdm(windows, desc="count spikes", unit="window", disable=None):
+            model.base_model(window[None].to(model.device), use_cache=False)
+    layer: Any = decoder_layers(model)[0]
+    attention: SpikingAttention = layer.get_submodule(f"{ATTENTION}.{SPIKING_ATTENTION}")
+    down: SpikingLinear = layer.get_submodule(DOWN)
+    prefix = 0 if attention.prefix_key is None else attention.prefix_key.shape[1]
+    return Ledger(
+        sites=[site_spikes(site, counter) for site, counter in counters.items()],
+        tokens=windows.numel(),
+        windows=len(windows),
+        pairs=sum(watch.pairs for watch in watches),
+        coded_prefix=0 if attention.normalise_after else prefix,
+        exact_prefix=prefix if attention.normalise_after else 0,
+        normalise_after=attention.normalise_after,
+        rotated=down.rotation is not None,
+        shape=decoder_shape(model),
+    )
+
+
+def site_spikes(site: Site, counter: SpikeCounter) -> SiteSpikes:
+    """What a counter has counted, in plain numbers."""
+    return SiteSpikes(
+        name=site.name,
+        kind=site.kind.name,
+        layer=site.layer,
+        groups=counter.neuron.table.groups,
+        sides=2 if counter.neuron.table.two_sided else 1,
+        spikes=counter.spikes.tolist(),
+        sops=counter.sops.tolist(),
+        neurons=counter.neurons.tolist(),
+        synapses=counter.synapses.tolist(),
+    )
