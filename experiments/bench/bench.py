@@ -47,7 +47,7 @@ def spiking(model: PreTrainedModel, T: int, query_block: int) -> PreTrainedModel
     attach_prefix(model, [model.config.bos_token_id])
     tau = torch.tensor([20.0])
     rows = base2_amplitudes(tau, T)
-    table = PhaseTable(theta=rows, h=rows, d=rows, v0=default_v0(tau, T))
+    table = PhaseTable(rows, rows, rows, default_v0(tau, T))
     convert(model, {site.name: table for site in model_sites(model)}, compiled=True)
     return model
 

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from spikellm.calibration.calibrate import Calibration
 from spikellm.calibration.statistics import CHOOSE, FIT, REPORT, Observer, SiteStatistics
 from spikellm.config.schema import PROJECT_ROOT, SearchConfig
+from spikellm.kernels.encode import BINARY
 from spikellm.search.fit import part_points, weighted_error
 from spikellm.search.gradient import Schedule, descend_grains, draw_samples
 from spikellm.search.search import group_maxima, search
@@ -87,7 +88,7 @@ def main() -> None:
     for index, name in enumerate(names):
         fit, code = fits[name], codes.at(slice(index, index + 1))
         x, weight, _ = part_points(chosen[name], REPORT)
-        theirs_held = weighted_error(x, weight, code)
+        theirs_held = weighted_error(x, weight, code.spell(), BINARY)
         lower["fitting"] += bool(fit.objective[0] < objective[index])
         lower["reporting"] += bool(fit.error[0] < theirs_held[0])
         units = fit.error_base2[0].clamp_min(1e-30)

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from spikellm.calibration.statistics import CHOOSE, FIT, REPORT, Observer, SiteStatistics
 from spikellm.coding.codes import Codes, base2_codes
+from spikellm.kernels.encode import BINARY
 from spikellm.search.evolution import squared_error
 from spikellm.search.fit import part_points
 from spikellm.search.published import read_neurons
@@ -63,11 +64,10 @@ def without_v0(codes: Codes) -> Codes:
 
 def errors(x: Tensor, weight: Tensor, codes: Codes) -> Tensor:
     """Squared errors [K] of K codes on weighted points [P], relative to the points' mean square."""
-    rows = max(1, CHUNK // len(x))
-    theta, h, d, v0 = (table[None] for table in codes.spell())
-    parts = [slice(start, start + rows) for start in range(0, len(codes.values), rows)]
-    points = x[None, None], weight[None, None]
-    found = [squared_error(*points, theta[:, part], h[:, part], d[:, part], v0[:, part])[0] for part in parts]
+    number = max(1, CHUNK // len(x))
+    rows = codes.spell()
+    parts = [slice(start, start + number) for start in range(0, len(codes.values), number)]
+    found = [squared_error(x[None, None], weight[None, None], rows.at((None, part)), BINARY)[0] for part in parts]
     return torch.cat(found) / (weight * x.square()).sum()
 
 

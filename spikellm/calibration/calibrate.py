@@ -167,7 +167,7 @@ def _observer(model: PreTrainedModel, site: Site) -> Observer:
         row_stride=SOFTMAX_ROW_STRIDE if softmax else 1,
         held=softmax or site.kind in WEIGHTED_BY_RESIDUAL,
         summed=softmax and not attention.normalise_after,
-        two_sided=site.kind in TWO_SIDED,
+        sides=2 if site.kind in TWO_SIDED else 1,
     )
 
 

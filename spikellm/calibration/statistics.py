@@ -8,7 +8,7 @@ resolved as well. Memory does not depend on the number of tokens; nothing leaves
 An activation may carry an importance, what a squared error of it counts further down: the weights of the histogram. Where they
 come from: `model/attention.py` (softmax) and `calibrate.py` (MLP).
 
-One-sided activations (SiLU) are counted apart by sign: `two_sided`.
+One-sided activations (SiLU) are counted apart by sign: two `sides`.
 
 Windows go to three parts: codes are fitted to FIT; CHOOSE decides between what was found and base 2, and between numbers of grains
 (`search/fit.py`); errors and firing rates are reported on REPORT, on which nothing is decided: a code may turn out worse than base 2
@@ -20,7 +20,9 @@ from typing import Any, Self
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
+
+from spikellm.coding.neuron import Slot
 
 MANTISSA_BITS = 8
 LOWEST_EXPONENT, OCTAVES = -40, 64  # values below 2^-40 count as zero; 2^24 and above are refused
@@ -36,7 +38,7 @@ _CODES = 1 << (8 + MANTISSA_BITS)  # of a non-negative float32, exponent and lea
 class SiteStatistics:
     """Distribution of |x| at one site: histogram of the bins from `first_bin` on, and maxima, per part and group.
 
-    C rows: one a group, or two where `two_sided`, first those of x >= 0, then those of x < 0. counts [parts, C, bins] float32;
+    C rows: one a group, or two where there are two sides, first those of x >= 0, then those of x < 0. counts [parts, C, bins] float32;
     weights [parts, C, bins] float32, the summed importance of a bin's activations, None where all count the same; zeros
     [parts, C] int64, activations of exactly zero or below the smallest bin; maximum [parts, C] float32. Parts are FIT, CHOOSE and
     REPORT. row_neurons: of a row whose outputs are added up as they are (the softmax normalised before coding), as a neuron sees it:
@@ -48,7 +50,7 @@ class SiteStatistics:
     zeros: Int[Tensor, "P C"]
     maximum: Float[Tensor, "P C"]
     first_bin: int
-    two_sided: bool = False
+    sides: int = 1
     row_neurons: float | None = None
 
     @property
@@ -73,7 +75,7 @@ class SiteStatistics:
         """The same statistics with all groups, and both signs, in one."""
         return replace(
             self,
-            two_sided=False,
+            sides=1,
             counts=self.counts.sum(1, keepdim=True),
             weights=None if self.weights is None else self.weights.sum(1, keepdim=True),
             zeros=self.zeros.sum(1, keepdim=True),
@@ -100,12 +102,12 @@ class SiteStatistics:
             zeros=tensors[f"{name}.zeros"],
             maximum=tensors[f"{name}.maximum"],
             first_bin=int(tensors[f"{name}.first_bin"]),
-            two_sided=bool(tensors[f"{name}.two_sided"]),
+            sides=int(tensors[f"{name}.sides"]),
             row_neurons=tensors[f"{name}.row_neurons"].item() if f"{name}.row_neurons" in tensors else None,
         )
 
 
-class Observer(nn.Module):
+class Observer(Slot):
     """Sits in a neuron's slot, counts what passes and passes it on unchanged.
 
     Args:
@@ -114,7 +116,7 @@ class Observer(nn.Module):
         axis: see `PhaseNeuron`.
         row_stride: look at every n-th index of the last axis but one (attention has L^2 probabilities).
         held: hold what passed until `weigh` tells its importance and which of it stand for neurons.
-        two_sided: count negative activations apart.
+        sides: 2 counts negative activations apart (`kernels.encode.Digits`).
         summed: outputs are added up along the last axis; rows' lengths are those of the neurons that `weigh` is told.
     """
 
@@ -126,13 +128,13 @@ class Observer(nn.Module):
         axis: int = -1,
         row_stride: int = 1,
         held: bool = False,
-        two_sided: bool = False,
+        sides: int = 1,
         summed: bool = False,
     ) -> None:
         super().__init__()
         self.site, self.summed = site, summed
-        self.groups, self.axis, self.row_stride, self.held, self.two_sided = groups, axis, row_stride, held, two_sided
-        self.rows = 2 * groups if two_sided else groups
+        self.groups, self.axis, self.row_stride, self.held, self.sides = groups, axis, row_stride, held, sides
+        self.rows = sides * groups
         self.part = FIT
         self.counts: Tensor | None = None
         self.weights: Tensor | None = None
@@ -173,12 +175,12 @@ class Observer(nn.Module):
             self.maximum = torch.zeros(PARTS, self.rows, device=x.device)
         # amax and amin carry NaN and infinity through to `result`
         highest, lowest = values.amax(1), -values.amin(1)
-        peaks = torch.cat([highest, lowest]).clamp_min(0) if self.two_sided else torch.maximum(highest, lowest)
+        peaks = torch.cat([highest, lowest]).clamp_min(0) if self.sides == 2 else torch.maximum(highest, lowest)
         self.maximum[self.part] = torch.maximum(self.maximum[self.part], peaks)
         index = values.abs().contiguous().view(torch.int32) >> _SHIFT
         if self.groups > 1:
             index += torch.arange(0, self.groups * _CODES, _CODES, dtype=torch.int32, device=x.device)[:, None]
-        if self.two_sided:
+        if self.sides == 2:
             index += (values < 0) * (self.groups * _CODES)
         if hidden is not None:
             index.masked_fill_(hidden, self.rows * _CODES)  # behind the last row: counted nowhere
@@ -225,7 +227,7 @@ class Observer(nn.Module):
             zeros=counts[..., 0].clone(),
             maximum=self.maximum.cpu().clone(),
             first_bin=first,
-            two_sided=self.two_sided,
+            sides=self.sides,
             # what an error of the mean costs all rows, sum S^2 bias^2, in units of what errors of their own cost, sum S mse
             row_neurons=(self._lengths[1] / self._lengths[0]).item() if self._lengths[0] else None,
         )

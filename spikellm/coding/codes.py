@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from spikellm.coding.grains import phase_amplitudes
+from spikellm.kernels.encode import Rows
 
 FIXED = 3  # parameters that do not multiply with the number of grains
 
@@ -37,11 +38,11 @@ class Codes:
         """log2 of B, H and Theta, each [*n, G]."""
         return self.values[..., FIXED:].chunk(3, dim=-1)
 
-    def spell(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """theta, h, d [*n, T] and v0 [*n]."""
+    def spell(self) -> Rows:
+        """The rows of every code, [*n, T] and [*n]."""
         v0 = self.tau * self.values[..., 1] * 2.0 ** -(self.assignment.shape[-1] + 1)
         d, h, theta = (phase_amplitudes(self.tau, part.exp2(), self.assignment) for part in self.bases())
-        return self.rho[..., None] * theta, h, d, v0
+        return Rows(self.rho[..., None] * theta, h, d, v0)
 
     def where(self, condition: Bool[Tensor, "*n"], other: "Codes") -> "Codes":
         """These codes where the condition holds, the others elsewhere."""

@@ -25,6 +25,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from spikellm.kernels.encode import Rows
+
 
 def assignments(T: int, G: int, *, min_length: int = 2) -> Int[Tensor, "A T"]:
     """All A = C(T - (min_length - 1) G - 1, G - 1) ways to cut T phases into G grains of at least `min_length` phases.
@@ -65,9 +67,7 @@ def base2_amplitudes(tau: Float[Tensor, "*sites"], T: int) -> Float[Tensor, "*si
     return tau.unsqueeze(-1) * 2.0**-steps
 
 
-def uniform_table(
-    tau: Float[Tensor, "*sites"], T: int, *, base: float, ratio: float, v0: float
-) -> tuple[Float[Tensor, "*sites T"], Float[Tensor, "*sites T"], Float[Tensor, "*sites T"], Float[Tensor, "*sites"]]:
-    """theta, h, d and v0 of a code with one base: d_t = h_t = tau base^-t, theta_t = ratio d_t, v0 in units of the last d."""
+def uniform_rows(tau: Float[Tensor, "*sites"], T: int, *, base: float, ratio: float, v0: float) -> Rows:
+    """The rows of a code with one base: d_t = h_t = tau base^-t, theta_t = ratio d_t, v0 in units of the last d."""
     d = tau.unsqueeze(-1) * float(base) ** -torch.arange(T, device=tau.device, dtype=tau.dtype)
-    return ratio * d, d, d, v0 * d[..., -1]
+    return Rows(ratio * d, d, d, v0 * d[..., -1])

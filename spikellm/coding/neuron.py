@@ -21,58 +21,53 @@ Ours:
   three values; 3^T digit strings instead of 2^T, or the same numbers with fewer spikes, as the non-adjacent form of integers.
 """
 
-from collections.abc import Iterator
-from dataclasses import InitVar, dataclass, replace
+from collections.abc import Callable
+from dataclasses import KW_ONLY, InitVar, dataclass
 from typing import Self
 
 import torch
-from jaxtyping import Float, Int8, Int64
+from jaxtyping import Bool, Float, Int8, Int64
 from torch import Tensor, nn
 
 from spikellm.kernels.compiled import fused
-from spikellm.kernels.encode import count_plain, encode_plain, fire_plain
-
-ROWS = ("theta", "h", "d", "v0")
+from spikellm.kernels.encode import BINARY, Digits, Rows, count_plain, encode_plain, fire_plain
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class PhaseTable:
     """One table per neuron group: thresholds, resets, output weights [R, T] and initial potentials [R], float32.
 
-    R = C groups (1 for a site with one table), or 2 C where `two_sided`: first the rows of non-negative inputs, then those of
-    negative ones. Units: those of the activation. max_spikes: a neuron rests after so many; None: no bound. signed: digits may
-    be negative (of one-sided tables only: a digit's sign then no longer tells the side). checked: the rows were looked at before
-    (a view of a neuron's buffers): their values are not read again, for which a GPU would have to be waited for.
+    R = C groups (1 for a site with one table) times the populations of the digits: of two sides first the rows of non-negative
+    inputs, then those of negative ones. Units: those of the activation. checked: the rows were looked at before (a view of a
+    neuron's buffers): their values are not read again, for which a GPU would have to be waited for.
 
     Raises:
-        ValueError: shapes that do not fit, rows that are empty, integer, NaN or infinite, flags that exclude each other.
+        ValueError: shapes that do not fit, rows that are empty, integer, NaN or infinite.
     """
 
     theta: Float[Tensor, "R T"]
     h: Float[Tensor, "R T"]
     d: Float[Tensor, "R T"]
     v0: Float[Tensor, " R"]
-    max_spikes: int | None = None
-    two_sided: bool = False
-    signed: bool = False
+    _: KW_ONLY
+    digits: Digits = BINARY
     checked: InitVar[bool] = False
 
     def __post_init__(self, checked: bool) -> None:
         if not (self.theta.shape == self.h.shape == self.d.shape and self.theta.shape[:1] == self.v0.shape):
-            shapes = {name: tuple(getattr(self, name).shape) for name in ROWS}
+            shapes = {name: tuple(rows.shape) for name, rows in self.rows._asdict().items()}
             raise ValueError(f"a phase table needs theta, h, d [R, T] and v0 [R], got {shapes}")
-        if self.two_sided and len(self.v0) % 2:
+        if len(self.v0) % self.digits.populations:
             raise ValueError(f"a two-sided phase table needs an even number of rows, got {len(self.v0)}")
-        if self.two_sided and self.signed:
-            raise ValueError("a phase table is two-sided or has signed digits, not both")
-        if self.max_spikes is not None and self.max_spikes < 1:
-            raise ValueError(f"max_spikes={self.max_spikes}: a neuron must be allowed at least one spike")
-        for name in ROWS:
-            rows = getattr(self, name)
+        for name, rows in self.rows._asdict().items():
             if not rows.numel() or not rows.is_floating_point():
                 raise ValueError(f"a phase table's {name} is {rows.dtype} of shape {tuple(rows.shape)}: one row of floats at least")
             if not (checked or rows.is_meta or rows.isfinite().all()):
                 raise ValueError(f"a phase table's {name} has {(~rows.isfinite()).sum()} values of {rows.numel()} that are NaN or infinite")
+
+    @property
+    def rows(self) -> Rows:
+        return Rows(self.theta, self.h, self.d, self.v0)
 
     @property
     def T(self) -> int:
@@ -80,40 +75,36 @@ class PhaseTable:
 
     @property
     def groups(self) -> int:
-        return self.theta.shape[0] // (2 if self.two_sided else 1)
+        return len(self.v0) // self.digits.populations
+
+    @property
+    def populations(self) -> list[Rows]:
+        """The rows of each population, in the order of `Digits.parts`."""
+        return [self.rows.at(slice(start, start + self.groups)) for start in range(0, len(self.v0), self.groups)]
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """The same change of all rows, and the same digits."""
+        return type(self)(*self.rows.map(change), digits=self.digits)
 
     def to(self, *args, **kwargs) -> Self:
-        return replace(self, **{name: getattr(self, name).to(*args, **kwargs) for name in ROWS})
+        return self.map(lambda rows: rows.to(*args, **kwargs))
 
-    def halves(self) -> tuple["PhaseTable", "PhaseTable"]:
-        """The tables of non-negative and of negative inputs, one-sided; the same twice where this one is."""
-        if not self.two_sided:
-            return self, self
-        parts = {name: getattr(self, name).chunk(2) for name in ROWS}
-        on, off = (replace(self, two_sided=False, checked=True, **{name: part[side] for name, part in parts.items()}) for side in (0, 1))
-        return on, off
 
-    def sides(self, x: Tensor) -> Iterator[tuple[Tensor, "PhaseTable"]]:
-        """What a one-sided neuron of each side reads, and its table: all of x, or its positive and its negative part."""
-        if not self.two_sided:
-            yield x, self
-            return
-        on, off = self.halves()
-        yield x.clamp_min(0), on
-        yield x.clamp_max(0), off
+def _together(kernel: Callable[[Tensor, Rows, Digits], Tensor], x: Tensor, table: PhaseTable) -> Tensor:
+    """The sum over populations of what the kernel makes of their parts of x."""
+    found = [kernel(part, rows, table.digits) for part, rows in zip(table.digits.parts(x), table.populations, strict=True)]
+    return sum(found[1:], start=found[0])
 
 
 def fire(x: Float[Tensor, "A C I"], table: PhaseTable, *, compiled: bool = False) -> Int8[Tensor, "T A C I"]:
     """The spike train s z_t of every neuron, time first; arguments as in `encode`."""
     kernel = fused(fire_plain, x.device.type) if compiled else fire_plain
-    trains = [torch.stack(kernel(part, side.theta, side.h, side.v0, side.max_spikes, side.signed)) for part, side in table.sides(x)]
-    return sum(trains[1:], start=trains[0])
+    return _together(lambda *population: torch.stack(kernel(*population)), x, table)
 
 
 def decode(spikes: Int8[Tensor, "T A C I"], table: PhaseTable) -> Float[Tensor, "A C I"]:
     """The value of a spike train: sum over t of d_t s z_t."""
-    on, off = (side.d.T[:, None, :, None] for side in table.halves())
-    return (spikes * torch.where(spikes < 0, off, on)).sum(0)
+    return _together(lambda train, rows, _: train * rows.d.T[:, None, :, None], spikes, table).sum(0)
 
 
 def encode(x: Float[Tensor, "A C I"], table: PhaseTable, *, compiled: bool = True) -> Float[Tensor, "A C I"]:
@@ -124,19 +115,36 @@ def encode(x: Float[Tensor, "A C I"], table: PhaseTable, *, compiled: bool = Tru
         table: on x's device.
         compiled: one fused pass (first call per T compiles for some seconds) or T plain ones.
     """
-    kernel = fused(encode_plain, x.device.type) if compiled else encode_plain
-    sides = [kernel(part, side.theta, side.h, side.d, side.v0, side.max_spikes, side.signed) for part, side in table.sides(x)]
-    return sum(sides[1:], start=sides[0])
+    return _together(fused(encode_plain, x.device.type) if compiled else encode_plain, x, table)
 
 
 def count_spikes(x: Float[Tensor, "C I J"], table: PhaseTable, *, compiled: bool = True) -> Int64[Tensor, "T C I"]:
     """Spikes that the inputs fire at every step, summed over J: what a train would be counted for, in one pass and no memory."""
-    kernel = fused(count_plain, x.device.type) if compiled else count_plain
-    sides = [kernel(part, side.theta, side.h, side.v0, side.max_spikes, side.signed) for part, side in table.sides(x)]
-    return sum(sides[1:], start=sides[0])
+    return _together(fused(count_plain, x.device.type) if compiled else count_plain, x, table)
 
 
-class PhaseNeuron(nn.Module):
+class Slot(nn.Module):
+    """A neuron's place in the module around it, empty: what comes passes, as in the ANN.
+
+    Whatever else sits there is one too and may do more: an observer, neurons, a counter around them. There are no parameters, so that
+    state dicts are those of the pretrained model.
+    """
+
+    held = False  # whether what has passed waits for `weigh`: only then is an importance worth computing
+
+    @property
+    def transparent(self) -> bool:
+        """Whether nothing sits here."""
+        return type(self) is Slot
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+    def weigh(self, importance: Float[Tensor, "..."] | None, neurons: Bool[Tensor, "..."] | None = None) -> None:
+        """Told after a forward: what a squared error of each activation counts, and which are a neuron's (None: all the same, all)."""
+
+
+class PhaseNeuron(Slot):
     """Neurons of one site. The table is in buffers of static shape, so that state dicts round-trip.
 
     Args:
@@ -152,16 +160,15 @@ class PhaseNeuron(nn.Module):
 
     def __init__(self, table: PhaseTable, *, axis: int = -1, compiled: bool = True) -> None:
         super().__init__()
-        for name in ROWS:
-            self.register_buffer(name, getattr(table, name).detach().clone())
-        self.max_spikes, self.two_sided, self.signed = table.max_spikes, table.two_sided, table.signed
+        for name, rows in table.rows._asdict().items():
+            self.register_buffer(name, rows.detach().clone())
+        self.digits = table.digits
         self.axis = axis
         self.compiled = compiled
 
     @property
     def table(self) -> PhaseTable:
-        rows = {name: getattr(self, name) for name in ROWS}
-        return PhaseTable(**rows, max_spikes=self.max_spikes, two_sided=self.two_sided, signed=self.signed, checked=True)
+        return PhaseTable(self.theta, self.h, self.d, self.v0, digits=self.digits, checked=True)
 
     def grouped(self, x: Tensor) -> Float[Tensor, "A C I"]:
         """x as [A, C, I] with one index of the middle axis per group."""
@@ -176,5 +183,4 @@ class PhaseNeuron(nn.Module):
         return encode(self.grouped(x), self.table, compiled=self.compiled).reshape(x.shape)
 
     def extra_repr(self) -> str:
-        bound = "" if self.max_spikes is None else f", max_spikes={self.max_spikes}"
-        return f"T={self.theta.shape[1]}, groups={self.theta.shape[0]}{bound}"
+        return f"T={self.table.T}, groups={self.table.groups}, {self.digits}"

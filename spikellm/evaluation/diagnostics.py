@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from spikellm.calibration.statistics import REPORT, SiteStatistics
-from spikellm.coding.neuron import ROWS, PhaseTable, encode
+from spikellm.coding.neuron import PhaseTable, encode
 from spikellm.evaluation.perplexity import perplexity
 from spikellm.model.conversion import clear, model_sites, place
 from spikellm.model.sites import SiteKind
@@ -111,13 +111,14 @@ def spelled_levels(table: PhaseTable, row: int, *, most: int) -> Float[Tensor, "
 
     An interval of inputs that have fired alike is cut at the thresholds of the next phase.
     """
-    theta, h, d, v0 = (getattr(table, name)[row].double().cpu() for name in ROWS)
+    digits = table.digits
+    theta, h, d, v0 = table.rows.map(lambda rows: rows[row].double().cpu())
     low, high = torch.zeros(1, dtype=torch.float64), torch.full((1,), torch.inf, dtype=torch.float64)
     potential, y, fired = v0.view(1), torch.zeros_like(low), torch.zeros_like(low)  # v - x
     for t in range(table.T):
-        awake = fired < (table.T if table.max_spikes is None else table.max_spikes)
+        awake = fired < (table.T if digits.max_spikes is None else digits.max_spikes)
         upper = torch.where(awake, theta[t] - potential, torch.inf)
-        lower = torch.where(awake & table.signed, -theta[t] - potential, -torch.inf)
+        lower = torch.where(awake & digits.signed, -theta[t] - potential, -torch.inf)
         cuts = (
             (1, torch.maximum(low, upper), high),
             (0, torch.maximum(low, lower), torch.minimum(high, upper)),
@@ -139,7 +140,7 @@ def spelled_levels(table: PhaseTable, row: int, *, most: int) -> Float[Tensor, "
 
 def site_levels(table: PhaseTable, group: int, x: Float[Tensor, " n"]) -> Float[Tensor, " levels"]:
     """The values that the neurons of one group send for these inputs x > 0, ascending."""
-    one = replace(table, two_sided=False, **{name: getattr(table, name)[group : group + 1] for name in ROWS})
+    one = PhaseTable(*table.rows.at(slice(group, group + 1)), digits=replace(table.digits, sides=1))
     return encode(x[None, None], one, compiled=False).unique()
 
 

@@ -24,7 +24,7 @@ def peak_bytes(model: PreTrainedModel, tokens: int, *, chunk: int) -> int:
     heads, width = config.num_attention_heads, config.intermediate_size
     channels = (heads + 2 * config.num_key_value_heads) * attention.head_width
     residual = 2 * T * tokens * config.hidden_size * size
-    trains = T * (2 if neuron_of(model.get_submodule(f"{LAYERS}.0.{ACTIVATION}")).two_sided else 1)
+    trains = T * neuron_of(model.get_submodule(f"{LAYERS}.0.{ACTIVATION}")).digits.populations
     # currents and spikes of all steps; integrated sums; operand and result of a product
     mlp = tokens * width * (trains * (size + 2) + 5 * size + 2 * chunk * size)
     block = heads * min(attention.query_block, tokens) * (tokens + prefix) * (7 * size + 2 * T)

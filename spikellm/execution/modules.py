@@ -120,9 +120,7 @@ class SteppedActivation(SpikingActivation):
 
     def forward(self, x: Float[Tensor, "TB L F"]) -> Int8[Tensor, "SB L F"]:
         spikes = self.neuron(self.function(integrate(unbatch(x, self.neuron.T))))
-        if self.neuron.two_sided:
-            spikes = torch.cat([spikes.clamp_min(0), spikes.clamp_max(0)])
-        return spikes.flatten(0, 1)
+        return torch.cat(self.neuron.digits.parts(spikes)).flatten(0, 1)
 
 
 class SteppedLinear(nn.Linear):

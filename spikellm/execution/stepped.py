@@ -87,8 +87,7 @@ def _siblings(model: PreTrainedModel, chunk: int | None) -> dict[str, nn.Module]
             found[layer + norm] = SteppedRMSNorm.of(module(layer + norm), last=False)
         for reader, norm in READERS.items():
             found[layer + reader] = SteppedLinear.of(module(layer + reader), weights(layer + norm), chunk)
-        table = module(layer + ACTIVATION).neuron.table
-        gate = torch.cat([half.d for half in table.halves()], 1) if table.two_sided else table.d
+        gate = torch.cat([rows.d for rows in module(layer + ACTIVATION).neuron.table.populations], 1)
         up = SteppedUp.of(module(layer + UP), weights(layer + MLP_NORM), chunk)
         up.held = gate.shape[1]
         found[layer + UP] = up

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from spikellm.kernels.encode import encode_plain
+from spikellm.kernels.encode import Digits, Rows, encode_plain
 
 
 def per_key_head(x: Float[Tensor, "B H l m"], y: Float[Tensor, "B K m n"]) -> Float[Tensor, "B H l n"]:
@@ -38,21 +38,12 @@ def exponentials(scores: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return (scores - top).exp(), top
 
 
-def coded_exponentials(
-    scores: Tensor,
-    mask: Tensor,
-    theta: Tensor,
-    h: Tensor,
-    d: Tensor,
-    v0: Tensor,
-    max_spikes: int | None = None,
-    signed: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`exponentials` sent through neurons (tables per head, or one for all), their row sums, and m."""
+def coded_exponentials(scores: Tensor, mask: Tensor, rows: Rows, digits: Digits) -> tuple[Tensor, Tensor, Tensor]:
+    """`exponentials` sent through one population of neurons (rows per head, or one for all), their row sums, and m."""
     weights, top = exponentials(scores, mask)
     B, H, L, S = weights.shape
-    groups = theta.shape[0]
-    coded = encode_plain(weights.view(B * H // groups, groups, L * S), theta, h, d, v0, max_spikes, signed).view(B, H, L, S)
+    groups = len(rows.v0)
+    coded = encode_plain(weights.view(B * H // groups, groups, L * S), rows, digits).view(B, H, L, S)
     return coded, coded.sum(-1, keepdim=True), top
 
 

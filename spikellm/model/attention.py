@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from spikellm.coding.neuron import PhaseNeuron
+from spikellm.coding.neuron import PhaseNeuron, Slot
 from spikellm.kernels.attention import (
     coded_exponentials,
     exponentials,
@@ -91,10 +91,7 @@ class SpikingAttention(nn.Module):
         device: torch.device,
     ) -> None:
         super().__init__()
-        self.query: nn.Module = nn.Identity()
-        self.key: nn.Module = nn.Identity()
-        self.value: nn.Module = nn.Identity()
-        self.softmax: nn.Module = nn.Identity()
+        self.query, self.key, self.value, self.softmax = Slot(), Slot(), Slot(), Slot()
         self.head_width, self.normalise_after, self.query_block, self.dtype = head_width, normalise_after, query_block, dtype
         self.rotation = OnlineHadamard(head_width, dtype=dtype, device=device) if rotated else None
         self.register_buffer("prefix_key", None)
@@ -143,8 +140,7 @@ class SpikingAttention(nn.Module):
 
     def _normalise_then_mix(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, _: Any) -> Float[Tensor, "B H l E"]:
         weights = self.softmax(probabilities(per_key_head(query, key.mT), mask))
-        if (weigh := getattr(self.softmax, "weigh", None)) is not None:  # calibration
-            weigh(None, mask)
+        self.softmax.weigh(None, mask)
         return per_key_head(weights, value)
 
     def _mix_then_normalise(
@@ -158,16 +154,16 @@ class SpikingAttention(nn.Module):
             total = share * total + sink.sum(-1, keepdim=True)
         total = torch.where(total == 0, 1, total)  # no spike was sent, and there is no prefix: nothing is mixed
         output = mixed / total
-        if (weigh := getattr(self.softmax, "weigh", None)) is not None:  # calibration
-            weigh((share / total).square() * squared_distances(output, value), mask)
+        if self.softmax.held:
+            self.softmax.weigh((share / total).square() * squared_distances(output, value), mask)
         return output
 
     def _coded_exponentials(self, scores: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """e^ [B, H, l, s], its row sums and the rows' largest scores [B, H, l, 1]; one pass if the neuron is compiled."""
         if isinstance(self.softmax, PhaseNeuron) and self.softmax.compiled:
-            table, _ = self.softmax.table.halves()  # exponentials are positive
-            rows = table.theta, table.h, table.d, table.v0
-            return fused(coded_exponentials, scores.device.type)(scores, mask, *rows, table.max_spikes, table.signed)
+            table = self.softmax.table
+            positive = table.populations[0]  # as all exponentials are
+            return fused(coded_exponentials, scores.device.type)(scores, mask, positive, table.digits)
         weights, top = exponentials(scores, mask)
         weights = self.softmax(weights)
         return weights, weights.sum(-1, keepdim=True), top

@@ -24,9 +24,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from spikellm.coding.neuron import ROWS, PhaseNeuron, PhaseTable
+from spikellm.coding.neuron import PhaseNeuron, PhaseTable
 from spikellm.config.boundary import blamed_on, reason
 from spikellm.config.schema import InputError
+from spikellm.kernels.encode import Digits
 from spikellm.model.attention import SpikingAttention
 from spikellm.model.conversion import get_neuron, install, model_sites, place, set_neuron
 from spikellm.model.intake import unfilled
@@ -34,26 +35,19 @@ from spikellm.model.modules import OnlineHadamard
 from spikellm.model.sites import ARCHITECTURES, ATTENTION, GROUP_AXIS, ROTARY, SPIKING_ATTENTION, SPIKING_TYPE, decoder_layers
 
 METHOD = "spikellm"
-SCHEMA = 1  # of `SpikingModelConfig`; raised when what is written no longer means the same
+SCHEMA = 2  # of `SpikingModelConfig`; raised when what is written no longer means the same
 NOTICE = "none for a plain model: pip install spikellm, import spikellm.model.checkpoint, then AutoModelForCausalLM.from_pretrained"
 CURE = "copy or convert it again"
 EXECUTION = ("query_block", "compiled")  # how the network is computed, not which one it is: free to be edited
 
 
-def flags_of(owner: Any) -> dict[str, Any]:
-    """Which digits a table, its neuron or its record allows."""
-    return {name: getattr(owner, name) for name in ("max_spikes", "two_sided", "signed")}
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SiteRecord:
-    """One site's neurons: the flags of a `PhaseTable`, its shape, and the sha256 of its rows."""
+    """One site's neurons: the digits of a `PhaseTable`, its shape, and the sha256 of its rows."""
 
     T: int
     groups: int
-    max_spikes: int | None
-    two_sided: bool
-    signed: bool
+    digits: Digits
     sha256: str
 
     @classmethod
@@ -68,12 +62,27 @@ class SiteRecord:
         for row in ("h", "d"):
             if not getattr(table, row).any():
                 raise ValueError(f"{name}: {row} is 0 everywhere, which no code is")
-        return cls(T=table.T, groups=table.groups, sha256=digest(getattr(table, row) for row in ROWS), **flags_of(table))
+        return cls(T=table.T, groups=table.groups, digits=table.digits, sha256=digest(table.rows))
+
+    @classmethod
+    def read(cls, place: str, found: Any) -> Self:
+        """What `asdict` gave.
+
+        Raises:
+            InputError: it was changed since; the message names `place`.
+        """
+        _check_keys(place, cls, found)
+        _check_keys(f"{place}.digits", Digits, found["digits"])
+        try:
+            digits = Digits(**found["digits"])
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{place}.digits: {reason(error)}; {CURE}") from error
+        return cls(**found | {"digits": digits})
 
     def empty(self) -> PhaseTable:
         """A table of this shape, to be filled; float64, which changes no value that a file can hold."""
-        rows = torch.zeros(self.groups * (1 + self.two_sided), self.T, dtype=torch.float64)
-        return PhaseTable(theta=rows, h=rows, d=rows, v0=rows[:, 0], **flags_of(self))
+        rows = torch.zeros(self.groups * self.digits.populations, self.T, dtype=torch.float64)
+        return PhaseTable(rows, rows, rows, rows[:, 0], digits=self.digits)
 
 
 @register_quantization_config(METHOD)
@@ -118,10 +127,10 @@ class SpikingModelConfig(QuantizationConfigMixin):
             cure = "update spikellm" if newer else "convert again"
             raise InputError(f"{place}: schema={schema}, this version reads {SCHEMA}; {cure}")
         _check_keys(place, cls, config_dict)
-        sites = config_dict["sites"]
-        for name, record in sites.items():
-            _check_keys(f"{place}.sites.{name}", SiteRecord, record)
-        config = cls(**config_dict | {"sites": {name: SiteRecord(**record) for name, record in sites.items()}})
+        sites = {}
+        for name, record in config_dict["sites"].items():
+            sites[name] = SiteRecord.read(f"{place}.sites.{name}", record)
+        config = cls(**config_dict | {"sites": sites})
         if config.sha256 != config.checksum():
             raise InputError(f"{place}: does not match its checksum, the file was changed; {CURE}")
         return config
@@ -176,7 +185,7 @@ class SpikingModelQuantizer(HfQuantizer):
             neuron: Any = get_neuron(model, site)
             record = config.sites[site.name]
             try:
-                table = PhaseTable(**{row: getattr(neuron, row) for row in ROWS}, **flags_of(neuron))
+                table = PhaseTable(neuron.theta, neuron.h, neuron.d, neuron.v0, digits=neuron.digits)
                 intact = SiteRecord.of(site.name, table) == record
             except (ValueError, TypeError) as error:
                 raise InputError(f"{folder}, weights: {site.name}: {reason(error)}; {CURE}") from error

@@ -15,7 +15,7 @@ from accelerate.hooks import add_hook_to_module
 from torch import nn
 from transformers import PreTrainedModel
 
-from spikellm.coding.neuron import PhaseNeuron, PhaseTable
+from spikellm.coding.neuron import PhaseNeuron, PhaseTable, Slot
 from spikellm.model.attention import IMPLEMENTATION, SpikingAttention, refuse_other_implementation
 from spikellm.model.modules import SpikingActivation, SpikingLinear, SpikingRMSNorm, WideEmbedding, WideLinear, wide
 from spikellm.model.sites import (
@@ -109,7 +109,7 @@ def model_sites(model: PreTrainedModel) -> list[Site]:
     return list(sites(len(decoder_layers(model))))
 
 
-def get_neuron(model: PreTrainedModel, site: Site) -> nn.Module:
+def get_neuron(model: PreTrainedModel, site: Site) -> Slot:
     """What sits in the slot of `site`.
 
     Raises:
@@ -123,12 +123,12 @@ def _slot_owner(model: PreTrainedModel, site: Site) -> nn.Module:
     module: nn.Module | None = None
     with suppress(AttributeError):
         module = model.get_submodule(owner)
-    if module is None or not isinstance(getattr(module, attribute, None), nn.Module):
+    if module is None or not isinstance(getattr(module, attribute, None), Slot):
         raise ValueError(f"{site.name}: the model has no slot {owner}.{attribute}; call install(model, rotated=..) first")
     return module
 
 
-def set_neuron(model: PreTrainedModel, site: Site, neuron: nn.Module) -> None:
+def set_neuron(model: PreTrainedModel, site: Site, neuron: Slot) -> None:
     """Put `neuron` into the slot of `site`.
 
     Raises:
@@ -173,4 +173,4 @@ def place(model: PreTrainedModel, site: Site, table: PhaseTable, *, compiled: bo
 def clear(model: PreTrainedModel) -> None:
     """Make every slot transparent again."""
     for site in model_sites(model):
-        set_neuron(model, site, nn.Identity())
+        set_neuron(model, site, Slot())

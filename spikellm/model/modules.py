@@ -1,6 +1,6 @@
 """Drop-in replacements for modules of a decoder, with slots for neurons and arithmetic that spikes can rely on.
 
-A slot holds `nn.Identity` (the ANN), an observer (calibration) or a `PhaseNeuron` (the SNN). Parameters keep their names,
+A `Slot` is transparent (the ANN) or holds an observer (calibration) or a `PhaseNeuron` (the SNN). Parameters keep their names,
 so that a state dict fits before and after. Source of the norm: Zhang & Sennrich 2019, as transformers computes it.
 
 Precision. Weights stay as the checkpoint has them; activations are currents and membrane potentials, float32 in every network whose
@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import linear as matrix_product
 
+from spikellm.coding.neuron import Slot
 from spikellm.kernels.hadamard import hadamard_factors, hadamard_transform, split
 
 
@@ -78,7 +79,7 @@ class SpikingRMSNorm(nn.Module):
         super().__init__()
         self.weight = weight
         self.eps = eps
-        self.neuron: nn.Module = nn.Identity()
+        self.neuron = Slot()
 
     @classmethod
     def adopt(cls, norm: Any) -> Self:
@@ -100,7 +101,7 @@ class SpikingActivation(nn.Module):
     def __init__(self, function: nn.Module) -> None:
         super().__init__()
         self.function = function
-        self.neuron: nn.Module = nn.Identity()
+        self.neuron = Slot()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.neuron(self.function(x))
@@ -133,14 +134,14 @@ class OnlineHadamard(nn.Module):
 class SpikingLinear(WideLinear):
     """A neuron before a Linear; with R4, the online Hadamard transform before the neuron."""
 
-    neuron: nn.Module
+    neuron: Slot
     rotation: OnlineHadamard | None
 
     @classmethod
     def adopt(cls, linear: Any, *, rotated: bool = False) -> Self:
         """Take over weight and bias; `rotated` says that the weight expects transformed input."""
         module = super().adopt(linear)
-        module.neuron = nn.Identity()
+        module.neuron = Slot()
         weight = linear.weight
         module.rotation = OnlineHadamard(linear.in_features, dtype=wide(weight.dtype), device=weight.device) if rotated else None
         return module

@@ -127,7 +127,7 @@ def attach_prefix(model: PreTrainedModel, tokens: list[int]) -> None:
     """
     for site in sites(len(decoder_layers(model))):
         owner, attribute = site.slot
-        if not isinstance(getattr(model.get_submodule(owner), attribute), nn.Identity):
+        if not getattr(model.get_submodule(owner), attribute).transparent:
             raise ValueError(f"a prefix is computed without neurons, and there is one at {site.name}: clear the model first")
     rope = (getattr(model.config, "rope_parameters", None) or {}).get("rope_type")
     if tokens and rope in LENGTH_DEPENDENT_ROPE:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from spikellm.coding.codes import FIXED, Codes, base2_codes
 from spikellm.coding.grains import assignments
-from spikellm.kernels.encode import emit
+from spikellm.kernels.encode import BINARY, Digits, Rows, emit
 
 MEMBERS = 32  # population per group, at least; twice as many as there are assignments
 # Per number of grains, the last entry for more. Five times as many lower the error of binary codes by 0.3 %, of signed ones by 5 %.
@@ -31,24 +31,21 @@ LOG_TAU_BELOW, LOG_TAU_ABOVE, LOWEST_V0, LOWEST_RHO, LOWEST_BASE, HIGHEST_BASE =
 def squared_error(
     x: Tensor,
     weight: Tensor,
-    theta: Tensor,
-    h: Tensor,
-    d: Tensor,
-    v0: Tensor,
-    max_spikes: int | None = None,
-    signed: bool = False,
+    rows: Rows,
+    digits: Digits,
     spike_weight: Tensor | None = None,
     bias_weight: Tensor | None = None,
 ) -> Tensor:
-    """Sum over points of weight (y - x)^2 [N, K]; x, weight [N, 1, points] of N groups, K codes each: tables [N, K, T], v0 [N, K].
+    """Sum over points of weight (y - x)^2 [N, K]; x, weight [N, 1, points] of N groups, K codes each: rows [N, K, T], v0 [N, K].
 
     With bias_weight [N, 1] the square of the sum of weight (y - x) is added, so often; with spike_weight [N, 1, points] the error is
     multiplied by exp(sum over points of spike_weight * spikes).
     """
+    theta, h, d, v0 = rows
     v = x + v0[..., None]
     y, fired, spikes = torch.zeros_like(v), torch.zeros_like(v), torch.zeros_like(v)
     for t in range(theta.shape[-1]):
-        z, fired = emit(v, theta[..., t, None], fired, max_spikes, signed)
+        z, fired = emit(v, theta[..., t, None], fired, digits)
         v = v - h[..., t, None] * z
         y = y + d[..., t, None] * z
         if spike_weight is not None:
@@ -67,19 +64,18 @@ class Objective:
     x: Float[Tensor, "N 1 points"]
     weight: Float[Tensor, "N 1 points"]
     kernel: Callable[..., Tensor]
-    signed: bool = False
+    digits: Digits = BINARY
     spike_weight: Float[Tensor, "N 1 points"] | None = None
     bias_weight: Float[Tensor, "N 1"] | None = None
 
     def __call__(self, codes: Codes) -> Float[Tensor, "N K"]:
-        tables = codes.spell()
-        rows = max(1, CHUNK // (codes.values.shape[1] * self.x.shape[-1]))
-        parts = [slice(start, start + rows) for start in range(0, len(self.x), rows)]
+        rows = codes.spell()
+        groups = max(1, CHUNK // (codes.values.shape[1] * self.x.shape[-1]))
+        parts = [slice(start, start + groups) for start in range(0, len(self.x), groups)]
         costs = []
         for part in parts:
             spike_weight, bias_weight = (each if each is None else each[part] for each in (self.spike_weight, self.bias_weight))
-            rows_of = (table[part] for table in tables)
-            costs.append(self.kernel(self.x[part], self.weight[part], *rows_of, None, self.signed, spike_weight, bias_weight))
+            costs.append(self.kernel(self.x[part], self.weight[part], rows.at(part), self.digits, spike_weight, bias_weight))
         return torch.cat(costs)
 
 
@@ -96,12 +92,13 @@ def evolve_grains(
     """The best codes of at most 1, 2, .. G grains (all in the parameter space of G) and their objectives, falling in G."""
     # random numbers come from the CPU, so that every device searches the same candidates
     generator = torch.Generator().manual_seed(seed)
+    signed = objective.digits.signed
     rounds: list[tuple[Codes, Tensor]] = []
     previous = base2_codes(maximum, T)
     for grains in range(1, G + 1):
         options = assignments(T, grains, min_length=min_length).to(maximum.device)
-        population = first_population(previous, maximum, options, generator, signed=objective.signed)
-        generations = (SIGNED_GENERATIONS if objective.signed else GENERATIONS)[min(grains, 3) - 1]
+        population = first_population(previous, maximum, options, generator, signed=signed)
+        generations = (SIGNED_GENERATIONS if signed else GENERATIONS)[min(grains, 3) - 1]
         previous, found = evolve(objective, population, maximum, generations, generator)
         codes = previous.widened(G)
         if rounds:
@@ -154,7 +151,7 @@ def evolve(
     low, high = torch.full((N, 1, P), LOWEST_BASE, device=device), torch.full((N, 1, P), HIGHEST_BASE, device=device)
     low[..., 0], high[..., 0] = maximum.log()[:, None] - LOG_TAU_BELOW, maximum.log()[:, None] + LOG_TAU_ABOVE
     low[..., 1], high[..., 1] = LOWEST_V0, 2.0**T
-    low[..., 2], high[..., 2] = LOWEST_RHO if objective.signed else 0.0, 0.0
+    low[..., 2], high[..., 2] = LOWEST_RHO if objective.digits.signed else 0.0, 0.0
     group = torch.arange(N, device=device)[:, None]
     found = objective(population)
     for _ in range(generations):

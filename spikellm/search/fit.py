@@ -11,7 +11,7 @@ squared error, which is reported, everywhere else.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,8 +22,8 @@ from torch import Tensor
 
 from spikellm.calibration.statistics import CHOOSE, REPORT, SiteStatistics
 from spikellm.coding.codes import Codes, base2_codes
-from spikellm.coding.neuron import ROWS, PhaseTable
-from spikellm.kernels.encode import fire_plain
+from spikellm.coding.neuron import PhaseTable
+from spikellm.kernels.encode import BINARY, Digits, Rows, fire_plain
 from spikellm.search.evolution import squared_error
 from spikellm.store.artifacts import write_tensors
 
@@ -37,8 +37,8 @@ class CodeFit:
     Bases are padded to the same number of grains by the last grain's. objective is the search's, on the fitting part. On the reporting
     part: error and error_base2, weighted squared errors (base 2 with one tau for the site); cost and cost_base2, with what the mean
     error counts; power, the weighted mean square; firing_rate = spikes / (neurons x T) and share, the site's neurons in a group.
-    fallback: base 2 was kept; max_spikes, two_sided, signed: of the neurons (`PhaseTable`; of a two-sided site the first half of the
-    rows codes x >= 0, the second x < 0).
+    fallback: base 2 was kept; digits: of the neurons (`PhaseTable`; of two sides the first half of the rows codes x >= 0, the
+    second x < 0).
     """
 
     tau: Float[Tensor, " C"]
@@ -60,14 +60,11 @@ class CodeFit:
     share: Float[Tensor, " C"]
     fallback: Bool[Tensor, " C"]
     rho: Float[Tensor, " C"]
-    max_spikes: int | None = None
-    two_sided: bool = False
-    signed: bool = False
+    digits: Digits
 
     @property
     def table(self) -> PhaseTable:
-        flags: dict[str, Any] = {"max_spikes": self.max_spikes, "two_sided": self.two_sided, "signed": self.signed}
-        return PhaseTable(theta=self.theta, h=self.h, d=self.d, v0=self.v0, **flags)
+        return PhaseTable(self.theta, self.h, self.d, self.v0, digits=self.digits)
 
     @property
     def grain(self) -> Int[Tensor, " C"]:
@@ -101,7 +98,7 @@ class CodeFit:
         *,
         tolerance: float = 0.0,
         fall_back: bool = True,
-        signed: bool = False,
+        digits: Digits = BINARY,
         spike_weight: float = 0.0,
     ) -> Self:
         """Choose per group between the found codes and base 2, on the choosing part.
@@ -111,7 +108,7 @@ class CodeFit:
             rounds: codes found and their objectives, those of fewer grains first.
             tolerance: the first codes are taken whose cost is at most (1 + tolerance) times the least of all.
             fall_back: False never takes base 2.
-            signed: digits may be negative.
+            digits: of the neurons, but for the sides: these are the statistics'.
             spike_weight: see `search.search`.
         """
         T, G = rounds[0][0].assignment.shape[-1], rounds[0][0].G
@@ -119,7 +116,7 @@ class CodeFit:
         site = torch.where(known.amax() > 0, known.amax(), 1.0).expand_as(known)
         per_site, per_group = base2_codes(site, T, G), base2_codes(torch.where(known > 0, known, site), T, G)
         codes = [per_site, per_group, *(code for code, _ in rounds)]
-        costs = torch.stack([_cost(statistics, code, signed=signed, spike_weight=spike_weight) for code in codes])
+        costs = torch.stack([_cost(statistics, code, digits, spike_weight=spike_weight) for code in codes])
         number = (costs[2:] <= (1 + tolerance) * costs[2:].amin(0)).int().argmax(0)
         found = number + 2
         if fall_back:
@@ -129,11 +126,10 @@ class CodeFit:
         every = torch.arange(len(known), device=known.device)
         values, assignments = (torch.stack(part) for part in zip(*((code.values, code.assignment) for code in codes), strict=True))
         chosen = Codes(values=values, assignment=assignments).at((found, every))
-        theta, h, d, v0 = chosen.spell()
         base_d, base_h, base_theta = (part.exp2() for part in chosen.bases())
         return cls.reported(
             statistics,
-            PhaseTable(theta=theta, h=h, d=d, v0=v0, two_sided=statistics.two_sided, signed=signed),
+            PhaseTable(*chosen.spell(), digits=replace(digits, sides=statistics.sides)),
             tau=chosen.tau,
             assignment=chosen.assignment,
             base_d=base_d,
@@ -152,28 +148,19 @@ class CodeFit:
         x, weight, count = part_points(statistics, REPORT)
         neurons = count.sum(-1) + statistics.zeros[REPORT]
         bias = bias_weight(statistics, weight, count / neurons.clamp_min(1)[:, None])
-        base2 = base2_codes(site, table.T)
-        theta, h, d, v0 = (getattr(table, name)[:, None] for name in ROWS)
-        error, cost = (
-            squared_error(x[:, None], weight[:, None], theta, h, d, v0, table.max_spikes, table.signed, None, each)[:, 0]
-            for each in (None, bias)
-        )
+        own = table.rows, table.digits
+        base2 = base2_codes(site, table.T).spell(), replace(table.digits, max_spikes=None)
         return cls(
             **parameters,
-            theta=table.theta,
-            h=table.h,
-            d=table.d,
-            v0=table.v0,
-            error=error,
-            error_base2=weighted_error(x, weight, base2, signed=table.signed),
-            cost=cost,
-            cost_base2=weighted_error(x, weight, base2, signed=table.signed, bias_weight=bias),
+            **table.rows._asdict(),
+            error=weighted_error(x, weight, *own),
+            error_base2=weighted_error(x, weight, *base2),
+            cost=weighted_error(x, weight, *own, bias),
+            cost_base2=weighted_error(x, weight, *base2, bias),
             power=(weight * x.square()).sum(-1),
-            firing_rate=spikes_per_neuron(x, count, neurons, table) / table.T,
+            firing_rate=spikes_per_neuron(x, count, neurons, *own) / table.T,
             share=neurons / neurons.sum().clamp_min(1),
-            max_spikes=table.max_spikes,
-            two_sided=table.two_sided,
-            signed=table.signed,
+            digits=table.digits,
         )
 
 
@@ -203,46 +190,46 @@ def bias_weight(statistics: SiteStatistics, weight: Float[Tensor, "C points"], s
     return (statistics.row_neurons or 0.0) * share.sum(-1, keepdim=True) / weight.sum(-1, keepdim=True).clamp_min(1e-30)
 
 
-def _cost(statistics: SiteStatistics, codes: Codes, *, signed: bool, spike_weight: float) -> Float[Tensor, " C"]:
+def _cost(statistics: SiteStatistics, codes: Codes, digits: Digits, *, spike_weight: float) -> Float[Tensor, " C"]:
     """What the choice is made by: the search's objective, on the choosing part (in one scale for all codes)."""
     x, weight, count = part_points(statistics, CHOOSE)
     neurons = count.sum(-1) + statistics.zeros[CHOOSE]
     bias = bias_weight(statistics, weight, count / neurons.clamp_min(1)[:, None])
-    error = weighted_error(x, weight, codes, signed=signed, bias_weight=bias)
+    rows = codes.spell()
+    error = weighted_error(x, weight, rows, digits, bias)
     if not spike_weight:
         return error
-    theta, h, d, v0 = codes.spell()
-    spikes = spikes_per_neuron(x, count, neurons, PhaseTable(theta=theta, h=h, d=d, v0=v0, signed=signed))
-    return error * (spike_weight * spikes).exp()
+    return error * (spike_weight * spikes_per_neuron(x, count, neurons, rows, digits)).exp()
 
 
 def weighted_error(
     x: Float[Tensor, "C points"],
     weight: Float[Tensor, "C points"],
-    codes: Codes,
-    *,
-    signed: bool = False,
+    rows: Rows,
+    digits: Digits,
     bias_weight: Float[Tensor, "C 1"] | None = None,
 ) -> Float[Tensor, " C"]:
     """Squared error of one code per group."""
-    theta, h, d, v0 = (part[:, None] for part in codes.spell())
-    return squared_error(x[:, None], weight[:, None], theta, h, d, v0, None, signed, None, bias_weight)[:, 0]
+    return squared_error(x[:, None], weight[:, None], rows.at((slice(None), None)), digits, bias_weight=bias_weight)[:, 0]
 
 
 def spikes_per_neuron(
-    x: Float[Tensor, "C points"], count: Float[Tensor, "C points"], neurons: Float[Tensor, " C"], table: PhaseTable
+    x: Float[Tensor, "C points"], count: Float[Tensor, "C points"], neurons: Float[Tensor, " C"], rows: Rows, digits: Digits
 ) -> Float[Tensor, " C"]:
-    """Mean spikes of a neuron, 0 .. T, where `count` of `neurons` have input x > 0; one row of the table a group."""
-    train = fire_plain(x[None], table.theta, table.h, table.v0, table.max_spikes, table.signed)
+    """Mean spikes of a neuron, 0 .. T, where `count` of `neurons` have input x > 0; one code a group."""
+    train = fire_plain(x[None], rows, digits)
     spikes = torch.stack(train).abs().sum(0)[0]
     return (count * spikes).sum(-1) / neurons.clamp_min(1)
 
 
 def save_fits(path: Path, fits: Mapping[str, CodeFit]) -> None:
     """Write the codes of all sites, by number and name of the site, to a safetensors file (which sorts what it holds)."""
-    names = [field.name for field in fields(CodeFit)]
-    values = {f"{number:05d}.{site}.{name}": getattr(fit, name) for number, (site, fit) in enumerate(fits.items()) for name in names}
-    write_tensors(path, {key: torch.as_tensor(value).cpu().contiguous() for key, value in values.items() if value is not None})
+    tensors: dict[str, Tensor] = {}
+    for number, (site, fit) in enumerate(fits.items()):
+        values = {field.name: getattr(fit, field.name) for field in fields(fit)}
+        values |= asdict(values.pop("digits"))
+        tensors |= {f"{number:05d}.{site}.{name}": torch.as_tensor(value) for name, value in values.items() if value is not None}
+    write_tensors(path, {key: tensor.cpu().contiguous() for key, tensor in tensors.items()})
 
 
 def load_fits(path: Path) -> dict[str, CodeFit]:
@@ -250,5 +237,7 @@ def load_fits(path: Path) -> dict[str, CodeFit]:
     found: dict[str, dict[str, Any]] = {}
     for key, value in sorted(load_file(path).items()):
         name, _, field = key.partition(".")[2].rpartition(".")
-        found.setdefault(name, {})[field] = value.item() if field in ("max_spikes", "two_sided", "signed") else value
+        found.setdefault(name, {})[field] = value
+    for values in found.values():
+        values["digits"] = Digits(**{field.name: values.pop(field.name).item() for field in fields(Digits) if field.name in values})
     return {name: CodeFit(**values) for name, values in found.items()}

@@ -18,6 +18,7 @@ is a copy of the best bases met on the way, base 2 among them, of the assignment
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from torch import Tensor
 from spikellm.calibration.statistics import FIT, SiteStatistics
 from spikellm.coding.codes import Codes
 from spikellm.coding.grains import assignments, default_v0, phase_amplitudes
+from spikellm.kernels.encode import Rows
 
 BETA = 10.0  # slope of the surrogate [1 / tau]
 EACH = 10.0  # weight of the assignments' own errors beside the mixture's
@@ -62,10 +64,9 @@ class SurrogateSpike(torch.autograd.Function):
         return upstream[0] * (ctx.beta * s * (1 - s)), None
 
 
-def differentiable_encode(
-    x: Float[Tensor, "N 1 S"], theta: Float[Tensor, "N A T"], h: Float[Tensor, "N A T"], d: Float[Tensor, "N A T"], v0: Float[Tensor, "N A"]
-) -> Float[Tensor, "N A S"]:
-    """Output of A neurons for inputs x >= 0, with a gradient with respect to every table."""
+def differentiable_encode(x: Float[Tensor, "N 1 S"], rows: Rows) -> Float[Tensor, "N A S"]:
+    """Output of A neurons with rows [N, A, T] for inputs x >= 0, with a gradient with respect to every row."""
+    theta, h, d, v0 = rows
     v = x + v0[..., None]
     y = torch.zeros_like(v)
     for t in range(theta.shape[-1]):
@@ -139,6 +140,7 @@ def _descend(
     (N, A), T, G = logits.shape, options.shape[-1], int(options.max()) + 1
     one = torch.ones(N, A, device=x.device)
     v0 = default_v0(one, T)
+    spell = partial(phase_amplitudes, one, assignment=options)
     d, h, theta = (torch.full((N, A, G), 2.0, device=x.device) for _ in range(3))
     alpha = logits.clone()
     optimisers = [
@@ -153,8 +155,7 @@ def _descend(
             for parameter in (d, h, theta, alpha):
                 parameter.requires_grad_(any(parameter is each for each in moving))
             for _ in range(steps):
-                rows = [phase_amplitudes(one, bases, options) for bases in (theta, h, d)]
-                y = differentiable_encode(x, rows[0], rows[1], rows[2], v0)
+                y = differentiable_encode(x, Rows(spell(theta), spell(h), spell(d), v0))
                 share = alpha.softmax(-1)
                 errors = (y - x).square().mean(-1)
                 mixed = ((share[..., None] * y).sum(1, keepdim=True) - x).square().mean((1, 2))

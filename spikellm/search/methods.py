@@ -9,6 +9,7 @@ from tqdm.auto import tqdm
 
 from spikellm.calibration.statistics import SiteStatistics
 from spikellm.config.schema import Coding, Config, Groups, ImportV0, SearchMethod
+from spikellm.kernels.encode import Digits
 from spikellm.model.sites import SiteKind
 from spikellm.search.fit import CodeFit
 from spikellm.search.gradient import Schedule
@@ -66,7 +67,7 @@ def find_codes(config: Config, statistics: dict[str, SiteStatistics]) -> dict[st
     with tqdm(total=G or MAX_GRAINS, desc="search", unit="grain", disable=None) as bar:
         return search(
             statistics,
-            signed=signed,
+            digits=Digits(signed=signed),
             spike_weights=weights,
             compiled=config.hardware.compile,
             progress=lambda _: bar.update(),

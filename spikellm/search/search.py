@@ -33,6 +33,7 @@ from spikellm.calibration.statistics import FIT, SiteStatistics
 from spikellm.coding.codes import Codes, base2_codes
 from spikellm.coding.grains import assignments
 from spikellm.kernels.compiled import fused
+from spikellm.kernels.encode import BINARY, Digits
 from spikellm.search.evolution import Objective, evolve_grains, squared_error
 from spikellm.search.fit import CodeFit, bias_weight
 from spikellm.search.gradient import Schedule, descend_grains, draw_samples
@@ -48,7 +49,7 @@ def search(
     seed: int,
     min_length: int = 2,
     tolerance: float = 0.02,
-    signed: bool = False,
+    digits: Digits = BINARY,
     spike_weights: Mapping[str, float] | None = None,
     compiled: bool = True,
     progress: Callable[[int], None] = lambda grains: None,
@@ -62,7 +63,7 @@ def search(
         seed: of the evolution; the result is the same for the same seed and statistics.
         min_length: phases of a grain, at least [steps].
         tolerance: relative. Excess perplexity moves about as the coding error does: 0.02 of it is 0.02 of the excess.
-        signed: digits may be negative.
+        digits: of all neurons; their sides are those of a site's statistics, one where digits are signed.
         spike_weights: by site name; the log of the factor on the squared error at which one spike less a neuron is a fair exchange
             (0, or no entry: spikes cost nothing).
         compiled: fuse the evaluation of candidates.
@@ -74,9 +75,9 @@ def search(
     most = G or min(MAX_GRAINS, max(1, T // min_length))
     assignments(T, most, min_length=min_length)  # refuses early
     kernel = fused(squared_error, next(iter(statistics.values())).counts.device.type) if compiled else squared_error
-    if signed:  # a digit's sign does not tell the side
-        statistics = {name: site.merged() if site.two_sided else site for name, site in statistics.items()}
-    bits = 1.6 * T if signed else T  # log2 of the number of levels
+    if digits.signed:  # a digit's sign does not tell the side
+        statistics = {name: site.merged() if site.sides == 2 else site for name, site in statistics.items()}
+    bits = 1.6 * T if digits.signed else T  # log2 of the number of levels
     number = min(2048, max(256, 2 ** round(bits + 2)))  # four points a level, up to 512 levels
     points = {name: weighted_points(site, number) for name, site in statistics.items()}
     x, weight, share = (torch.cat(part)[:, None] for part in zip(*points.values(), strict=True))
@@ -88,9 +89,9 @@ def search(
     bias = None
     if any(site.row_neurons for site in statistics.values()):
         bias = torch.cat([bias_weight(site, *points[name][1:]) for name, site in statistics.items()])
-    objective = Objective(x=x, weight=weight, kernel=kernel, signed=signed, spike_weight=spike_weight, bias_weight=bias)
+    objective = Objective(x=x, weight=weight, kernel=kernel, digits=digits, spike_weight=spike_weight, bias_weight=bias)
     rounds = evolve_grains(objective, maximum, T=T, G=most, seed=seed, min_length=min_length, progress=progress)
-    return assess_all(statistics, rounds[-1:] if G else rounds, tolerance=tolerance, signed=signed, spike_weights=spike_weights)
+    return assess_all(statistics, rounds[-1:] if G else rounds, tolerance=tolerance, digits=digits, spike_weights=spike_weights)
 
 
 def gradient_search(
@@ -137,7 +138,7 @@ def assess_all(
     rounds: Sequence[tuple[Codes, Float[Tensor, " N"]]],
     *,
     tolerance: float,
-    signed: bool = False,
+    digits: Digits = BINARY,
     spike_weights: Mapping[str, float] | None = None,
 ) -> dict[str, CodeFit]:
     """Codes and objectives of all groups in a row, in rounds of more and more grains, as one fit per site."""
@@ -147,7 +148,7 @@ def assess_all(
         start = rows.stop
         own = [(codes.at(rows), objective[rows]) for codes, objective in rounds]
         spike_weight = (spike_weights or {}).get(name, 0.0)
-        fits[name] = CodeFit.assess(site, own, tolerance=tolerance, signed=signed, spike_weight=spike_weight)
+        fits[name] = CodeFit.assess(site, own, tolerance=tolerance, digits=digits, spike_weight=spike_weight)
     return fits
 
 

@@ -9,6 +9,7 @@ are in `coding/grains.py`; they have no grains. Sources: rate coding as in Rueck
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from itertools import product
 
 import torch
@@ -17,10 +18,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from spikellm.calibration.statistics import SiteStatistics
-from spikellm.coding.grains import uniform_table
+from spikellm.coding.grains import uniform_rows
 from spikellm.coding.neuron import PhaseTable
 from spikellm.config.schema import Coding, Config, SearchMethod
 from spikellm.kernels.compiled import fused
+from spikellm.kernels.encode import Digits, Rows
 from spikellm.search.evolution import CHUNK, squared_error
 from spikellm.search.fit import CodeFit, bias_weight
 from spikellm.search.search import group_maxima, weighted_points
@@ -35,7 +37,7 @@ POINTS = 512  # of a group's distribution; traditional codes are coarse
 
 
 def variants(coding: Coding, T: int) -> list[dict[str, float]]:
-    """What the grid tries beside the amplitude: base, ratio, v0 (arguments of `uniform_table`) and d_0 as a share of the largest output."""
+    """What the grid tries beside the amplitude: base, ratio, v0 (arguments of `uniform_rows`) and d_0 as a share of the largest output."""
     if coding is Coding.rate:
         return [{"base": 1.0, "ratio": 1.0, "v0": 0.5, "first": 1 / T}]
     if coding is Coding.ttfs:
@@ -43,9 +45,9 @@ def variants(coding: Coding, T: int) -> list[dict[str, float]]:
     return [{"base": 2.0, "ratio": ratio, "v0": 0.5, "first": 0.5} for ratio in FEW_SPIKE_RATIOS]
 
 
-def spike_bound(coding: Coding, max_spikes: int | None) -> int | None:
-    """`PhaseTable.max_spikes` of a code."""
-    return {Coding.ttfs: 1, Coding.few_spike: max_spikes}.get(coding)
+def code_digits(coding: Coding, max_spikes: int | None) -> Digits:
+    """Digits 0 and 1, as many spikes as the code allows."""
+    return Digits(max_spikes={Coding.ttfs: 1, Coding.few_spike: max_spikes}.get(coding))
 
 
 def traditional_codes(config: Config, statistics: Mapping[str, SiteStatistics]) -> dict[str, CodeFit]:
@@ -86,31 +88,29 @@ def fit_traditional(
     kernel = fused(squared_error, next(iter(statistics.values())).counts.device.type) if compiled else squared_error
     fits = {}
     for name, site in statistics.items():
-        fits[name] = _fit_site(site, variants(coding, T), T, spike_bound(coding, max_spikes), kernel)
+        fits[name] = _fit_site(site, variants(coding, T), T, code_digits(coding, max_spikes), kernel)
         progress(1)
     return fits
 
 
-def _fit_site(site: SiteStatistics, options: list[dict[str, float]], T: int, bound: int | None, kernel: Callable[..., Tensor]) -> CodeFit:
+def _fit_site(site: SiteStatistics, options: list[dict[str, float]], T: int, digits: Digits, kernel: Callable[..., Tensor]) -> CodeFit:
     known = site.known_maximum
     scale = torch.where(known > 0, known, group_maxima({"": site.merged()}))
     x, weight, share = (part[:, None] for part in weighted_points(site, POINTS))
     bias = bias_weight(site, weight[:, 0], share[:, 0])
     grid = list(product(options, SHARES.tolist()))
-    tables = [_table(scale * largest, option, T) for option, largest in grid]
-    theta, h, d, v0 = (torch.stack(part, 1) for part in zip(*tables, strict=True))
-    rows = max(1, CHUNK // (len(grid) * POINTS))
-    parts = [slice(start, start + rows) for start in range(0, len(known), rows)]
-    error = torch.cat(
-        [kernel(x[part], weight[part], theta[part], h[part], d[part], v0[part], bound, False, None, bias[part]) for part in parts]
-    )
+    every = [_rows(scale * largest, option, T) for option, largest in grid]
+    rows = Rows(*(torch.stack(part, 1) for part in zip(*every, strict=True)))
+    groups = max(1, CHUNK // (len(grid) * POINTS))
+    parts = [slice(start, start + groups) for start in range(0, len(known), groups)]
+    error = torch.cat([kernel(x[part], weight[part], rows.at(part), digits, bias_weight=bias[part]) for part in parts])
     found, index = error.min(1)
-    every = torch.arange(len(known), device=index.device)
-    theta, h, d, v0 = (part[every, index] for part in (theta, h, d, v0))
+    table = PhaseTable(*rows.at((torch.arange(len(known), device=index.device), index)), digits=replace(digits, sides=site.sides))
+    d = table.d
     base = torch.tensor([grid[each][0]["base"] for each in index.tolist()], device=d.device)[:, None]
     return CodeFit.reported(
         site,
-        PhaseTable(theta=theta, h=h, d=d, v0=v0, max_spikes=bound, two_sided=site.two_sided),
+        table,
         tau=d[:, 0] * base[:, 0],
         assignment=torch.zeros(d.shape, dtype=torch.int64, device=d.device),
         base_d=base,
@@ -118,9 +118,9 @@ def _fit_site(site: SiteStatistics, options: list[dict[str, float]], T: int, bou
         base_theta=base.clone(),
         objective=found,
         fallback=torch.zeros(len(known), dtype=torch.bool, device=d.device),
-        rho=torch.ones_like(v0),
+        rho=torch.ones_like(table.v0),
     )
 
 
-def _table(largest: Float[Tensor, " C"], option: dict[str, float], T: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return uniform_table(largest * option["first"], T, base=option["base"], ratio=option["ratio"], v0=option["v0"])
+def _rows(largest: Float[Tensor, " C"], option: dict[str, float], T: int) -> Rows:
+    return uniform_rows(largest * option["first"], T, base=option["base"], ratio=option["ratio"], v0=option["v0"])

@@ -5,13 +5,12 @@ train is kept. Both ways give the same numbers.
 """
 
 import math
-from dataclasses import replace
 
 import torch
 from jaxtyping import Int, Int64
 from torch import Tensor, nn
 
-from spikellm.coding.neuron import ROWS, PhaseNeuron, count_spikes
+from spikellm.coding.neuron import PhaseNeuron, Slot, count_spikes
 
 
 def train_counts(train: Int[Tensor, "T C I J"]) -> Int64[Tensor, "T C I"]:
@@ -24,7 +23,7 @@ def synaptic_operations(counts: Int64[Tensor, "T C I"], fan_out: int | Int64[Ten
     return (counts * fan_out).sum(-1)
 
 
-class SpikeCounter(nn.Module):
+class SpikeCounter(Slot):
     """Sits in a neuron's slot, counts the spikes of what passes and lets the neuron answer.
 
     Args:
@@ -50,12 +49,10 @@ class SpikeCounter(nn.Module):
 
     def add_values(self, x: Tensor) -> None:
         """Count what the neuron would fire for x, in folded execution."""
-        counts = []
-        for part, table in self.neuron.table.sides(x):
-            slices = math.lcm(table.groups, self.columns)
-            rows = {name: getattr(table, name).repeat_interleave(slices // table.groups, 0) for name in ROWS}
-            counts.append(count_spikes(self._arranged(part, slices), replace(table, **rows), compiled=self.neuron.compiled))
-        self._add(sum(counts[1:], start=counts[0]), x.numel())
+        table = self.neuron.table
+        slices = math.lcm(table.groups, self.columns)
+        spread = table.map(lambda rows: rows.repeat_interleave(slices // table.groups, 0))
+        self._add(count_spikes(self._arranged(x, slices), spread, compiled=self.neuron.compiled), x.numel())
 
     def look(self, _module: nn.Module, _inputs: tuple[Tensor, ...], train: Tensor) -> None:
         """`add_train` as a forward hook of a `SteppedNeuron`."""

@@ -285,7 +285,7 @@ def site_spikes(site: Site, counter: SpikeCounter) -> SiteSpikes:
         kind=site.kind.name,
         layer=site.layer,
         groups=counter.neuron.table.groups,
-        sides=2 if counter.neuron.table.two_sided else 1,
+        sides=counter.neuron.digits.sides,
         spikes=counter.spikes.tolist(),
         sops=counter.sops.tolist(),
         neurons=counter.neurons.tolist(),
