@@ -210,7 +210,7 @@ def test_without_a_compiler_the_plain_pass_is_used(monkeypatch, caplog):
 @pytest.mark.parametrize(("device", "missing", "cure"), [("cuda", "find_spec", "triton"), ("cpu", "shutil", "g++")])
 def test_without_a_compiler_neurons_run_unfused_and_say_so(device, missing, cure, monkeypatch, caplog):
     absent = {"find_spec": lambda _: None, "shutil": SimpleNamespace(which=lambda _: None)}[missing]
-    monkeypatch.setattr(f"spikellm.coding.neuron.{missing}", absent)
+    monkeypatch.setattr(f"spikellm.kernels.compiled.{missing}", absent)
 
     def kernel():
         """Not seen by `fused` before."""
