@@ -297,7 +297,7 @@ def test_who_does_not_know_the_format_is_stopped_and_told(loader, saved, monkeyp
         monkeypatch.setattr(mapping, "_extra_content", {})
     for mapping in (AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING):
         monkeypatch.delitem(mapping, spikellm.model.checkpoint.METHOD)
-    with pytest.raises(ValueError, match=r"pip install spikellm, import spikellm\.checkpoint"):
+    with pytest.raises(ValueError, match=r"pip install spikellm, import spikellm\.model\.checkpoint"):
         loader.from_pretrained(saved)
 
 
@@ -311,6 +311,6 @@ def test_save_pretrained_of_a_plain_class_writes_nothing(tmp_path):
     model = tiny_model()
     install(model, rotated=False, query_block=16)
     convert(model, base2_tables(model), compiled=False)
-    with pytest.raises(ValueError, match=r"spikellm\.checkpoint\.save"):
+    with pytest.raises(ValueError, match=r"spikellm\.model\.checkpoint\.save"):
         model.save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
