@@ -15,6 +15,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 import spikellm.model.checkpoint
 from spikellm.coding.neuron import PhaseNeuron, PhaseTable
 from spikellm.execution.stepped import stepped
+from spikellm.kernels.encode import Digits
 from spikellm.model.conversion import convert, get_neuron, install, model_sites, set_neuron
 from spikellm.model.prefix import attach_prefix
 from spikellm.model.rotation import rotate
@@ -29,9 +30,9 @@ def mixed_tables(model) -> dict[str, PhaseTable]:
     for index, site in enumerate(model_sites(model)):
         heads = {SiteKind.query: 4, SiteKind.softmax: 4, SiteKind.key: 2, SiteKind.value: 2, SiteKind.attention_output: 4}.get(site.kind, 1)
         tau = [(1.0 if site.kind is SiteKind.softmax else 4.0) * (1 + head / 7 + index / 50) for head in range(heads)]
-        flags = [{}, {"max_spikes": 1 + index % 4}, {"signed": site.kind is not SiteKind.softmax}, {"two_sided": True}][index % 4]
-        both = bool(flags.get("two_sided"))
-        tables[site.name] = replace(base2_table(tau * (1 + both), 5 + index % 2), **flags)
+        flags = [{}, {"max_spikes": 1 + index % 4}, {"signed": site.kind is not SiteKind.softmax}, {"sides": 2}][index % 4]
+        digits = Digits(**flags)
+        tables[site.name] = replace(base2_table(tau * digits.sides, 5 + index % 2), digits=digits)
     return tables
 
 
@@ -71,12 +72,7 @@ def test_mixed_tables_come_back_bit_for_bit_in_every_dtype(dtype, rotated, after
     assert torch.equal(again(ids).logits, model(ids).logits)
     for site in model_sites(model):
         before, after = get_neuron(model, site), get_neuron(again, site)
-        assert (before.max_spikes, before.two_sided, before.signed, before.axis) == (
-            after.max_spikes,
-            after.two_sided,
-            after.signed,
-            after.axis,
-        )
+        assert (before.digits, before.axis) == (after.digits, after.axis)
         assert before.theta.dtype == after.theta.dtype
 
 
@@ -228,8 +224,8 @@ FLAGS = {
     "rotated": lambda found: found.update(rotated=False),
     "normalise_after": lambda found: found.update(normalise_after=False),
     "prefix_length": lambda found: found.update(prefix_length=1),
-    "max_spikes of a site": lambda found: found["sites"][SILU].update(max_spikes=1),
-    "signed of a site": lambda found: found["sites"][SILU].update(signed=True, two_sided=False),
+    "max_spikes of a site": lambda found: found["sites"][SILU]["digits"].update(max_spikes=1),
+    "signed of a site": lambda found: found["sites"][SILU]["digits"].update(signed=True, sides=1),
     "T of a site": lambda found: found["sites"][SILU].update(T=3),
     "groups of a site": lambda found: found["sites"][SILU].update(groups=2),
     "a site less": lambda found: found["sites"].pop(SILU),
@@ -253,6 +249,9 @@ def test_a_flag_that_was_changed_is_refused(flag, damaged):
         (lambda found: found.pop("rotated"), "'rotated' is missing"),
         (lambda found: found["sites"][SILU].update(d=1), f"{SILU}: unknown key 'd'"),
         (lambda found: found["sites"].update({SILU: 3}), f"{SILU}: is no table"),
+        (lambda found: found["sites"][SILU].update(digits=2), f"{SILU}.digits: is no table"),
+        (lambda found: found["sites"][SILU]["digits"].update(max_spikes=0), f"{SILU}.digits: .*max_spikes=0: .*again$"),
+        (lambda found: found["sites"][SILU]["digits"].update(max_spikes="2"), f"{SILU}.digits: .*again$"),
     ],
 )
 def test_a_description_of_another_version_is_refused(change, message, damaged):

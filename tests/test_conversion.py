@@ -7,7 +7,7 @@ import torch
 from conftest import TINY, base2_tables, norm_ratio, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from spikellm.coding.neuron import PhaseNeuron
+from spikellm.coding.neuron import PhaseNeuron, Slot
 from spikellm.execution.memory import fitting_chunk
 from spikellm.execution.stepped import stepped
 from spikellm.model.checkpoint import save
@@ -123,7 +123,7 @@ def test_published_models_have_the_289_published_sites(name):
 NOT_INSTALLED = {
     "convert": lambda model, tables: convert(model, tables),
     "get_neuron": lambda model, _: get_neuron(model, model_sites(model)[0]),
-    "set_neuron": lambda model, _: set_neuron(model, model_sites(model)[3], torch.nn.Identity()),
+    "set_neuron": lambda model, _: set_neuron(model, model_sites(model)[3], Slot()),
     "save": lambda model, _: save(model, Path("nowhere")),
     "count": lambda model, _: ledger.count(model, torch.ones(1, 8, dtype=torch.long)),
     "fitting_chunk": lambda model, _: fitting_chunk(model, 8, chunk=None, max_gib=1.0),

@@ -10,6 +10,7 @@ from spikellm.config.schema import Coding
 from spikellm.evaluation.density_plots import write_density_plots
 from spikellm.evaluation.diagnostics import damage, lloyd_max, site_levels, site_rows, spelled_levels
 from spikellm.evaluation.perplexity import perplexity
+from spikellm.kernels.encode import Digits
 from spikellm.model.conversion import get_neuron, install, model_sites
 from spikellm.model.sites import SiteKind
 from spikellm.search.search import base2_search, search
@@ -58,7 +59,7 @@ def densities():
 CODES = {
     "base 2": (lambda statistics, T: base2_search(statistics, T), lambda T: 2**T),
     "fitted": (lambda statistics, T: search(statistics, T=T, G=2, seed=0, compiled=False), lambda T: 2**T),
-    "signed": (lambda statistics, T: search(statistics, T=T, G=1, seed=0, signed=True, compiled=False), lambda T: 3**T),
+    "signed": (lambda statistics, T: search(statistics, T=T, G=1, seed=0, digits=Digits(signed=True), compiled=False), lambda T: 3**T),
     "rate": (lambda statistics, T: fit_traditional(statistics, Coding.rate, T=T, compiled=False), lambda T: T + 1),
     "ttfs": (lambda statistics, T: fit_traditional(statistics, Coding.ttfs, T=T, compiled=False), lambda T: T + 1),
     "two spikes": (
@@ -103,7 +104,7 @@ def test_a_bound_that_the_histogram_cannot_tell_is_absent(densities):
 
 
 def test_two_sides_are_bounded_each_for_its_own_levels():
-    silu = {"silu": observed(nn.functional.silu(3 * density("gaussian")), two_sided=True)}
+    silu = {"silu": observed(nn.functional.silu(3 * density("gaussian")), sides=2)}
     fits = search(silu, T=4, G=2, seed=0, compiled=False)
     (row,) = site_rows(silu, fits)
     assert 0.9 * row["relative_error"] > row["lloyd_max"] > 0
@@ -148,7 +149,7 @@ def test_damage_puts_neurons_where_it_says_and_takes_them_away(tmp_path, ids):
     assert sum(value != by_kind["none"] for value in by_kind.values()) == len(SiteKind)
     assert len(by_site) == 10
     assert list(by_site.values()) == sorted(by_site.values(), reverse=True)
-    assert all(isinstance(get_neuron(model, site), nn.Identity) for site in model_sites(model))
+    assert all(get_neuron(model, site).transparent for site in model_sites(model))
     paths = write_density_plots(tmp_path, statistics, fits)
     assert len(paths) == len(SiteKind)
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)

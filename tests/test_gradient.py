@@ -8,6 +8,7 @@ from test_config import configure
 
 from spikellm.calibration.statistics import CHOOSE, FIT, REPORT, Observer
 from spikellm.coding.neuron import PhaseTable, encode
+from spikellm.kernels.encode import Rows
 from spikellm.search.gradient import BATCH, Schedule, SurrogateSpike, descend_grains, differentiable_encode, draw_samples
 from spikellm.search.search import gradient_search
 
@@ -52,10 +53,10 @@ def test_the_spike_is_a_step_with_the_derivative_of_a_sigmoid():
 
 def test_the_differentiable_neuron_is_the_neuron():
     x = torch.rand(1, 1, 500, generator=torch.Generator().manual_seed(0))
-    rows = {name: torch.rand(1, 3, 5, generator=torch.Generator().manual_seed(seed)) for seed, name in enumerate(("theta", "h", "d"))}
-    v0 = torch.tensor([[0.0, 0.01, 0.1]])
-    y = differentiable_encode(x, rows["theta"], rows["h"], rows["d"], v0)
-    table = PhaseTable(**{name: value[0] for name, value in rows.items()}, v0=v0[0])
+    theta, h, d = (torch.rand(1, 3, 5, generator=torch.Generator().manual_seed(seed)) for seed in range(3))
+    rows = Rows(theta, h, d, torch.tensor([[0.0, 0.01, 0.1]]))
+    y = differentiable_encode(x, rows)
+    table = PhaseTable(*rows.at(0))
     wanted = encode(x.expand(1, 3, 500).contiguous(), table, compiled=False)
     torch.testing.assert_close(y, wanted)
 

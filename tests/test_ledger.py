@@ -2,12 +2,14 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import base2_table, base2_tables, tiny_model
 
-from spikellm.coding.neuron import PhaseNeuron, PhaseTable, count_spikes, fire
+from spikellm.coding.neuron import PhaseNeuron, PhaseTable, Slot, count_spikes, fire
+from spikellm.kernels.encode import Digits
 from spikellm.kernels.temporal import spike_mixture, spike_pairs, step_weights
 from spikellm.model.conversion import convert, get_neuron, install, model_sites, set_neuron, site_groups
 from spikellm.model.prefix import attach_prefix
@@ -26,7 +28,7 @@ def converted(name: str = "llama", *, after: bool, prefix: tuple[int, ...] = (),
     attach_prefix(model, list(prefix))
     tables = tables or base2_tables(model, T)
     if max_spikes:
-        tables = {key: PhaseTable(theta=each.theta, h=each.h, d=each.d, v0=each.v0, max_spikes=max_spikes) for key, each in tables.items()}
+        tables = {key: replace(each, digits=Digits(max_spikes=max_spikes)) for key, each in tables.items()}
     convert(model, tables, compiled=False)
     return model
 
@@ -36,7 +38,7 @@ def spikes_by_hand(value: float, table: PhaseTable, group: int) -> list[int]:
     potential = torch.tensor(value).abs() + table.v0[group]
     times: list[int] = []
     for t in range(table.T):
-        full = table.max_spikes is not None and len(times) == table.max_spikes
+        full = table.digits.max_spikes is not None and len(times) == table.digits.max_spikes
         if value != 0 and potential > table.theta[group, t] and not full:
             potential = potential - table.h[group, t]
             times.append(t)
@@ -241,7 +243,7 @@ class Marked(torch.autograd.Function):
         return gradient, None
 
 
-class Marker(torch.nn.Module):
+class Marker(Slot):
     def __init__(self, trains: int) -> None:
         super().__init__()
         self.trains = trains
@@ -268,13 +270,12 @@ def test_latency_is_the_longest_way_through_the_networks_own_graph(name, after, 
     if two_sided:
         for site, table in tables.items():
             if SiteKind.activation.value in site:
-                rows = {row: getattr(table, row).repeat(2, *[1] * (getattr(table, row).ndim - 1)) for row in ("theta", "h", "d", "v0")}
-                tables[site] = PhaseTable(**rows, two_sided=True)
+                tables[site] = PhaseTable(*table.rows.map(lambda rows: torch.cat([rows, rows])), digits=Digits(sides=2))
     convert(model, tables, compiled=False)
     ids = torch.arange(2, 8)[None]
     found = ledger.count(model, ids)
     for site in model_sites(model):
-        set_neuron(model, site, Marker(2 if get_neuron(model, site).table.two_sided else 1))
+        set_neuron(model, site, Marker(get_neuron(model, site).digits.sides))
     model.get_input_embeddings().weight.requires_grad_(True)
     trains = longest(model(ids).logits.grad_fn, {})
     assert found.latency_steps == T * trains
@@ -362,6 +363,5 @@ def test_the_fused_count_equals_the_plain_one():
         x = 2 * torch.randn(shape, generator=torch.Generator().manual_seed(0))
         x.view(-1)[:2] = 0.0
         for max_spikes in (None, 2):
-            base = base2_table(taus, T)
-            table = PhaseTable(theta=base.theta, h=base.h, d=base.d, v0=base.v0, max_spikes=max_spikes)
+            table = replace(base2_table(taus, T), digits=Digits(max_spikes=max_spikes))
             assert torch.equal(count_spikes(x, table), count_spikes(x, table, compiled=False))

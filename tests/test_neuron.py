@@ -9,8 +9,9 @@ from conftest import base2_table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spikellm.coding.neuron import PhaseNeuron, PhaseTable, count_spikes, decode, encode, fire
+from spikellm.coding.neuron import PhaseNeuron, PhaseTable, Slot, count_spikes, decode, encode, fire
 from spikellm.kernels.compiled import fused
+from spikellm.kernels.encode import Digits
 
 law = settings(deadline=None, max_examples=60, derandomize=True)
 
@@ -112,7 +113,7 @@ def test_encode_is_fire_then_decode_and_odd_in_its_input(codes, seed):
 @law
 def test_a_bounded_neuron_fires_its_first_spikes_and_rests(codes, seed, most):
     x = torch.randn(2, codes.groups, 5, generator=torch.Generator().manual_seed(seed))
-    few = replace(codes, max_spikes=most)
+    few = replace(codes, digits=Digits(max_spikes=most))
     free = fire(x, codes)
     assert torch.equal(fire(x, few), free * ((free != 0).cumsum(0) <= most))
     assert torch.allclose(decode(fire(x, few), few), encode(x, few, compiled=False), rtol=1e-6, atol=1e-6)
@@ -137,7 +138,7 @@ def test_the_fused_pass_equals_the_plain_one():
     for shape, axis, taus in [((2, 3, 8), -1, [3.0]), ((2, 4, 3, 5), 1, [0.5, 1.0, 2.0, 4.0])]:
         x = 2 * torch.randn(shape, generator=torch.Generator().manual_seed(0))
         x.view(-1)[:2] = 0.0
-        for codes in (base2_table(taus, 5), replace(base2_table(taus, 5), max_spikes=2)):
+        for codes in (base2_table(taus, 5), replace(base2_table(taus, 5), digits=Digits(max_spikes=2))):
             fused, plain = (PhaseNeuron(codes, axis=axis, compiled=compiled)(x) for compiled in (True, False))
             assert torch.equal(fused, plain)
 
@@ -159,6 +160,16 @@ def test_state_dict_round_trip_and_repr():
     assert torch.equal(other(x), neuron(x))
     assert set(neuron.state_dict()) == {"theta", "h", "d", "v0"}
     assert "T=3, groups=2" in repr(neuron)
+    sides = PhaseNeuron(replace(neuron.table, digits=Digits(sides=2, max_spikes=4)))
+    assert repr(sides) == "PhaseNeuron(T=3, groups=1, Digits(signed=False, max_spikes=4, sides=2))"
+
+
+def test_an_empty_slot_is_transparent_and_holds_nothing():
+    slot, x = Slot(), torch.randn(2, 3)
+    assert slot(x) is x
+    assert slot.weigh(x) is None
+    assert (slot.transparent, slot.held, slot.state_dict()) == (True, False, {})
+    assert not PhaseNeuron(base2_table(1.0, 3)).transparent
 
 
 def test_a_table_whose_rows_do_not_fit_is_refused():

@@ -110,7 +110,7 @@ def test_all_published_files_are_read(shared_data):
         codes = read_neurons(path, T=T, G=G)
         assert len(codes) == 32 * 9 + 1
         for name in list(raw)[::40]:
-            theta, h, d, v0 = (part[0] for part in codes[name].spell())
+            theta, h, d, v0 = codes[name].spell().at(0)
             _, assignment, B, tau, H, Theta, *rest = raw[name]
             for row, bases in ((d, B), (h, H), (theta, Theta)):
                 wanted = [tau * bases[grain].item() ** -(t + 1) for t, grain in enumerate(assignment)]

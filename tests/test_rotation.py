@@ -5,8 +5,8 @@ from copy import deepcopy
 import pytest
 import torch
 from conftest import TINY, norm_ratio, tiny_model
-from torch import nn
 
+from spikellm.coding.neuron import Slot
 from spikellm.model.conversion import get_neuron, install, model_sites, set_neuron
 from spikellm.model.rotation import rotate
 from spikellm.model.sites import SiteKind
@@ -75,7 +75,7 @@ def test_outlier_channels_are_spread(ids):
     assert peak[1] < 0.3
 
 
-class Recorder(nn.Module):
+class Recorder(Slot):
     def forward(self, x):
         self.seen = x.clone()
         return x

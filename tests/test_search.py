@@ -59,7 +59,7 @@ def by_grains(statistics):
 
 def relative_error(x: torch.Tensor, table) -> float:
     """By sending samples through neurons, not by histograms."""
-    y = encode_plain(x.view(1, 1, -1), table.theta, table.h, table.d, table.v0).flatten()
+    y = encode_plain(x.view(1, 1, -1), table.rows, table.digits).flatten()
     return ((y - x).square().sum() / x.square().sum()).item()
 
 

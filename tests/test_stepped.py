@@ -19,6 +19,7 @@ from spikellm.execution import attention as stepped_attention
 from spikellm.execution.memory import fitting_chunk, peak_bytes
 from spikellm.execution.modules import SteppedHead, SteppedLinear, SteppedNeuron, SteppedSpikingLinear, unbatch
 from spikellm.execution.stepped import stepped
+from spikellm.kernels.encode import Digits
 from spikellm.model import attention
 from spikellm.model.conversion import convert, get_neuron, install, model_sites
 from spikellm.model.modules import SpikingRMSNorm
@@ -285,26 +286,25 @@ def test_the_memory_bound_picks_the_chunk_or_names_the_cure():
     assert math.isfinite(sizes[-1])
 
 
-def other_tables(model, T: int, flags: dict) -> dict[str, PhaseTable]:
+def other_tables(model, T: int, digits: Digits) -> dict[str, PhaseTable]:
     """`tables` with digits of another kind; two sides at SiLU, the negative ones finer."""
     found = {}
     for site in model_sites(model):
         table = tables(model, T)[site.name]
-        if "two_sided" in flags:
+        if digits.sides == 2:
             if site.kind is SiteKind.activation:
-                rows = {name: torch.cat([getattr(table, name), 0.1 * getattr(table, name)]) for name in ("theta", "h", "d", "v0")}
-                table = PhaseTable(**rows, two_sided=True)
+                table = PhaseTable(*table.rows.map(lambda rows: torch.cat([rows, 0.1 * rows])), digits=digits)
         else:
-            table = replace(table, theta=0.7 * table.theta if "signed" in flags else table.theta, **flags)
+            table = replace(table, theta=0.7 * table.theta if digits.signed else table.theta, digits=digits)
         found[site.name] = table
     return found
 
 
 @pytest.mark.parametrize("normalise_after", [True, False], ids=["after", "before"])
-@pytest.mark.parametrize("flags", [{"two_sided": True}, {"signed": True}, {"max_spikes": 2}], ids=lambda flags: next(iter(flags)))
-def test_every_kind_of_digits_and_the_same_ledger_to_the_spike(flags, normalise_after, ids):
+@pytest.mark.parametrize("digits", [Digits(sides=2), Digits(signed=True), Digits(max_spikes=2)], ids=str)
+def test_every_kind_of_digits_and_the_same_ledger_to_the_spike(digits, normalise_after, ids):
     model = spiking(normalise_after=normalise_after)
-    convert(model, other_tables(model, 6, flags), compiled=False)
+    convert(model, other_tables(model, 6, digits), compiled=False)
     folded, counted = model(ids).logits, ledger.count(model, ids)
     with stepped(model, chunk=4):
         assert norm_ratio(model(ids).logits, folded) <= 1e-9

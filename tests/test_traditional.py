@@ -7,19 +7,20 @@ import torch
 from conftest import base2_table
 
 from spikellm.calibration.statistics import CHOOSE, FIT, REPORT, Observer, SiteStatistics
-from spikellm.coding.grains import uniform_table
+from spikellm.coding.grains import uniform_rows
 from spikellm.coding.neuron import PhaseTable, encode, fire
 from spikellm.config.schema import Coding
+from spikellm.kernels.encode import Digits
 from spikellm.search.fit import load_fits, save_fits
-from spikellm.search.traditional import fit_traditional, spike_bound, variants
+from spikellm.search.traditional import code_digits, fit_traditional, variants
 
 T = 6
 
 
 def table(coding: Coding, option: dict[str, float], *, max_spikes: int | None = None) -> PhaseTable:
     """With 1 as the largest output (of base 2: the amplitude)."""
-    theta, h, d, v0 = uniform_table(torch.tensor([option["first"]]), T, base=option["base"], ratio=option["ratio"], v0=option["v0"])
-    return PhaseTable(theta=theta, h=h, d=d, v0=v0, max_spikes=spike_bound(coding, max_spikes))
+    rows = uniform_rows(torch.tensor([option["first"]]), T, base=option["base"], ratio=option["ratio"], v0=option["v0"])
+    return PhaseTable(*rows, digits=code_digits(coding, max_spikes))
 
 
 X = torch.linspace(-1.2, 1.2, 4801).view(1, 1, -1)
@@ -89,14 +90,12 @@ def test_the_fit_is_the_best_amplitude(coding):
     def error(code: PhaseTable) -> float:
         return (encode(x, code, compiled=False) - x).square().mean().item()
 
-    mine = error(PhaseTable(**{name: getattr(fit.table, name)[:1] for name in ("theta", "h", "d", "v0")}, max_spikes=fit.max_spikes))
+    mine = error(PhaseTable(*fit.table.rows.at(slice(1)), digits=fit.digits))
     others = []
     for option in variants(coding, T):
         for largest in torch.linspace(0.3, 8, 78).tolist():
-            theta, h, d, v0 = uniform_table(
-                torch.tensor([largest * option["first"]]), T, base=option["base"], ratio=option["ratio"], v0=option["v0"]
-            )
-            others.append(error(PhaseTable(theta=theta, h=h, d=d, v0=v0, max_spikes=fit.max_spikes)))
+            rows = uniform_rows(torch.tensor([largest * option["first"]]), T, base=option["base"], ratio=option["ratio"], v0=option["v0"])
+            others.append(error(PhaseTable(*rows, digits=fit.digits)))
     assert mine <= 1.02 * min(others)
     assert fit.relative_error == pytest.approx(mine, rel=0.1)
     assert 0 < fit.firing_rate.max() < 1
@@ -119,6 +118,6 @@ def test_a_site_without_activations_and_the_way_to_disk(tmp_path):
     save_fits(tmp_path / "codes.safetensors", fits)
     again = load_fits(tmp_path / "codes.safetensors")
     for name, fit in fits.items():
-        assert again[name].table.max_spikes == fit.table.max_spikes == 1
+        assert again[name].digits == fit.digits == Digits(max_spikes=1)
         assert torch.equal(again[name].d, fit.d)
         assert torch.isfinite(fit.d).all()
