@@ -121,13 +121,13 @@ def test_values_mean_what_was_typed_and_the_command_repeats_them(value):
     arguments = ["dataset=text", f"dataset.evaluation.path={value}", f"dataset.calibration.path={value}"]
     assert configure(*arguments).dataset.evaluation.path == value
     understood = quote_values(arguments)
-    repeated = shlex.split(command_line(understood))[2:]
+    repeated = shlex.split(command_line("python main.py", understood))[2:]
     assert quote_values(repeated) == understood == quote_values(understood)
 
 
 def test_the_command_shows_values_as_they_were_typed():
     typed = ["grain=1,2", "dataset.evaluation.path=/d/it's (ü)=1.txt", "timesteps=8", "dataset.evaluation.path='/d/quoted'"]
-    assert shlex.split(command_line(quote_values(typed))) == ["python", "main.py", *typed]
+    assert shlex.split(command_line("python main.py", quote_values(typed))) == ["python", "main.py", *typed]
 
 
 def test_a_leading_tilde_is_the_home_folder(monkeypatch):

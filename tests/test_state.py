@@ -231,7 +231,7 @@ def sweep_job(tmp_path, monkeypatch):
     folder, overrides = tmp_path / "sweep" / "0-T3-G1", SimpleNamespace(task=[])
     folder.mkdir(parents=True)
     asked = SimpleNamespace(runtime=SimpleNamespace(output_dir=str(folder)), mode=RunMode.MULTIRUN, overrides=overrides)
-    asked.sweep = SimpleNamespace(dir=str(folder.parent))
+    asked.sweep, asked.help = SimpleNamespace(dir=str(folder.parent)), SimpleNamespace(app_name="python main.py")
     monkeypatch.setattr(job.HydraConfig, "get", lambda: asked)
 
     def start(*arguments: str) -> tuple[dict, bool]:

@@ -15,7 +15,8 @@ from tqdm.auto import tqdm
 
 from spikellm.calibration.calibrate import Calibration
 from spikellm.calibration.statistics import CHOOSE, FIT, REPORT, Observer, SiteStatistics
-from spikellm.config.schema import PROJECT_ROOT, SearchConfig
+from spikellm.config.places import project_root
+from spikellm.config.schema import SearchConfig
 from spikellm.search.fit import part_points, weighted_error
 from spikellm.search.gradient import Schedule, descend_grains, draw_samples
 from spikellm.search.search import group_maxima, search
@@ -37,7 +38,7 @@ def random_statistics(count: int) -> dict[str, SiteStatistics]:
 
 
 def newest_calibration() -> Path | None:
-    folders = (PROJECT_ROOT / "outputs" / "artifacts" / "calibrate").glob("*/calibration.json")
+    folders = (project_root() / "outputs" / "artifacts" / "calibrate").glob("*/calibration.json")
     return max((path.parent for path in folders), key=lambda path: path.stat().st_mtime, default=None)
 
 

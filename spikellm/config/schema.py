@@ -1,6 +1,6 @@
 """The configuration: every field with its default, unit, meaning and check. The only home of a default.
 
-`conf/` holds deltas only. Hydra composes YAML and command line onto these dataclasses; `main.py` turns the result into
+`conf/` holds deltas only. Hydra composes YAML and command line onto these dataclasses; a job turns the result into
 instances once (`OmegaConf.to_object`), which runs the checks below. No DictConfig goes further, and this module imports
 no torch, so that `--help` and a sweep's composition stay fast.
 """
@@ -9,7 +9,6 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
-from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -32,8 +31,8 @@ from spikellm.config.choices import (
     TrackingMode,
 )
 from spikellm.config.help import field_help
+from spikellm.config.places import project_root
 
-PROJECT_ROOT = Path(__file__).resolve().parents[2]
 STAGE_NAMES = ("calibrate", "search", "convert", "evaluate", "diagnose", "report")
 DEFAULT_STAGES = STAGE_NAMES[:4]  # a report is written at the end of a run and of a sweep anyway
 ZERO_SHOT_TASKS = ("winogrande", "arc_challenge", "arc_easy", "piqa", "hellaswag")
@@ -45,7 +44,7 @@ MAX_COUNT, MAX_SEED = 2**31 - 1, 2**63 - 1  # torch takes 64-bit seeds
 
 
 class InputError(ValueError):
-    """Wrong input from the user: the message names the key, the value and the cure; main.py prints it as one line."""
+    """Wrong input from the user: the message names the key, the value and the cure; the command prints it as one line."""
 
 
 def _check(condition: bool, key: str, value: Any, cure: str) -> None:
@@ -378,9 +377,15 @@ def tracking_options(composed: DictConfig) -> tuple[TrackingConfig, dict[str, An
     return options, {str(key): value for key, value in tree.items()}
 
 
-def register() -> None:
-    """Make the schema and the resolvers known to Hydra. Call before composing."""
-    OmegaConf.register_new_resolver("project_root", lambda: str(PROJECT_ROOT), replace=True)
+def register(program: str = "python main.py") -> None:
+    """Make the schema and the resolvers known to Hydra, which hands them on to the processes of a sweep's jobs. Call before composing.
+
+    Args:
+        program: how the command was called.
+    """
+    root = str(project_root())  # of this process: a job elsewhere writes to the same place
+    OmegaConf.register_new_resolver("project_root", lambda: root, replace=True)
+    OmegaConf.register_new_resolver("program", lambda: program, replace=True)
     OmegaConf.register_new_resolver("path_part", path_part, replace=True)
     OmegaConf.register_new_resolver("field_help", lambda: field_help(Config), replace=True)
     ConfigStore.instance().store(name="schema", node=Config)

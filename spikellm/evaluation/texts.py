@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from spikellm.config.boundary import blamed_on, read_file
+from spikellm.config.extras import require
 from spikellm.config.schema import DatasetSource, InputError, TextConfig
 
 # Of ten topics of the language reference, in alphabetical order, two are evaluated on.
@@ -86,10 +87,11 @@ def _local_text(config: TextConfig, key: str) -> str:
 
 
 def _hub_text(config: TextConfig, key: str) -> str:
-    import datasets
-
     if config.path is None:
         raise InputError(f"{key}.path=null: name a data set of the hub")
+    require(f"{key}.source=hub", "datasets")
+    import datasets
+
     what = f"{key}.path={config.path}: the hub does not give it"
     with blamed_on(what, "dataset=text reads local files"):
         rows = datasets.load_dataset(config.path, config.name, split=config.split, streaming=config.max_rows is not None)

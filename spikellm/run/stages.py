@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from spikellm.config.extras import require
 from spikellm.config.schema import Config, Execution
 from spikellm.evaluation import diagnostics
 from spikellm.evaluation.density_plots import write_density_plots
@@ -154,6 +155,8 @@ def _run(work: Workspace, progress: Callable[[dict[str, Any]], None]) -> Outcome
     for key in ("step_chunk", "max_memory_gib"):
         if config.snn.execution is Execution.folded and (value := getattr(config.snn, key)) is not None:
             log.warning("snn.%s=%s has no effect with snn.execution=folded", key, value)
+    if "diagnose" in config.stages:
+        require("stages=[diagnose]", "matplotlib")
     if "evaluate" in config.stages:
         work.prepare_evaluation()
     results: dict[str, Any] = {
