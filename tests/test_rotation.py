@@ -1,17 +1,21 @@
 """Rotation changes activations and no logits."""
 
+import json
 from copy import deepcopy
 from itertools import combinations
 
 import pytest
 import torch
-from conftest import TINY, norm_ratio, tiny_model
+from conftest import TINY, base2_tables, norm_ratio, tiny_model
+from test_stages import cached, run
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from spikellm.config.choices import Device, ModelSource, RotationKind, SoftmaxNorm
 from spikellm.config.schema import HardwareConfig, InputError, ModelConfig, RotationConfig
 from spikellm.evaluation.networks import Networks
-from spikellm.model.conversion import get_neuron, install, model_sites, online_parts, set_neuron
+from spikellm.model.checkpoint import save
+from spikellm.model.conversion import convert, get_neuron, install, model_sites, online_parts, set_neuron
 from spikellm.model.rotation import PARTS, R1, R2, R3, R4, rotate
 from spikellm.model.sites import SiteKind
 
@@ -98,6 +102,33 @@ def test_parts_without_effect_are_said_so(caplog):
         "rotation.parts=[R2] has no effect with rotation.kind=none",
         "rotation.seed=5 has no effect without R1",
     ]
+
+
+@pytest.mark.parametrize("parts", [[R3], [R1, R4], []], ids=lambda parts: "+".join(parts) or "none")
+def test_a_saved_model_has_the_online_parts_that_it_needs(parts, tmp_path, ids):
+    model = tiny_model()
+    rotate(model, seed=0, parts=parts)
+    install(model, rotated=parts, query_block=16)
+    convert(model, base2_tables(model), compiled=False)
+    save(model, tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    assert [online_parts(layer) for layer in again.model.layers] == [[part for part in parts if part in (R3, R4)]] * 2
+
+
+def test_parts_are_in_keys_results_and_costs(tmp_path):
+    found = {}
+    for parts in (["R1", "R2", "R3", "R4"], ["R1", "R4"]):
+        found[len(parts)] = results = run(tmp_path, "model.options.num_hidden_layers=1", f"rotation.parts=[{','.join(reversed(parts))}]")
+        assert not cached(results)["calibrate"]
+        assert json.loads(json.dumps(results["rotation"]))["parts"] == parts
+    costs = [{each["name"]: each["mac_per_token"] for each in results["spikes"]["dense_operations"]} for results in found.values()]
+    assert 0 < costs[1]["online Hadamard R4"] < costs[0]["online Hadamard R3, R4"]
+    assert found[4]["rotation"]["hash"] != found[2]["rotation"]["hash"]
+    assert found[4]["search"] != found[2]["search"]
+    again = run(tmp_path, "model.options.num_hidden_layers=1")
+    assert all(cached(again).values())
+    assert again["rotation"] == found[4]["rotation"]
 
 
 def test_logits_of_the_real_model_stay(real_model, real_tokenizer):

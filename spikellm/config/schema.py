@@ -111,9 +111,7 @@ class SpikingConfig:
 @dataclass(kw_only=True, slots=True)
 class RotationConfig:
     kind: RotationKind = RotationKind.hadamard  # rotations that spread outliers and leave the function as it is
-    parts: list[RotationPart] = field(
-        default_factory=lambda: list(RotationPart)
-    )  # those that act; []: norms are folded alone; kind=hadamard only
+    parts: list[RotationPart] = field(default_factory=lambda: list(RotationPart))  # those that act; []: norms are folded alone
     seed: int = 0  # of R1's random signs
 
     def __post_init__(self) -> None:
