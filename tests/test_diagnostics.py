@@ -136,7 +136,7 @@ def test_levels_of_base_2_are_its_multiples():
 def test_damage_puts_neurons_where_it_says_and_takes_them_away(tmp_path, ids):
     model = tiny_model()
     reference = perplexity(model, ids, label="").value
-    install(model, rotated=False)
+    install(model, rotated=())
     from spikellm.calibration.calibrate import calibrate
     from spikellm.config.schema import PrefixConfig
 

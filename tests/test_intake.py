@@ -81,7 +81,7 @@ def pickled(content):
 
 def spiking(folder) -> None:
     model = tiny_model()
-    install(model, rotated=False)
+    install(model, rotated=())
     convert(model, base2_tables(model))
     checkpoint.save(model, folder)
 

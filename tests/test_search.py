@@ -260,7 +260,7 @@ def test_codes_round_trip_through_a_file(by_grains, tmp_path):
 def test_rows_of_a_models_attention_stay_near_one():
     """Calibrated, searched and placed: `snn.softmax_norm=before` codes probabilities whose sums change less."""
     model = tiny_model(num_hidden_layers=1)
-    install(model, rotated=False, normalise_after=False)
+    install(model, rotated=(), normalise_after=False)
     windows = torch.randint(2, 256, (6, 256), generator=torch.Generator().manual_seed(0))
     (site,) = (site for site in model_sites(model) if site.kind is SiteKind.softmax)
     found = calibrate(model, windows[:4], PrefixConfig(enabled=False)).statistics[site.name]

@@ -85,7 +85,7 @@ def test_diagnose_after_evaluate_is_diagnose_alone(long_prefix, tmp_path):
 
 def test_a_prefix_is_not_computed_through_neurons(ids):
     model = tiny_model(num_hidden_layers=1)
-    install(model, rotated=False)
+    install(model, rotated=())
     convert(model, base2_tables(model), compiled=False)
     with pytest.raises(ValueError, match="without neurons"):
         attach_prefix(model, [1])

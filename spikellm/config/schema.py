@@ -25,6 +25,7 @@ from spikellm.config.choices import (
     ImportV0,
     ModelSource,
     RotationKind,
+    RotationPart,
     SearchMethod,
     SoftmaxNorm,
     Tracker,
@@ -109,7 +110,17 @@ class SpikingConfig:
 @dataclass(kw_only=True, slots=True)
 class RotationConfig:
     kind: RotationKind = RotationKind.hadamard  # rotations that spread outliers and leave the function as it is
+    parts: list[RotationPart] = field(default_factory=lambda: list(RotationPart))  # those that act; []: norms are folded alone
     seed: int = 0  # of R1's random signs
+
+    def __post_init__(self) -> None:
+        _check(len(set(self.parts)) == len(self.parts), "rotation.parts", f"[{','.join(self.parts)}]", "one of them is there twice")
+        self.parts.sort()
+
+    @property
+    def acting(self) -> list[RotationPart]:
+        """The parts that are applied."""
+        return self.parts if self.kind is RotationKind.hadamard else []
 
 
 @dataclass(kw_only=True, slots=True)

@@ -13,7 +13,8 @@ import torch
 from transformers import PreTrainedModel
 
 from spikellm.coding.neuron import PhaseTable
-from spikellm.config.schema import HardwareConfig, InputError, ModelConfig, RotationConfig, RotationKind, SoftmaxNorm
+from spikellm.config.choices import RotationKind, RotationPart
+from spikellm.config.schema import HardwareConfig, InputError, ModelConfig, RotationConfig, SoftmaxNorm
 from spikellm.kernels.hadamard import HAS_CUDA_KERNEL
 from spikellm.model import conversion, rotation
 from spikellm.model.load import load_model
@@ -56,14 +57,18 @@ class Networks:
             torch.cuda.empty_cache()
 
     def _install(self) -> PreTrainedModel:
-        model = load_model(self.model, self.hardware)
-        rotated = self.rotation.kind is RotationKind.hadamard
-        if rotated:
+        model, parts = load_model(self.model, self.hardware), self.rotation.acting
+        if self.rotation.kind is RotationKind.none and self.rotation.parts != list(RotationPart):
+            log.warning("rotation.parts=[%s] has no effect with rotation.kind=none", ",".join(self.rotation.parts))
+        if self.rotation.seed and RotationPart.R1 not in parts:
+            log.warning("rotation.seed=%d has no effect without R1", self.rotation.seed)
+        if self.rotation.kind is RotationKind.hadamard:
             try:
-                rotation.rotate(model, seed=self.rotation.seed)
+                rotation.rotate(model, seed=self.rotation.seed, parts=parts)
             except ValueError as error:
-                raise InputError(f"rotation.kind=hadamard with model={self.model.name}: {error}") from error
+                cure = "parts of this width can be left out of rotation.parts"
+                raise InputError(f"rotation.kind=hadamard with model={self.model.name}: {error}; {cure}") from error
             log.info("rotation: online transforms by %s", "fast-hadamard-transform" if HAS_CUDA_KERNEL else "matrix products")
         after = self.softmax_norm is SoftmaxNorm.after
-        conversion.install(model, rotated=rotated, normalise_after=after, query_block=self.hardware.query_block)
+        conversion.install(model, rotated=parts, normalise_after=after, query_block=self.hardware.query_block)
         return model

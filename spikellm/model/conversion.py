@@ -7,7 +7,7 @@ set_neuron puts an observer or a neuron into one site's slot
 convert    puts `PhaseNeuron`s at all sites, or fails
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from spikellm.coding.neuron import PhaseNeuron, PhaseTable
+from spikellm.config.choices import RotationPart
 from spikellm.model.attention import IMPLEMENTATION, SpikingAttention, refuse_other_implementation
 from spikellm.model.modules import SpikingActivation, SpikingLinear, SpikingRMSNorm, WideEmbedding, WideLinear, wide
 from spikellm.model.sites import (
@@ -45,11 +46,11 @@ from spikellm.model.sites import (
 )
 
 
-def install(model: PreTrainedModel, *, rotated: bool, normalise_after: bool = True, query_block: int = 256) -> None:
+def install(model: PreTrainedModel, *, rotated: Collection[RotationPart], normalise_after: bool = True, query_block: int = 256) -> None:
     """Give every site of `model` a transparent neuron slot, in place.
 
     Args:
-        rotated: `rotation.rotate` was applied: add the online halves of R3 and R4.
+        rotated: the parts that `rotation.rotate` has applied; R3 and R4 get their online halves.
         normalise_after: divide attention's output by the sum of the coded exponentials (see `attention.py`).
         query_block: queries per block of attention [tokens].
 
@@ -59,30 +60,49 @@ def install(model: PreTrainedModel, *, rotated: bool, normalise_after: bool = Tr
     check_architecture(model)
     width = head_width(model.config)
     for layer in decoder_layers(model):
-        weight: Any = layer.get_submodule(OUTPUT).weight
-        for norm in (ATTENTION_NORM, MLP_NORM):
-            replace(layer, norm, SpikingRMSNorm.adopt(layer.get_submodule(norm)))
-        for reader in (QUERY, KEY, VALUE, GATE, UP):
-            replace(layer, reader, WideLinear.adopt(layer.get_submodule(reader)))
-        replace(layer, ACTIVATION, SpikingActivation(layer.get_submodule(ACTIVATION)))
-        replace(layer, OUTPUT, SpikingLinear.adopt(layer.get_submodule(OUTPUT)))
-        replace(layer, DOWN, SpikingLinear.adopt(layer.get_submodule(DOWN), rotated=rotated))
-        spiking = SpikingAttention(
-            width,
-            rotated=rotated,
-            normalise_after=normalise_after,
-            query_block=query_block,
-            dtype=wide(weight.dtype),
-            device=weight.device,
-        )
-        attention = layer.get_submodule(ATTENTION)
-        attention.add_module(SPIKING_ATTENTION, spiking)
-        attention.register_forward_hook(refuse_other_implementation)
+        install_block(layer, width, rotated=rotated, normalise_after=normalise_after, query_block=query_block)
+    install_ends(model)
+    model.set_attn_implementation(IMPLEMENTATION)
+    vars(model)["save_pretrained"] = _refuse_saving  # `checkpoint.py` gives a model that can be saved its own
+
+
+def install_block(layer: nn.Module, head_width: int, *, rotated: Collection[RotationPart], normalise_after: bool, query_block: int) -> None:
+    """The slots of one decoder layer; arguments as in `install`."""
+    weight: Any = layer.get_submodule(OUTPUT).weight
+    for norm in (ATTENTION_NORM, MLP_NORM):
+        replace(layer, norm, SpikingRMSNorm.adopt(layer.get_submodule(norm)))
+    for reader in (QUERY, KEY, VALUE, GATE, UP):
+        replace(layer, reader, WideLinear.adopt(layer.get_submodule(reader)))
+    replace(layer, ACTIVATION, SpikingActivation(layer.get_submodule(ACTIVATION)))
+    replace(layer, OUTPUT, SpikingLinear.adopt(layer.get_submodule(OUTPUT)))
+    replace(layer, DOWN, SpikingLinear.adopt(layer.get_submodule(DOWN), rotated=RotationPart.R4 in rotated))
+    spiking = SpikingAttention(
+        head_width,
+        rotated=RotationPart.R3 in rotated,
+        normalise_after=normalise_after,
+        query_block=query_block,
+        dtype=wide(weight.dtype),
+        device=weight.device,
+    )
+    attention = layer.get_submodule(ATTENTION)
+    attention.add_module(SPIKING_ATTENTION, spiking)
+    attention.register_forward_hook(refuse_other_implementation)
+
+
+def install_ends(model: PreTrainedModel) -> None:
+    """The slot of the final norm, and float32 currents from the embedding and into the logits."""
     replace(model, EMBEDDING, WideEmbedding.adopt(model.get_submodule(EMBEDDING)))
     replace(model, FINAL_NORM, SpikingRMSNorm.adopt(model.get_submodule(FINAL_NORM)))
     replace(model, HEAD, WideLinear.adopt(model.get_submodule(HEAD)))
-    model.set_attn_implementation(IMPLEMENTATION)
-    vars(model)["save_pretrained"] = _refuse_saving  # `checkpoint.py` gives a model that can be saved its own
+
+
+def online_parts(layer: nn.Module) -> list[RotationPart]:
+    """Which of R3 and R4 act online in an installed decoder layer."""
+    owners: dict[RotationPart, Any] = {
+        RotationPart.R3: layer.get_submodule(f"{ATTENTION}.{SPIKING_ATTENTION}"),
+        RotationPart.R4: layer.get_submodule(DOWN),
+    }
+    return [part for part, owner in owners.items() if owner.rotation is not None]
 
 
 def _refuse_saving(*_: Any, **__: Any) -> None:

@@ -162,8 +162,9 @@ class Workspace:
 
     @property
     def rotation_record(self) -> dict[str, Any]:
-        kind, seed = self.config.rotation.kind.value, self.config.rotation.seed
-        return {"kind": kind, "seed": seed, "hash": artifact_key({"kind": kind, "seed": seed, "model": self.model_inputs})}
+        rotation = self.config.rotation
+        record = {"kind": rotation.kind.value, "seed": rotation.seed, "parts": rotation.acting}
+        return record | {"hash": artifact_key(record | {"model": self.model_inputs})}
 
     def transparent(self) -> PreTrainedModel:
         """The rotated model with its prefix and without neurons."""
