@@ -10,8 +10,10 @@ import torch
 from launch import die_inside, launch
 from test_config import configure
 
-from spikellm.config.schema import DEFAULT_STAGES, NETWORKS, InputError
-from spikellm.run.stages import STAGES, run_stages
+from spikellm.config.schema import DEFAULT_STAGES, NETWORKS, STAGE_NAMES, InputError
+from spikellm.run.measuring import DIAGNOSE, EVALUATE
+from spikellm.run.stages import STAGES, run_stages, with_needed
+from spikellm.run.workspace import Workspace
 
 EVERY_STAGE = f"stages=[{','.join(STAGES)}]"
 
@@ -81,6 +83,27 @@ def test_interrupted_in_each_stage_and_continued(tmp_path):
     assert launch(*arguments, f"hydra.run.dir={tmp_path}/{stage}").code == 0
     assert not (tmp_path / stage / "error.json").exists()  # forgotten
     assert cached(json.loads((tmp_path / stage / "results.json").read_text())) == dict.fromkeys(STAGES, True) | {"diagnose": False}
+
+
+def test_every_stage_has_an_object():
+    assert (*STAGES, "report") == STAGE_NAMES  # a report is made of files
+    assert all(stage.name == name for name, stage in STAGES.items())
+
+
+def test_what_a_stage_needs_is_prepared_unless_its_result_is_there(tmp_path):
+    work = Workspace(configure(*SMALL, f"output_root={tmp_path}"))
+    assert [stage.name for stage in with_needed([EVALUATE], work)] == ["calibrate", "search", "evaluate"]
+    assert [stage.name for stage in with_needed([DIAGNOSE, EVALUATE], work)] == ["calibrate", "search", "diagnose", "evaluate"]
+    run(tmp_path, "stages=[search]")
+    assert with_needed([STAGES["search"]], work) == [STAGES["search"]]
+
+
+@pytest.mark.parametrize("stages", ["[calibrate,diagnose]", "[evaluate]"])
+def test_what_cannot_be_read_is_refused_before_the_first_stage_runs(stages, tmp_path):
+    arguments = ["dataset.evaluation.source=text", "dataset.evaluation.path=/no/such.txt", f"stages={stages}"]
+    with pytest.raises(InputError, match=r"dataset\.evaluation\.path=/no/such\.txt"):
+        run(tmp_path, *arguments)
+    assert not artefacts(tmp_path, "calibrate")
 
 
 def fill_the_disk(size: int) -> None:
