@@ -78,7 +78,6 @@ EDITS = {
     "PREFIX_WINDOWS": ("calibration.calibrate", {"calibrate"}),
     "GENERATIONS": ("search.evolution", {"search"}),
     "MEMBERS": ("search.evolution", {"search"}),
-    "SIGNED_SPIKE_WEIGHT": ("search.methods", {"search"}),
     "squared_error": ("search.evolution", {"search"}),
     "find_prefix_tokens": ("model.prefix", {"calibrate"}),
     "rotate": ("model.rotation", {"calibrate"}),

@@ -11,6 +11,7 @@ from launch import die_inside, launch
 from test_config import configure
 
 from spikellm.config.schema import DEFAULT_STAGES, NETWORKS, STAGE_NAMES, InputError
+from spikellm.run.fitting import SEARCH
 from spikellm.run.measuring import DIAGNOSE, EVALUATE
 from spikellm.run.stages import STAGES, run_stages, with_needed
 from spikellm.run.workspace import Workspace
@@ -104,6 +105,23 @@ def test_what_cannot_be_read_is_refused_before_the_first_stage_runs(stages, tmp_
     with pytest.raises(InputError, match=r"dataset\.evaluation\.path=/no/such\.txt"):
         run(tmp_path, *arguments)
     assert not artefacts(tmp_path, "calibrate")
+
+
+def test_a_neuron_file_of_another_T_is_refused_before_the_calibration(tmp_path):
+    path = tmp_path / "neurons.pth"
+    torch.save({"site": (1, [0] * 4, torch.tensor([2.0]), 3.0, torch.tensor([2.0]), torch.tensor([2.0]))}, path)
+    with pytest.raises(InputError, match=r"snn\.T=8; set snn\.T=4"):
+        run(tmp_path, f"search.import_file={path}", "search.method=evolution", "grain=1")
+    assert not artefacts(tmp_path, "calibrate")
+
+
+def test_the_key_of_codes_holds_the_weight_of_spikes(tmp_path):
+    """Its default may change; spelled out it is the same."""
+    given = {"null": 2.5, "2.5": 2.5, "1": 1.0}
+    works = {value: Workspace(configure(*SMALL, "snn.coding=phase_signed", f"search.spike_weight={value}")) for value in given}
+    inputs = {value: SEARCH.inputs(work) for value, work in works.items()}
+    assert {value: found["search"]["spike_weight"] for value, found in inputs.items()} == given
+    assert inputs["null"] == inputs["2.5"] != inputs["1"]
 
 
 def fill_the_disk(size: int) -> None:

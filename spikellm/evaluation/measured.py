@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from spikellm.calibration.calibrate import Calibration
-from spikellm.config.schema import Execution, SpikingConfig
+from spikellm.config.schema import Execution
 from spikellm.evaluation.figures import Network, folded_perplexity
 from spikellm.evaluation.networks import Networks
 from spikellm.evaluation.perplexity import readout_perplexities
@@ -25,7 +25,8 @@ from spikellm.execution.memory import fitting_chunk
 from spikellm.execution.stepped import stepped
 from spikellm.model.sites import HEAD
 from spikellm.search.fit import CodeFit
-from spikellm.search.search import base2_search
+from spikellm.search.options import Options
+from spikellm.search.search import base2
 from spikellm.store.provenance import Code
 
 log = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ PRETRAINED = Code(1, ("model.load", "evaluation.figures"))
 
 def measured_networks(
     models: Networks,
-    snn: SpikingConfig,
+    options: Options,
     keys: dict[str, Any],
     calibration: Callable[[], Calibration],
     fits: Callable[[], dict[str, CodeFit]],
@@ -47,11 +48,12 @@ def measured_networks(
 
     Args:
         models: builds them.
-        snn: time steps, execution.
+        options: of the codes; T, execution.
         keys: stand for `model`, `calibrate` and `search` in what figures depend on.
         calibration, fits: called no earlier than a figure is missing.
     """
     device = {"device": models.hardware.device.value}
+    snn = options.snn
     is_stepped = snn.execution is Execution.stepped
 
     def prefix() -> list[int]:
@@ -70,8 +72,8 @@ def measured_networks(
         ),
         Network(
             name="base2",
-            inputs=device | {"code": BASE2.key(), "calibrate": keys["calibrate"], "T": snn.T},
-            build=partial(spiking, lambda: base2_search(calibration().statistics, snn.T)),
+            inputs=device | {"code": BASE2.key(), "calibrate": keys["calibrate"], "T": options.T},
+            build=partial(spiking, lambda: base2(calibration().statistics, options)),
             prefix_tokens=prefix,
         ),
         Network(

@@ -7,6 +7,7 @@ convert     model, codes                              -> the spiking model (in m
 
 import logging
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,14 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from spikellm.calibration.calibrate import Calibration, calibrate
-from spikellm.config.schema import Device, InputError
+from spikellm.config.schema import Device, ImportV0, InputError, SearchMethod
 from spikellm.model import checkpoint
 from spikellm.run.stage import KeyedStage, StageOutcome
 from spikellm.run.workspace import Workspace
 from spikellm.search.fit import CodeFit, load_fits, save_fits
 from spikellm.search.methods import find_codes, search_summary, site_row
-from spikellm.search.published import file_hash
+from spikellm.search.options import Options
+from spikellm.search.published import configured_neurons, file_hash
 from spikellm.store.artifacts import read_json, write_json
 from spikellm.store.provenance import Code
 
@@ -77,23 +79,31 @@ class Search(KeyedStage):
     code = Code(1, ("search.methods",))
 
     def inputs(self, work: Workspace) -> dict[str, Any]:
-        snn, options = work.config.snn, plain(work.config.search)
-        if options["import_file"] is not None:  # what is in the file, not where it lies
-            options["import_file"] = file_hash(Path(options["import_file"]))
-        wanted = {"T": snn.T, "grain": snn.grain, "min_grain_length": snn.min_grain_length, "coding": snn.coding.value}
+        options, snn = work.options, work.config.snn
+        search = plain(options.search) | {"spike_weight": options.search.weight_of_spikes(snn.coding)}
+        if options.search.import_file is not None:  # what is in the file, not where it lies
+            search["import_file"] = file_hash(Path(options.search.import_file))
+        wanted = {"T": options.T, "grain": snn.grain, "min_grain_length": snn.min_grain_length, "coding": snn.coding.value}
         return {
             "code": self.code.key(),
             "calibrate": CALIBRATE.key(work),
             "snn": wanted | ({} if snn.max_spikes is None else {"max_spikes": snn.max_spikes}),
-            "search": options,
-            "seed": work.config.seed,
+            "search": search,
+            "seed": options.seed,
         }
+
+    def prepare(self, work: Workspace) -> None:
+        options = work.options
+        for message in without_effect(options):
+            log.warning("%s", message)
+        if options.method == "imported" and not self.is_done(work):
+            configured_neurons(options)
 
     def compute(self, work: Workspace, folder: Path) -> None:
         device = "cpu" if work.config.hardware.device is Device.cpu else "cuda"
         statistics = {name: site.to(device) for name, site in CALIBRATE.found(work).statistics.items()}
         start = time.perf_counter()
-        fits = find_codes(work.config, statistics)
+        fits = find_codes(statistics, work.options)
         save_fits(folder / "codes.safetensors", fits)
         write_json(folder / "search.json", {"seconds": round(time.perf_counter() - start, 3)} | search_summary(fits))
 
@@ -138,6 +148,25 @@ class Convert(KeyedStage):
 
 
 CONVERT = Convert()
+
+
+def without_effect(options: Options) -> Iterator[str]:
+    """Options of the search that the configured method does not read, one message each."""
+    search, coding = options.search, f"snn.coding={options.snn.coding.value}"
+    other = None if search.method is SearchMethod.evolution else f"search.method={search.method.value}"
+    if options.method == "classic":
+        if options.snn.grain != "1":
+            yield f"grain={options.snn.grain} has no effect with {coding}, which has no grains"
+        if other:
+            yield f"{other} has no effect with {coding}"
+        return
+    if search.spike_weight and other:
+        yield f"search.spike_weight={search.spike_weight:g} has no effect with {other}"
+    if options.method == "imported":
+        if other:
+            yield f"{other} has no effect: the codes come from search.import_file"
+    elif search.import_v0 is not ImportV0.stored:
+        yield f"search.import_v0={search.import_v0.value} has no effect without search.import_file"
 
 
 def transparent(work: Workspace) -> PreTrainedModel:

@@ -59,7 +59,7 @@ class Evaluate(Stage):
 
     def networks(self, work: Workspace) -> list[figures.Network]:
         keys = {"model": work.model_source, "calibrate": CALIBRATE.key(work), "search": SEARCH.key(work)}
-        return measured_networks(work.models, work.config.snn, keys, lambda: CALIBRATE.found(work), lambda: SEARCH.found(work))
+        return measured_networks(work.models, work.options, keys, lambda: CALIBRATE.found(work), lambda: SEARCH.found(work))
 
     def prepare(self, work: Workspace) -> None:
         snn = work.config.snn

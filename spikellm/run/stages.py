@@ -55,7 +55,7 @@ def _run(work: Workspace, progress: Callable[[dict[str, Any]], None]) -> Outcome
         "model": config.model.name,
         "dtype": config.model.dtype.value,
         "T": config.snn.T,
-        "grain": config.snn.grain if config.snn.grain == "auto" else int(config.snn.grain),
+        "grain": config.snn.grains or "auto",
         "coding": config.snn.coding.value,
         "execution": config.snn.execution.value,
         "seed": config.seed,

@@ -14,6 +14,7 @@ from spikellm.config.schema import Config, ModelConfig
 from spikellm.evaluation import figures, texts
 from spikellm.evaluation.networks import Networks
 from spikellm.model.load import load_tokenizer, pinned, vocabulary
+from spikellm.search.options import Options
 from spikellm.store.artifacts import ArtifactStore, artifact_key
 from spikellm.store.sources import model_source, text_source
 
@@ -24,6 +25,11 @@ class Workspace:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.store = ArtifactStore(Path(config.output_root) / "artifacts")
+
+    @property
+    def options(self) -> Options:
+        """Of the codes."""
+        return Options.of(self.config)
 
     @property
     def device(self) -> str:
