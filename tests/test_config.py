@@ -7,7 +7,8 @@ import pytest
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from spikellm.config.schema import MAX_T, Config, Device, InputError, ModelSource
+from spikellm.config.help import describe
+from spikellm.config.schema import MAX_T, SIGNED_SPIKE_WEIGHT, Coding, Config, Device, InputError, ModelSource
 from spikellm.run.command import command_line, compose_config, quote_values
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
@@ -71,6 +72,13 @@ def test_spellings_of_the_user():
     assert (text.calibration.path, text.evaluation.path, text.evaluation.window, text.evaluation.max_windows) == ("A.txt", "B.txt", 2048, 8)
     assert not configure("prefix.enabled=false").prefix.enabled
     assert configure("model=llama2_7b", "model.path=/some/folder").model.path == "/some/folder"
+
+
+def test_the_weight_of_spikes_without_a_value_is_that_of_the_coding():
+    assert [configure(f"snn.coding={name}").search.weight_of_spikes(Coding(name)) for name in ("phase", "phase_signed")] == [0.0, 2.5]
+    assert configure("search.spike_weight=0").search.weight_of_spikes(Coding.phase_signed) == 0.0
+    (meaning,) = (meaning for name, _, _, meaning in describe(Config) if name == "search.spike_weight")
+    assert meaning.endswith(f"phase_signed {SIGNED_SPIKE_WEIGHT}")
 
 
 def test_several_texts_in_one_run():

@@ -5,7 +5,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from conftest import base2_table, base2_tables, norm_ratio, tiny_model
+from conftest import asked, base2_table, base2_tables, norm_ratio, tiny_model
 from torch import nn
 
 from spikellm.calibration.calibrate import calibrate, observing
@@ -23,7 +23,7 @@ from spikellm.model.modules import SpikingLinear, WideLinear
 from spikellm.model.prefix import attach_prefix
 from spikellm.model.rotation import PARTS, random_signs, rotate
 from spikellm.search.fit import CodeFit
-from spikellm.search.search import base2_search, search
+from spikellm.search.search import base2, evolution
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 HALF = (torch.float16, torch.bfloat16)
@@ -255,7 +255,7 @@ def test_codes_are_equal_where_statistics_are():
         model = tiny_model()
         install(model, rotated=(), query_block=block)
         found = calibrate(model, windows, PrefixConfig(enabled=False)).statistics
-        fits.append(search({name: found[name] for name in list(found)[:4]}, T=4, G=1, seed=0, compiled=False))
+        fits.append(evolution({name: found[name] for name in list(found)[:4]}, asked(4)))
     for name, fit in fits[0].items():
         assert torch.equal(fit.d, fits[1][name].d), name
 
@@ -299,7 +299,7 @@ def test_the_real_model_in_bfloat16_is_the_real_model(real_model, real_tokenizer
         found[dtype].append(perplexity(model, windows, label="transparent").value)
         if not fits:
             statistics = calibrate(model, calibration, PrefixConfig()).statistics
-            fits = {T: base2_search(statistics, T) for T in (8, 10)}
+            fits = {T: base2(statistics, asked(T)) for T in (8, 10)}
         for T in (8, 10):
             clear(model)
             attach_prefix(model, [1])

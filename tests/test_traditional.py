@@ -4,14 +4,14 @@ from itertools import combinations
 
 import pytest
 import torch
-from conftest import base2_table
+from conftest import asked, base2_table
 
 from spikellm.calibration.statistics import CHOOSE, FIT, REPORT, Observer, SiteStatistics
 from spikellm.coding.grains import uniform_table
 from spikellm.coding.neuron import PhaseTable, encode, fire
 from spikellm.config.schema import Coding
 from spikellm.search.fit import load_fits, save_fits
-from spikellm.search.traditional import fit_traditional, spike_bound, variants
+from spikellm.search.traditional import classic, spike_bound, variants
 
 T = 6
 
@@ -82,7 +82,7 @@ def observed(*, scale: float = 1.0, groups: int = 1) -> SiteStatistics:
 def test_the_fit_is_the_best_amplitude(coding):
     """Brute force over amplitudes on samples of the same distribution; every group has its own."""
     statistics = {"site": observed(groups=2)}
-    fit = fit_traditional(statistics, coding, T=T, max_spikes=2, compiled=False)["site"]
+    fit = classic(statistics, asked(T, coding=coding.value, max_spikes=2 if coding is Coding.few_spike else None))["site"]
     assert fit.tau[1] / fit.tau[0] == pytest.approx(2, rel=0.15)
     x = torch.randn(1, 1, 40000, generator=torch.Generator().manual_seed(1))
 
@@ -104,10 +104,10 @@ def test_the_fit_is_the_best_amplitude(coding):
 
 def test_more_spikes_are_better_and_phase_is_best():
     statistics = {"site": observed()}
-    errors = [fit_traditional(statistics, Coding.few_spike, T=T, max_spikes=k, compiled=False)["site"].relative_error for k in (1, 2, 3, T)]
+    errors = [classic(statistics, asked(T, coding="few_spike", max_spikes=k))["site"].relative_error for k in (1, 2, 3, T)]
     assert errors == sorted(errors, reverse=True)
     for coding in (Coding.rate, Coding.ttfs):
-        worse = fit_traditional(statistics, coding, T=T, compiled=False)["site"]
+        worse = classic(statistics, asked(T, coding=coding.value))["site"]
         assert worse.relative_error > 5 * errors[-1]
         assert worse.relative_error > worse.relative_error_base2
 
@@ -115,7 +115,7 @@ def test_more_spikes_are_better_and_phase_is_best():
 def test_a_site_without_activations_and_the_way_to_disk(tmp_path):
     silent = Observer("silent")
     silent(torch.zeros(3, 4))
-    fits = fit_traditional({"site": observed(), "silent": silent.result()}, Coding.ttfs, T=T, compiled=False)
+    fits = classic({"site": observed(), "silent": silent.result()}, asked(T, coding="ttfs"))
     save_fits(tmp_path / "codes.safetensors", fits)
     again = load_fits(tmp_path / "codes.safetensors")
     for name, fit in fits.items():

@@ -42,6 +42,16 @@ class SiteKind(Enum):
     mlp_product = "mlp.down_proj.input"
     head_input = "model.norm.output"
 
+    @classmethod
+    def of(cls, site: str) -> "SiteKind | None":
+        """The kind of the site with that name; None: no site of a model."""
+        return next((kind for kind in cls if site.endswith(kind.value)), None)
+
+    @property
+    def one_synapse(self) -> bool:
+        """Whether a spike reaches a single synapse, where its product with one other number is taken."""
+        return self in (SiteKind.value, SiteKind.activation)
+
 
 # The axis that neuron groups divide: heads in [B, H, L, E] and [B, H, L, S], channels elsewhere.
 GROUP_AXIS = dict.fromkeys(SiteKind, -1) | {

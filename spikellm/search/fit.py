@@ -112,7 +112,7 @@ class CodeFit:
             tolerance: the first codes are taken whose cost is at most (1 + tolerance) times the least of all.
             fall_back: False never takes base 2.
             signed: digits may be negative.
-            spike_weight: see `search.search`.
+            spike_weight: see `Options.spike_weight`.
         """
         T, G = rounds[0][0].assignment.shape[-1], rounds[0][0].G
         known = statistics.known_maximum
@@ -242,7 +242,10 @@ def save_fits(path: Path, fits: Mapping[str, CodeFit]) -> None:
     """Write the codes of all sites, by number and name of the site, to a safetensors file (which sorts what it holds)."""
     names = [field.name for field in fields(CodeFit)]
     values = {f"{number:05d}.{site}.{name}": getattr(fit, name) for number, (site, fit) in enumerate(fits.items()) for name in names}
-    write_tensors(path, {key: torch.as_tensor(value).cpu().contiguous() for key, value in values.items() if value is not None})
+    apart = torch.contiguous_format  # rows of a table may be one tensor, which safetensors refuses
+    write_tensors(
+        path, {key: torch.as_tensor(value).cpu().clone(memory_format=apart) for key, value in values.items() if value is not None}
+    )
 
 
 def load_fits(path: Path) -> dict[str, CodeFit]:

@@ -174,9 +174,10 @@ def site_fan_out(model: PreTrainedModel, site: Site) -> int:
     layer: Any = decoder_layers(model)[site.layer or 0]
     if site.kind in READERS:
         return sum(layer.get_submodule(name).out_features for name in READERS[site.kind])
+    if site.kind.one_synapse:
+        return 1
     attention: SpikingAttention = layer.get_submodule(f"{ATTENTION}.{SPIKING_ATTENTION}")
-    known = {SiteKind.value: 1, SiteKind.activation: 1, SiteKind.softmax: attention.head_width + attention.normalise_after}
-    return known.get(site.kind, 0)
+    return attention.head_width + attention.normalise_after if site.kind is SiteKind.softmax else 0
 
 
 class AttentionWatch:
