@@ -15,7 +15,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 import spikellm.model.checkpoint
 from spikellm.coding.neuron import PhaseNeuron, PhaseTable
 from spikellm.execution.stepped import stepped
-from spikellm.model.conversion import convert, get_neuron, install, model_sites, set_neuron
+from spikellm.model.conversion import fill, get_neuron, install, model_sites, set_neuron
 from spikellm.model.prefix import attach_prefix
 from spikellm.model.rotation import rotate
 from spikellm.model.sites import SiteKind
@@ -41,7 +41,7 @@ def spiking(name="llama", *, dtype=torch.float32, rotated=True, after=True, pref
         rotate(model, seed=0)
     install(model, rotated=rotated, normalise_after=after, query_block=16)
     attach_prefix(model, list(prefix))
-    convert(model, tables(model), compiled=False)
+    fill(model, tables(model), compiled=False)
     return model
 
 
@@ -85,7 +85,7 @@ def test_rounded_rope_frequencies_stay_rounded(dtype, tmp_path, ids):
     """`.to(bfloat16)` rounds what no checkpoint holds and `from_pretrained` makes anew."""
     model = tiny_model().to(dtype)
     install(model, rotated=False, query_block=16)
-    convert(model, base2_tables(model), compiled=False)
+    fill(model, base2_tables(model), compiled=False)
     spikellm.model.checkpoint.save(model, tmp_path)
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, model(ids).logits)
 
@@ -297,7 +297,7 @@ def test_who_does_not_know_the_format_is_stopped_and_told(loader, saved, monkeyp
         monkeypatch.setattr(mapping, "_extra_content", {})
     for mapping in (AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING):
         monkeypatch.delitem(mapping, spikellm.model.checkpoint.METHOD)
-    with pytest.raises(ValueError, match=r"pip install spikellm, import spikellm\.checkpoint"):
+    with pytest.raises(ValueError, match=r"pip install spikellm, import spikellm$"):
         loader.from_pretrained(saved)
 
 
@@ -310,7 +310,7 @@ def test_a_plain_class_is_stopped_too(saved):
 def test_save_pretrained_of_a_plain_class_writes_nothing(tmp_path):
     model = tiny_model()
     install(model, rotated=False, query_block=16)
-    convert(model, base2_tables(model), compiled=False)
-    with pytest.raises(ValueError, match=r"spikellm\.checkpoint\.save"):
+    fill(model, base2_tables(model), compiled=False)
+    with pytest.raises(ValueError, match=r"spikellm\.model\.checkpoint\.save"):
         model.save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())

@@ -15,7 +15,7 @@ from spikellm.evaluation.perplexity import perplexity
 from spikellm.execution.stepped import stepped
 from spikellm.kernels.hadamard import hadamard_matrix, split
 from spikellm.model.attention import SpikingAttention
-from spikellm.model.conversion import clear, convert, get_neuron, install, model_sites
+from spikellm.model.conversion import clear, fill, get_neuron, install, model_sites
 from spikellm.model.load import load_model
 from spikellm.model.modules import SpikingLinear, WideLinear
 from spikellm.model.prefix import attach_prefix
@@ -43,7 +43,7 @@ def spiking(name: str, dtype: torch.dtype, T: int, *, prefix: tuple[int, ...] = 
     rotate(model, seed=0)
     install(model, rotated=True, query_block=16)
     attach_prefix(model, list(prefix))
-    convert(model, base2_tables(model, T), compiled=False)
+    fill(model, base2_tables(model, T), compiled=False)
     return model
 
 
@@ -300,7 +300,7 @@ def test_the_real_model_in_bfloat16_is_the_real_model(real_model, real_tokenizer
         for T in (8, 10):
             clear(model)
             attach_prefix(model, [1])
-            convert(model, {name: fit.table for name, fit in fits[T].items()})
+            fill(model, {name: fit.table for name, fit in fits[T].items()})
             found[dtype].append(perplexity(model, windows, label=f"T={T}").value)
     for wanted, value, allowed in zip(found[torch.float32], found[torch.bfloat16], (0.005, 0.005, 0.01, 0.005), strict=True):
         assert value == pytest.approx(wanted, rel=allowed)

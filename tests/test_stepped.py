@@ -20,7 +20,7 @@ from spikellm.execution.memory import fitting_chunk, peak_bytes
 from spikellm.execution.modules import SteppedHead, SteppedLinear, SteppedNeuron, SteppedSpikingLinear, unbatch
 from spikellm.execution.stepped import stepped
 from spikellm.model import attention
-from spikellm.model.conversion import convert, get_neuron, install, model_sites
+from spikellm.model.conversion import fill, get_neuron, install, model_sites
 from spikellm.model.modules import SpikingRMSNorm
 from spikellm.model.prefix import attach_prefix
 from spikellm.model.rotation import rotate
@@ -56,7 +56,7 @@ def spiking(name="llama", *, T=6, normalise_after=True, rotated=True, prefix=(1,
         rotate(model, seed=0)
     install(model, rotated=rotated, query_block=16, normalise_after=normalise_after)
     attach_prefix(model, list(prefix))
-    convert(model, tables(model, T), compiled=False)
+    fill(model, tables(model, T), compiled=False)
     return model
 
 
@@ -263,7 +263,7 @@ def test_what_cannot_be_stepped_is_refused(ids):
         pass
     model = spiking(T=6)
     found = tables(model, 6) | {"model.norm.output": base2_table(4.0, 4)}
-    convert(model, found, compiled=False)
+    fill(model, found, compiled=False)
     with pytest.raises(ValueError, match=r"\[4, 6\]"), stepped(model):
         pass
     model = spiking()
@@ -304,7 +304,7 @@ def other_tables(model, T: int, flags: dict) -> dict[str, PhaseTable]:
 @pytest.mark.parametrize("flags", [{"two_sided": True}, {"signed": True}, {"max_spikes": 2}], ids=lambda flags: next(iter(flags)))
 def test_every_kind_of_digits_and_the_same_ledger_to_the_spike(flags, normalise_after, ids):
     model = spiking(normalise_after=normalise_after)
-    convert(model, other_tables(model, 6, flags), compiled=False)
+    fill(model, other_tables(model, 6, flags), compiled=False)
     folded, counted = model(ids).logits, ledger.count(model, ids)
     with stepped(model, chunk=4):
         assert norm_ratio(model(ids).logits, folded) <= 1e-9
@@ -348,7 +348,7 @@ def test_in_float64_the_real_model_sends_the_same_spikes_either_way(real_model, 
     model = deepcopy(real_model).double()
     rotate(model, seed=0)
     install(model, rotated=True)
-    convert(model, base2_tables(model, T=4), compiled=False)
+    fill(model, base2_tables(model, T=4), compiled=False)
     windows = torch.tensor(real_tokenizer("The capital of France is Paris, and the river on which it lies is the Seine.").input_ids)[None]
     folded, counted = perplexity(model, windows, label="folded"), ledger.count(model, windows)
     with stepped(model):

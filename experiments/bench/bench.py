@@ -19,7 +19,7 @@ from spikellm.coding.neuron import PhaseTable
 from spikellm.config.schema import DatasetSource, Device, HardwareConfig, ModelConfig, ModelSource, TextConfig
 from spikellm.evaluation.perplexity import perplexity
 from spikellm.evaluation.texts import token_windows
-from spikellm.model.conversion import convert, install, model_sites
+from spikellm.model.conversion import fill, install, model_sites
 from spikellm.model.load import load_model, load_tokenizer
 from spikellm.model.prefix import attach_prefix
 from spikellm.model.rotation import rotate
@@ -48,7 +48,7 @@ def spiking(model: PreTrainedModel, T: int, query_block: int) -> PreTrainedModel
     tau = torch.tensor([20.0])
     rows = base2_amplitudes(tau, T)
     table = PhaseTable(theta=rows, h=rows, d=rows, v0=default_v0(tau, T))
-    convert(model, {site.name: table for site in model_sites(model)}, compiled=True)
+    fill(model, {site.name: table for site in model_sites(model)}, compiled=True)
     return model
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from spikellm.coding.neuron import PhaseTable
 from spikellm.config.schema import HardwareConfig, InputError, ModelConfig, RotationConfig, RotationKind, SoftmaxNorm
 from spikellm.kernels.hadamard import HAS_CUDA_KERNEL
-from spikellm.model import conversion, rotation
+from spikellm.model import conversion
 from spikellm.model.load import load_model
 from spikellm.model.prefix import attach_prefix
 
@@ -45,7 +45,7 @@ class Networks:
     def spiking(self, tables: Mapping[str, PhaseTable], prefix_tokens: list[int]) -> PreTrainedModel:
         """The converted model with the neurons of `tables`, by site name, behind the prefix of `prefix_tokens`."""
         model = self.transparent(prefix_tokens)
-        conversion.convert(model, tables, compiled=self.hardware.compile)
+        conversion.fill(model, tables, compiled=self.hardware.compile)
         return model
 
     def release(self) -> None:
@@ -57,13 +57,12 @@ class Networks:
 
     def _install(self) -> PreTrainedModel:
         model = load_model(self.model, self.hardware)
-        rotated = self.rotation.kind is RotationKind.hadamard
-        if rotated:
-            try:
-                rotation.rotate(model, seed=self.rotation.seed)
-            except ValueError as error:
-                raise InputError(f"rotation.kind=hadamard with model={self.model.name}: {error}") from error
+        kind, after = self.rotation.kind, self.softmax_norm is SoftmaxNorm.after
+        seed = self.rotation.seed if kind is RotationKind.hadamard else None
+        try:
+            conversion.prepare(model, rotation_seed=seed, normalise_after=after, query_block=self.hardware.query_block)
+        except ValueError as error:
+            raise InputError(f"rotation.kind={kind.value} with model={self.model.name}: {error}") from error
+        if seed is not None:
             log.info("rotation: online transforms by %s", "fast-hadamard-transform" if HAS_CUDA_KERNEL else "matrix products")
-        after = self.softmax_norm is SoftmaxNorm.after
-        conversion.install(model, rotated=rotated, normalise_after=after, query_block=self.hardware.query_block)
         return model
