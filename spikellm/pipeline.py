@@ -79,7 +79,7 @@ class Conversion:
 
 def convert(
     model: PreTrainedModel,
-    tokenizer_or_windows: PreTrainedTokenizerBase | Int[Tensor, "W L"],
+    tokenizer_or_windows: PreTrainedTokenizerBase | Tensor,
     *,
     T: int = 8,
     grain: int | str = 2,
@@ -106,7 +106,7 @@ def convert(
 
     Args:
         model: as `AutoModelForCausalLM.from_pretrained` gives it, in any floating dtype, on the CPU or on GPUs.
-        tokenizer_or_windows: the model's tokenizer, which then reads `text`; or token ids to calibrate on, 8 windows of 1024, say.
+        tokenizer_or_windows: the model's tokenizer, which then reads `text`; or token ids [W, L] to calibrate on, 8 windows of 1024, say.
         T: time steps, 1 to 16.
         grain: grains of a code, 1, 2, 3, at least two time steps each; "auto": as many as a neuron group needs.
         text: to calibrate on, thousands of tokens in the model's own field; None: the language reference that CPython carries.

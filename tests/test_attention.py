@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from spikellm.execution.stepped import stepped
 from spikellm.kernels.attention import exponentials, visible_blocks
 from spikellm.model.attention import spiking_attention
-from spikellm.model.conversion import fill, install
+from spikellm.model.conversion import fill, install, prepare
 from spikellm.model.prefix import attach_prefix
 from spikellm.model.rotation import rotate
 
@@ -29,8 +29,7 @@ def installed(name: str = "llama", **options):
 def spiking(name: str = "llama", *, prefix: tuple[int, ...] = (), **options):
     """Rotated, with its prefix, and a neuron at every site."""
     model = tiny_model(name, **options)
-    rotate(model, seed=0)
-    install(model, rotated=True, query_block=BLOCK)
+    prepare(model, rotation_seed=0, query_block=BLOCK)
     attach_prefix(model, list(prefix))
     fill(model, base2_tables(model), compiled=False)
     return model

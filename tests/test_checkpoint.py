@@ -15,9 +15,8 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 import spikellm.model.checkpoint
 from spikellm.coding.neuron import PhaseNeuron, PhaseTable
 from spikellm.execution.stepped import stepped
-from spikellm.model.conversion import fill, get_neuron, install, model_sites, set_neuron
+from spikellm.model.conversion import fill, get_neuron, install, model_sites, prepare, set_neuron
 from spikellm.model.prefix import attach_prefix
-from spikellm.model.rotation import rotate
 from spikellm.model.sites import SiteKind
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -37,9 +36,7 @@ def mixed_tables(model) -> dict[str, PhaseTable]:
 
 def spiking(name="llama", *, dtype=torch.float32, rotated=True, after=True, prefix=(7, 1), tables=base2_tables, **options):
     model = tiny_model(name, dtype=dtype, **options)
-    if rotated:
-        rotate(model, seed=0)
-    install(model, rotated=rotated, normalise_after=after, query_block=16)
+    prepare(model, rotation_seed=0 if rotated else None, normalise_after=after, query_block=16)
     attach_prefix(model, list(prefix))
     fill(model, tables(model), compiled=False)
     return model

@@ -73,10 +73,10 @@ def files_of_the_tree() -> list[str]:
     ]
     folders = [f"experiments/{path.parent.name}" for path in (PROJECT_ROOT / "experiments").glob("*/README.md")]
     groups = [f"conf/{path.name}" for path in CONF.iterdir() if path.is_dir()]
+    files += [path.name for path in (PROJECT_ROOT / "spikellm").glob("[!_]*.py")]
     return sorted(
         {
             "main.py",
-            *(path.name for path in (PROJECT_ROOT / "spikellm").glob("[!_]*.py")),
             "Makefile",
             "pyproject.toml",
             "tests/",

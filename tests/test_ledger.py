@@ -9,9 +9,8 @@ from conftest import base2_table, base2_tables, tiny_model
 
 from spikellm.coding.neuron import PhaseNeuron, PhaseTable, count_spikes, fire
 from spikellm.kernels.temporal import spike_mixture, spike_pairs, step_weights
-from spikellm.model.conversion import fill, get_neuron, install, model_sites, set_neuron, site_groups
+from spikellm.model.conversion import fill, get_neuron, install, model_sites, prepare, set_neuron, site_groups
 from spikellm.model.prefix import attach_prefix
-from spikellm.model.rotation import rotate
 from spikellm.model.sites import SiteKind
 from spikellm.spikes import accounts, ledger
 from spikellm.spikes.counter import SpikeCounter, train_counts
@@ -21,8 +20,7 @@ T = 5
 
 def converted(name: str = "llama", *, after: bool, prefix: tuple[int, ...] = (), tables=None, max_spikes: int | None = None, **options):
     model = tiny_model(name, **options)
-    rotate(model, seed=0)
-    install(model, rotated=True, normalise_after=after, query_block=4)
+    prepare(model, rotation_seed=0, normalise_after=after, query_block=4)
     attach_prefix(model, list(prefix))
     tables = tables or base2_tables(model, T)
     if max_spikes:

@@ -19,6 +19,7 @@ import spikellm
 from spikellm.coding.neuron import PhaseNeuron
 from spikellm.config.schema import HardwareConfig, PrefixConfig, RotationConfig, SearchConfig, SpikingConfig
 from spikellm.evaluation.texts import token_windows
+from spikellm.kernels.compiled import fused
 from spikellm.model.conversion import fill, prepare
 from spikellm.run.workspace import Workspace
 from spikellm.spikes import ledger
@@ -213,15 +214,24 @@ def test_what_is_no_saved_spiking_model_is_not_loaded(tmp_path):
         spikellm.load(tmp_path / "plain")
 
 
-def test_the_snippet_of_the_readme_runs_as_it_stands(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def unfused(monkeypatch):
+    """Compilation takes minutes where annotations are checked (conftest.py)."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    fused.cache_clear()
+    yield
+    fused.cache_clear()
+
+
+def test_the_snippet_of_the_readme_runs_as_it_stands(unfused, tmp_path, monkeypatch, capsys):
     snippet = README.partition("## From Python")[2].partition("```python\n")[2].partition("```")[0]
     tokenizer, words = byte_tokenizer(), "".join(map(chr, torch.randint(97, 123, (2100,), generator=torch.Generator().manual_seed(0))))
     tiny_model(num_hidden_layers=1, vocab_size=259, max_position_embeddings=2048).save_pretrained(tmp_path / "tiny")
     tokenizer.save_pretrained(tmp_path / "tiny")
     (tmp_path / "book.txt").write_text(words)
     monkeypatch.chdir(tmp_path)
-    before, changed = snippet, snippet.replace('"HuggingFaceTB/SmolLM2-135M"', '"tiny"')
-    assert before != changed
+    changed = snippet.replace('"HuggingFaceTB/SmolLM2-135M"', '"tiny"')
+    assert changed != snippet
     exec(compile(changed, "README.md", "exec"), {})
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("LlamaForCausalLM, spiking: T=8, 10 sites")
@@ -233,10 +243,9 @@ def test_the_snippet_of_the_readme_runs_as_it_stands(tmp_path, monkeypatch, caps
 
 
 ORDERS = {
-    "spikellm first": "import spikellm; from transformers import AutoModelForCausalLM",
+    "spikellm first": "import spikellm; from transformers import pipeline",
     "transformers first": "from transformers import AutoModelForCausalLM; import spikellm",
     "an architecture": "import spikellm; from transformers import LlamaForCausalLM",  # imports the auto classes in its middle
-    "a pipeline": "import spikellm; from transformers import pipeline",
 }
 
 

@@ -20,10 +20,9 @@ from spikellm.execution.memory import fitting_chunk, peak_bytes
 from spikellm.execution.modules import SteppedHead, SteppedLinear, SteppedNeuron, SteppedSpikingLinear, unbatch
 from spikellm.execution.stepped import stepped
 from spikellm.model import attention
-from spikellm.model.conversion import fill, get_neuron, install, model_sites
+from spikellm.model.conversion import fill, get_neuron, install, model_sites, prepare
 from spikellm.model.modules import SpikingRMSNorm
 from spikellm.model.prefix import attach_prefix
-from spikellm.model.rotation import rotate
 from spikellm.model.sites import SiteKind
 from spikellm.spikes import ledger
 
@@ -52,9 +51,7 @@ def tables(model, T: int) -> dict[str, PhaseTable]:
 
 def spiking(name="llama", *, T=6, normalise_after=True, rotated=True, prefix=(1, 7), dtype=torch.float64, **options):
     model = tiny_model(name, dtype=dtype, **options)
-    if rotated:
-        rotate(model, seed=0)
-    install(model, rotated=rotated, query_block=16, normalise_after=normalise_after)
+    prepare(model, rotation_seed=0 if rotated else None, query_block=16, normalise_after=normalise_after)
     attach_prefix(model, list(prefix))
     fill(model, tables(model, T), compiled=False)
     return model
@@ -346,8 +343,7 @@ def test_functions_are_evaluated_once_a_token_as_they_are_costed(normalise_after
 def test_in_float64_the_real_model_sends_the_same_spikes_either_way(real_model, real_tokenizer):
     """Few steps, so a single threshold crossed by rounding is felt: in float32 these perplexities differ by some percent."""
     model = deepcopy(real_model).double()
-    rotate(model, seed=0)
-    install(model, rotated=True)
+    prepare(model, rotation_seed=0)
     fill(model, base2_tables(model, T=4), compiled=False)
     windows = torch.tensor(real_tokenizer("The capital of France is Paris, and the river on which it lies is the Seine.").input_ids)[None]
     folded, counted = perplexity(model, windows, label="folded"), ledger.count(model, windows)

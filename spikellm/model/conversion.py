@@ -143,7 +143,7 @@ def _slot_owner(model: PreTrainedModel, site: Site) -> nn.Module:
     with suppress(AttributeError):
         module = model.get_submodule(owner)
     if module is None or not isinstance(getattr(module, attribute, None), nn.Module):
-        raise ValueError(f"{site.name}: the model has no slot {owner}.{attribute}; call install(model, rotated=..) first")
+        raise ValueError(f"{site.name}: the model has no slot {owner}.{attribute}; convert the model first")
     return module
 
 
