@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from spikellm.execution.stepped import stepped
 from spikellm.kernels.attention import exponentials, visible_blocks
 from spikellm.model.attention import spiking_attention
-from spikellm.model.conversion import convert, install
+from spikellm.model.conversion import fill, install, prepare
 from spikellm.model.prefix import attach_prefix
 from spikellm.model.rotation import PARTS, rotate
 
@@ -29,10 +29,9 @@ def installed(name: str = "llama", **options):
 def spiking(name: str = "llama", *, prefix: tuple[int, ...] = (), **options):
     """Rotated, with its prefix, and a neuron at every site."""
     model = tiny_model(name, **options)
-    rotate(model, seed=0)
-    install(model, rotated=PARTS, query_block=BLOCK)
+    prepare(model, rotation_seed=0, query_block=BLOCK)
     attach_prefix(model, list(prefix))
-    convert(model, base2_tables(model), compiled=False)
+    fill(model, base2_tables(model), compiled=False)
     return model
 
 
@@ -254,7 +253,7 @@ def test_a_softmax_that_sends_no_spike_mixes_nothing(steps, ids):
     silent = {name: table for name, table in base2_tables(model).items() if "softmax" in name}
     for name, table in silent.items():
         tables[name] = replace(table, theta=table.theta + 2)
-    convert(model, tables, compiled=False)
+    fill(model, tables, compiled=False)
     outputs = []
     model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(lambda _, inputs: outputs.append(inputs[0]))
     if steps:
@@ -272,7 +271,7 @@ def test_block_size_changes_no_logit(ids):
     for block in (1, 7, 64):
         model = tiny_model()
         install(model, rotated=(), query_block=block)
-        convert(model, base2_tables(model), compiled=False)
+        fill(model, base2_tables(model), compiled=False)
         logits.append(model(ids).logits)
     assert norm_ratio(logits[0], logits[2]) <= 1e-5
     assert norm_ratio(logits[1], logits[2]) <= 1e-5

@@ -12,7 +12,7 @@ from torch import nn
 from spikellm.calibration.calibrate import PERIOD, QUERY_BLOCK, calibrate, observing
 from spikellm.config.schema import PrefixConfig
 from spikellm.model.blocks import enter
-from spikellm.model.conversion import clear, convert, install
+from spikellm.model.conversion import clear, fill, install
 from spikellm.model.prefix import attach_prefix
 from spikellm.model.rotation import PARTS, rotate
 from spikellm.model.sites import sites
@@ -63,7 +63,7 @@ def test_block_after_block_is_the_models_own_forward(name, dtype, windows):
     assert_walked(model_of(name, dtype), windows)  # the ANN, in transformers' own attention
     model = installed(name, dtype)
     assert_walked(model, windows)
-    convert(model, base2_tables(model), compiled=False)
+    fill(model, base2_tables(model), compiled=False)
     assert_walked(model, windows)
     clear(model)
     attach_prefix(model, [])

@@ -15,9 +15,8 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 import spikellm.model.checkpoint
 from spikellm.coding.neuron import PhaseNeuron, PhaseTable
 from spikellm.execution.stepped import stepped
-from spikellm.model.conversion import convert, get_neuron, install, model_sites, set_neuron
+from spikellm.model.conversion import fill, get_neuron, install, model_sites, prepare, set_neuron
 from spikellm.model.prefix import attach_prefix
-from spikellm.model.rotation import PARTS, rotate
 from spikellm.model.sites import SiteKind
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -37,11 +36,9 @@ def mixed_tables(model) -> dict[str, PhaseTable]:
 
 def spiking(name="llama", *, dtype=torch.float32, rotated=True, after=True, prefix=(7, 1), tables=base2_tables, **options):
     model = tiny_model(name, dtype=dtype, **options)
-    if rotated:
-        rotate(model, seed=0)
-    install(model, rotated=PARTS if rotated else (), normalise_after=after, query_block=16)
+    prepare(model, rotation_seed=0 if rotated else None, normalise_after=after, query_block=16)
     attach_prefix(model, list(prefix))
-    convert(model, tables(model), compiled=False)
+    fill(model, tables(model), compiled=False)
     return model
 
 
@@ -85,7 +82,7 @@ def test_rounded_rope_frequencies_stay_rounded(dtype, tmp_path, ids):
     """`.to(bfloat16)` rounds what no checkpoint holds and `from_pretrained` makes anew."""
     model = tiny_model().to(dtype)
     install(model, rotated=(), query_block=16)
-    convert(model, base2_tables(model), compiled=False)
+    fill(model, base2_tables(model), compiled=False)
     spikellm.model.checkpoint.save(model, tmp_path)
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, model(ids).logits)
 
@@ -297,7 +294,7 @@ def test_who_does_not_know_the_format_is_stopped_and_told(loader, saved, monkeyp
         monkeypatch.setattr(mapping, "_extra_content", {})
     for mapping in (AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING):
         monkeypatch.delitem(mapping, spikellm.model.checkpoint.METHOD)
-    with pytest.raises(ValueError, match=r"pip install spikellm, import spikellm\.model\.checkpoint"):
+    with pytest.raises(ValueError, match=r"pip install spikellm, import spikellm$"):
         loader.from_pretrained(saved)
 
 
@@ -310,7 +307,7 @@ def test_a_plain_class_is_stopped_too(saved):
 def test_save_pretrained_of_a_plain_class_writes_nothing(tmp_path):
     model = tiny_model()
     install(model, rotated=(), query_block=16)
-    convert(model, base2_tables(model), compiled=False)
+    fill(model, base2_tables(model), compiled=False)
     with pytest.raises(ValueError, match=r"spikellm\.model\.checkpoint\.save"):
         model.save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())

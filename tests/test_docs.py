@@ -73,8 +73,17 @@ def files_of_the_tree() -> list[str]:
     ]
     folders = [f"experiments/{path.parent.name}" for path in (PROJECT_ROOT / "experiments").glob("*/README.md")]
     groups = [f"conf/{path.name}" for path in CONF.iterdir() if path.is_dir()]
+    files += [path.name for path in (PROJECT_ROOT / "spikellm").glob("[!_]*.py")]
     return sorted(
-        {"main.py", "spikellm/__main__.py", "Makefile", "pyproject.toml", "tests/", *files, *folders, *groups}
+        {
+            "main.py",
+            "Makefile",
+            "pyproject.toml",
+            "tests/",
+            *files,
+            *folders,
+            *groups,
+        }
         - {f"{room}: __init__.py" for room in rooms}
     )
 

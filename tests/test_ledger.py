@@ -9,9 +9,8 @@ from conftest import base2_table, base2_tables, tiny_model
 
 from spikellm.coding.neuron import PhaseNeuron, PhaseTable, count_spikes, fire
 from spikellm.kernels.temporal import spike_mixture, spike_pairs, step_weights
-from spikellm.model.conversion import convert, get_neuron, install, model_sites, set_neuron, site_groups
+from spikellm.model.conversion import fill, get_neuron, install, model_sites, prepare, set_neuron, site_groups
 from spikellm.model.prefix import attach_prefix
-from spikellm.model.rotation import PARTS, rotate
 from spikellm.model.sites import SiteKind
 from spikellm.spikes import accounts, ledger
 from spikellm.spikes.counter import SpikeCounter, train_counts
@@ -21,13 +20,12 @@ T = 5
 
 def converted(name: str = "llama", *, after: bool, prefix: tuple[int, ...] = (), tables=None, max_spikes: int | None = None, **options):
     model = tiny_model(name, **options)
-    rotate(model, seed=0)
-    install(model, rotated=PARTS, normalise_after=after, query_block=4)
+    prepare(model, rotation_seed=0, normalise_after=after, query_block=4)
     attach_prefix(model, list(prefix))
     tables = tables or base2_tables(model, T)
     if max_spikes:
         tables = {key: PhaseTable(theta=each.theta, h=each.h, d=each.d, v0=each.v0, max_spikes=max_spikes) for key, each in tables.items()}
-    convert(model, tables, compiled=False)
+    fill(model, tables, compiled=False)
     return model
 
 
@@ -270,7 +268,7 @@ def test_latency_is_the_longest_way_through_the_networks_own_graph(name, after, 
             if SiteKind.activation.value in site:
                 rows = {row: getattr(table, row).repeat(2, *[1] * (getattr(table, row).ndim - 1)) for row in ("theta", "h", "d", "v0")}
                 tables[site] = PhaseTable(**rows, two_sided=True)
-    convert(model, tables, compiled=False)
+    fill(model, tables, compiled=False)
     ids = torch.arange(2, 8)[None]
     found = ledger.count(model, ids)
     for site in model_sites(model):
@@ -293,7 +291,7 @@ def test_neurons_and_synapses_of_a_site():
         install(model, rotated=(), normalise_after=after, query_block=4)
         tables = {site.name: always for site in model_sites(model)}
         attach_prefix(model, list(prefix))
-        convert(model, tables, compiled=False)
+        fill(model, tables, compiled=False)
         found = ledger.count(model, torch.randint(2, 256, (2, 9), generator=torch.Generator().manual_seed(1)))
         assert found.pairs == 2 * 2 * 45  # windows, layers, 9 * 10 / 2
         coded = 0 if after else len(prefix)

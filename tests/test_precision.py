@@ -17,7 +17,7 @@ from spikellm.execution.stepped import stepped
 from spikellm.kernels.hadamard import hadamard_matrix, split
 from spikellm.model.attention import SpikingAttention
 from spikellm.model.blocks import enter
-from spikellm.model.conversion import clear, convert, get_neuron, install, model_sites
+from spikellm.model.conversion import clear, fill, get_neuron, install, model_sites, prepare
 from spikellm.model.load import load_model
 from spikellm.model.modules import SpikingLinear, WideLinear
 from spikellm.model.prefix import attach_prefix
@@ -42,10 +42,9 @@ def exact(name: str, dtype: torch.dtype, **options) -> nn.Module:
 
 def spiking(name: str, dtype: torch.dtype, T: int, *, prefix: tuple[int, ...] = (1, 7), **options):
     model = tiny_model(name, dtype=dtype, **options)
-    rotate(model, seed=0)
-    install(model, rotated=PARTS, query_block=16)
+    prepare(model, rotation_seed=0, query_block=16)
     attach_prefix(model, list(prefix))
-    convert(model, base2_tables(model, T), compiled=False)
+    fill(model, base2_tables(model, T), compiled=False)
     return model
 
 
@@ -235,8 +234,7 @@ def test_statistics_and_codes_do_not_depend_on_query_blocks(dtype):
     found = []
     for block in (16, 256, 1024):
         model = tiny_model(dtype=dtype)
-        rotate(model, seed=0)
-        install(model, rotated=PARTS, query_block=block)
+        prepare(model, rotation_seed=0, query_block=block)
         found.append(calibrate(model, windows, PrefixConfig()))
         assert model.model.layers[0].self_attn.spiking.query_block == block
     tensors = [{key: value for name, site in each.statistics.items() for key, value in site.tensors(name).items()} for each in found]
@@ -293,8 +291,7 @@ def test_the_real_model_in_bfloat16_is_the_real_model(real_model, real_tokenizer
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
         found[dtype] = [perplexity(model, windows, label="ann").value]
-        rotate(model, seed=0)
-        install(model, rotated=PARTS)
+        prepare(model, rotation_seed=0)
         attach_prefix(model, [1])
         found[dtype].append(perplexity(model, windows, label="transparent").value)
         if not fits:
@@ -303,7 +300,7 @@ def test_the_real_model_in_bfloat16_is_the_real_model(real_model, real_tokenizer
         for T in (8, 10):
             clear(model)
             attach_prefix(model, [1])
-            convert(model, {name: fit.table for name, fit in fits[T].items()})
+            fill(model, {name: fit.table for name, fit in fits[T].items()})
             found[dtype].append(perplexity(model, windows, label=f"T={T}").value)
     for wanted, value, allowed in zip(found[torch.float32], found[torch.bfloat16], (0.005, 0.005, 0.01, 0.005), strict=True):
         assert value == pytest.approx(wanted, rel=allowed)

@@ -15,7 +15,7 @@ from spikellm.config.choices import Device, ModelSource, RotationKind, SoftmaxNo
 from spikellm.config.schema import HardwareConfig, InputError, ModelConfig, RotationConfig
 from spikellm.evaluation.networks import Networks
 from spikellm.model.checkpoint import save
-from spikellm.model.conversion import convert, get_neuron, install, model_sites, online_parts, set_neuron
+from spikellm.model.conversion import fill, get_neuron, install, model_sites, online_parts, set_neuron
 from spikellm.model.rotation import PARTS, R1, R2, R3, R4, rotate
 from spikellm.model.sites import SiteKind
 
@@ -109,7 +109,7 @@ def test_a_saved_model_has_the_online_parts_that_it_needs(parts, tmp_path, ids):
     model = tiny_model()
     rotate(model, seed=0, parts=parts)
     install(model, rotated=parts, query_block=16)
-    convert(model, base2_tables(model), compiled=False)
+    fill(model, base2_tables(model), compiled=False)
     save(model, tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(again(ids).logits, model(ids).logits)

@@ -20,7 +20,7 @@ from test_zero_shot import byte_model, random_rows
 from spikellm.calibration import calibrate as calibration
 from spikellm.config.schema import InputError, register
 from spikellm.evaluation.texts import token_windows
-from spikellm.model.conversion import clear, convert, install
+from spikellm.model.conversion import clear, fill, install
 from spikellm.model.load import load_model
 from spikellm.model.prefix import attach_prefix
 from spikellm.report.console import console_table
@@ -86,7 +86,7 @@ def test_diagnose_after_evaluate_is_diagnose_alone(long_prefix, tmp_path):
 def test_a_prefix_is_not_computed_through_neurons(ids):
     model = tiny_model(num_hidden_layers=1)
     install(model, rotated=())
-    convert(model, base2_tables(model), compiled=False)
+    fill(model, base2_tables(model), compiled=False)
     with pytest.raises(ValueError, match="without neurons"):
         attach_prefix(model, [1])
     clear(model)

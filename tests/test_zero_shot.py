@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from spikellm.config.schema import ZERO_SHOT_TASKS, InputError, ZeroShotConfig
 from spikellm.evaluation import zero_shot
-from spikellm.model.conversion import convert, install
+from spikellm.model.conversion import fill, install
 from spikellm.model.prefix import attach_prefix
 from spikellm.run.stages import run_stages
 
@@ -91,7 +91,7 @@ def by_hand(model, tokenizer, pairs: list[tuple[str, str]]) -> list[float]:
 def spiking_tiny(*, vocab_size: int = 258):
     model = tiny_model(vocab_size=vocab_size)
     install(model, rotated=(), query_block=16)
-    convert(model, base2_tables(model), compiled=False)
+    fill(model, base2_tables(model), compiled=False)
     return model
 
 

@@ -114,17 +114,17 @@ def calibrate_block(model: PreTrainedModel, block: Block, states: list[Float[Ten
     return {site.name: observer.result() for site, observer in observers.items()}
 
 
-def enough_pieces(windows: Int[Tensor, "W L"]) -> Int[Tensor, "P l"]:
+def enough_pieces(windows: Int[Tensor, "W L"], *, option: str = "dataset.calibration.window") -> Int[Tensor, "P l"]:
     """The windows, or equal cuts of them where they are fewer than the parts of a `PERIOD`.
 
     Raises:
-        ValueError: windows of fewer tokens than cuts.
+        ValueError: windows of fewer tokens than cuts; `option` names what sets their length.
     """
     number, length = windows.shape
     cuts = -(-len(PERIOD) // number)
     if length < cuts:
         raise ValueError(
-            f"dataset.calibration.window={length}: {number} of it cannot be cut into the {len(PERIOD)} pieces that fitting, choosing and "
+            f"{option}={length}: {number} of it cannot be cut into the {len(PERIOD)} pieces that fitting, choosing and "
             f"reporting need; take a larger window"
         )
     return windows[:, : length // cuts * cuts].reshape(number * cuts, -1)

@@ -16,7 +16,7 @@ from spikellm.coding.neuron import PhaseTable
 from spikellm.config.choices import RotationKind, RotationPart
 from spikellm.config.schema import HardwareConfig, InputError, ModelConfig, RotationConfig, SoftmaxNorm
 from spikellm.kernels.hadamard import HAS_CUDA_KERNEL
-from spikellm.model import conversion, rotation
+from spikellm.model import conversion
 from spikellm.model.load import load_model
 from spikellm.model.prefix import attach_prefix
 
@@ -46,7 +46,7 @@ class Networks:
     def spiking(self, tables: Mapping[str, PhaseTable], prefix_tokens: list[int]) -> PreTrainedModel:
         """The converted model with the neurons of `tables`, by site name, behind the prefix of `prefix_tokens`."""
         model = self.transparent(prefix_tokens)
-        conversion.convert(model, tables, compiled=self.hardware.compile)
+        conversion.fill(model, tables, compiled=self.hardware.compile)
         return model
 
     def release(self) -> None:
@@ -57,18 +57,17 @@ class Networks:
             torch.cuda.empty_cache()
 
     def _install(self) -> PreTrainedModel:
-        model, parts = load_model(self.model, self.hardware), self.rotation.acting
-        if self.rotation.kind is RotationKind.none and self.rotation.parts != list(RotationPart):
+        model, parts, kind = load_model(self.model, self.hardware), self.rotation.acting, self.rotation.kind
+        if kind is RotationKind.none and self.rotation.parts != list(RotationPart):
             log.warning("rotation.parts=[%s] has no effect with rotation.kind=none", ",".join(self.rotation.parts))
         if self.rotation.seed and RotationPart.R1 not in parts:
             log.warning("rotation.seed=%d has no effect without R1", self.rotation.seed)
-        if self.rotation.kind is RotationKind.hadamard:
-            try:
-                rotation.rotate(model, seed=self.rotation.seed, parts=parts)
-            except ValueError as error:
-                cure = "parts of this width can be left out of rotation.parts"
-                raise InputError(f"rotation.kind=hadamard with model={self.model.name}: {error}; {cure}") from error
+        seed, after = self.rotation.seed if kind is RotationKind.hadamard else None, self.softmax_norm is SoftmaxNorm.after
+        try:
+            conversion.prepare(model, rotation_seed=seed, parts=parts, normalise_after=after, query_block=self.hardware.query_block)
+        except ValueError as error:
+            cure = "parts of this width can be left out of rotation.parts"
+            raise InputError(f"rotation.kind={kind.value} with model={self.model.name}: {error}; {cure}") from error
+        if seed is not None:
             log.info("rotation: online transforms by %s", "fast-hadamard-transform" if HAS_CUDA_KERNEL else "matrix products")
-        after = self.softmax_norm is SoftmaxNorm.after
-        conversion.install(model, rotated=parts, normalise_after=after, query_block=self.hardware.query_block)
         return model

@@ -19,7 +19,15 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -36,7 +44,7 @@ from spikellm.model.sites import ARCHITECTURES, ATTENTION, GROUP_AXIS, ROTARY, S
 
 METHOD = "spikellm"
 SCHEMA = 2  # of `SpikingModelConfig`; raised when what is written no longer means the same
-NOTICE = "none for a plain model: pip install spikellm, import spikellm.model.checkpoint, then AutoModelForCausalLM.from_pretrained"
+NOTICE = "none for a plain model: pip install spikellm, import spikellm, then AutoModelForCausalLM.from_pretrained"
 CURE = "copy or convert it again"
 EXECUTION = ("query_block", "compiled")  # how the network is computed, not which one it is: free to be edited
 
@@ -318,3 +326,31 @@ def save(model: PreTrainedModel, folder: Path, *, rotation: dict[str, Any] | Non
     vars(twin).pop("save_pretrained", None)  # its class knows how
     twin.config.quantization_config = described(model, rotation=rotation)
     twin.save_pretrained(folder)
+
+
+def load(folder: str | Path, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """A saved spiking model, ready to be called, and its tokenizer.
+
+    Args:
+        folder: where it was saved.
+        options: of transformers' `from_pretrained`, as `dtype`, `device_map`.
+
+    Returns:
+        The model, and the tokenizer; None where the folder has none.
+
+    Raises:
+        InputError: there is no such folder, it holds another kind of model, or it was changed since.
+    """
+    place = Path(folder).expanduser()
+    if not place.is_dir():
+        raise InputError(f"{place}: no such folder; name one that a spiking model was saved in")
+    with blamed_on(str(place), CURE):
+        config = AutoConfig.from_pretrained(place)
+    if not isinstance(config, SpikingConfig):
+        raise InputError(f"{place}: holds a {config.model_type} model without neurons; spikellm.convert puts them in")
+    model = AutoModelForCausalLM.from_pretrained(place, **options)
+    tokenizer = None
+    if (place / "tokenizer_config.json").is_file():
+        with blamed_on(f"{place}, tokenizer", CURE):
+            tokenizer = AutoTokenizer.from_pretrained(place)
+    return model, tokenizer

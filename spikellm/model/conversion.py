@@ -3,8 +3,9 @@
 install    norms, activation, o_proj and down_proj become modules with a neuron slot; attention gets its submodule and
            the model the attention implementation "spiking". Slots are transparent: the model still is the ANN, computed with
            float32 activations (`modules.py`).
+prepare    rotates, then installs
 set_neuron puts an observer or a neuron into one site's slot
-convert    puts `PhaseNeuron`s at all sites, or fails
+fill       puts `PhaseNeuron`s at all sites, or fails
 """
 
 from collections.abc import Collection, Mapping
@@ -19,6 +20,7 @@ from spikellm.coding.neuron import PhaseNeuron, PhaseTable
 from spikellm.config.choices import RotationPart
 from spikellm.model.attention import IMPLEMENTATION, SpikingAttention, refuse_other_implementation
 from spikellm.model.modules import SpikingActivation, SpikingLinear, SpikingRMSNorm, WideEmbedding, WideLinear, wide
+from spikellm.model.rotation import PARTS, rotate
 from spikellm.model.sites import (
     ACTIVATION,
     ATTENTION,
@@ -44,6 +46,30 @@ from spikellm.model.sites import (
     head_width,
     sites,
 )
+
+
+def prepare(
+    model: PreTrainedModel,
+    *,
+    rotation_seed: int | None,
+    parts: Collection[RotationPart] = PARTS,
+    normalise_after: bool = True,
+    query_block: int = 256,
+) -> None:
+    """Rotate `model` and give every site a transparent neuron slot, in place: the same function, ready for calibration or neurons.
+
+    Args:
+        rotation_seed: of R1's random signs; None: no rotation.
+        parts: rotations that act.
+        normalise_after, query_block: as for `install`.
+
+    Raises:
+        ValueError: unsupported architecture, or a width of the model has no Hadamard matrix; the model is as it was.
+    """
+    check_architecture(model)
+    if rotation_seed is not None:
+        rotate(model, seed=rotation_seed, parts=parts)
+    install(model, rotated=() if rotation_seed is None else parts, normalise_after=normalise_after, query_block=query_block)
 
 
 def install(model: PreTrainedModel, *, rotated: Collection[RotationPart], normalise_after: bool = True, query_block: int = 256) -> None:
@@ -112,7 +138,8 @@ def _refuse_saving(*_: Any, **__: Any) -> None:
         ValueError: always.
     """
     raise ValueError(
-        "a model with neuron slots is saved by spikellm.model.checkpoint.save(model, folder); save_pretrained would leave the neurons out"
+        "save_pretrained would leave the neurons out: spikellm.model.checkpoint.save(model, folder) writes them, and so does the method "
+        "save(folder) of what spikellm.convert returned"
     )
 
 
@@ -144,7 +171,7 @@ def _slot_owner(model: PreTrainedModel, site: Site) -> nn.Module:
     with suppress(AttributeError):
         module = model.get_submodule(owner)
     if module is None or not isinstance(getattr(module, attribute, None), nn.Module):
-        raise ValueError(f"{site.name}: the model has no slot {owner}.{attribute}; call install(model, rotated=..) first")
+        raise ValueError(f"{site.name}: the model has no slot {owner}.{attribute}; convert the model first")
     return module
 
 
@@ -164,7 +191,7 @@ def site_groups(config: Any, kind: SiteKind) -> int:
     return config.num_key_value_heads if kind in (SiteKind.key, SiteKind.value) else 1
 
 
-def convert(model: PreTrainedModel, tables: Mapping[str, PhaseTable], *, compiled: bool = True) -> None:
+def fill(model: PreTrainedModel, tables: Mapping[str, PhaseTable], *, compiled: bool = True) -> None:
     """Put a neuron at every site of an installed model, in place.
 
     Args:

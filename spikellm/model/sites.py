@@ -13,7 +13,7 @@ from torch import nn
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 # After an architecture: the model type of a saved spiking model. transformers repeats it to who opens one without this package.
-SPIKING_TYPE = ", spiking: pip install spikellm, import spikellm.model.checkpoint"
+SPIKING_TYPE = ", spiking: pip install spikellm, import spikellm"
 
 LAYERS = "model.layers"
 EMBEDDING = "model.embed_tokens"
