@@ -6,6 +6,8 @@ Reading order of the code: README.md.
 from importlib import import_module
 from typing import Any
 
+from spikellm.registration import teach_transformers
+
 __version__ = "0.1.0"
 
 # Name -> module; imported on first use, so that `import spikellm` costs no torch. No name may be a module's, whose import would
@@ -13,11 +15,11 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "PhaseNeuron": "coding.neuron",
     "PhaseTable": "coding.neuron",
-    "convert": "model.conversion",
-    "install": "model.conversion",
-    "model_sites": "model.conversion",
+    "convert": "pipeline",
+    "count_spikes": "spikes.accounts",
+    "load": "model.checkpoint",
     "perplexity": "evaluation.perplexity",
-    "rotate": "model.rotation",
+    "stepped": "execution.stepped",
 }
 __all__ = sorted(_PUBLIC)
 
@@ -26,3 +28,6 @@ def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+
+
+teach_transformers()

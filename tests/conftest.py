@@ -22,6 +22,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from spikellm.coding.grains import base2_amplitudes, default_v0
 from spikellm.coding.neuron import PhaseTable
+from spikellm.config.schema import Coding, SearchConfig, SpikingConfig
+from spikellm.search.options import Options
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
@@ -83,6 +85,13 @@ def base2_tables(model, T: int = 6) -> dict[str, PhaseTable]:
     from spikellm.model.sites import SiteKind
 
     return {site.name: base2_table(1.0 if site.kind is SiteKind.softmax else 4.0, T) for site in model_sites(model)}
+
+
+def asked(T: int, G: int | None = 1, *, coding="phase", max_spikes=None, min_length=2, seed=0, **search) -> Options:
+    """Options of codes, G=None being grain=auto; spikes cost nothing unless `spike_weight` says so, nothing is compiled."""
+    grain = "auto" if G is None else str(G)
+    snn = SpikingConfig(T=T, grain=grain, coding=Coding(coding), max_spikes=max_spikes, min_grain_length=min_length)
+    return Options(snn=snn, search=SearchConfig(**{"spike_weight": 0.0} | search), seed=seed, compiled=False)
 
 
 def observed(x: torch.Tensor, **options):

@@ -13,26 +13,25 @@ from transformers import DynamicCache
 from spikellm.execution.stepped import stepped
 from spikellm.kernels.attention import exponentials, visible_blocks
 from spikellm.model.attention import spiking_attention
-from spikellm.model.conversion import convert, install
+from spikellm.model.conversion import fill, install, prepare
 from spikellm.model.prefix import attach_prefix
-from spikellm.model.rotation import rotate
+from spikellm.model.rotation import PARTS, rotate
 
 BLOCK = 16  # queries per block: several blocks in every test
 
 
 def installed(name: str = "llama", **options):
     model = tiny_model(name, **options)
-    install(model, rotated=False, query_block=BLOCK)
+    install(model, rotated=(), query_block=BLOCK)
     return model
 
 
 def spiking(name: str = "llama", *, prefix: tuple[int, ...] = (), **options):
     """Rotated, with its prefix, and a neuron at every site."""
     model = tiny_model(name, **options)
-    rotate(model, seed=0)
-    install(model, rotated=True, query_block=BLOCK)
+    prepare(model, rotation_seed=0, query_block=BLOCK)
     attach_prefix(model, list(prefix))
-    convert(model, base2_tables(model), compiled=False)
+    fill(model, base2_tables(model), compiled=False)
     return model
 
 
@@ -115,7 +114,7 @@ def test_a_prefix_in_buffers_equals_the_tokens_themselves(name, rotated, ids):
     model = tiny_model(name)
     if rotated:
         rotate(model, seed=0)
-    install(model, rotated=rotated, query_block=BLOCK)
+    install(model, rotated=PARTS if rotated else (), query_block=BLOCK)
     attach_prefix(model, tokens)
     assert norm_ratio(model(ids).logits, wanted) <= (1e-4 if rotated else 1e-5)
     assert norm_ratio(model(ids).logits, tiny_model(name)(ids).logits) > 0.01  # the prefix matters
@@ -249,12 +248,12 @@ def test_a_query_that_sees_nothing_has_no_exponentials():
 def test_a_softmax_that_sends_no_spike_mixes_nothing(steps, ids):
     """Its first threshold lies above 1, the largest exponential; without a prefix there is nothing else to mix."""
     model = tiny_model()
-    install(model, rotated=False, query_block=BLOCK)
+    install(model, rotated=(), query_block=BLOCK)
     tables = base2_tables(model)
     silent = {name: table for name, table in base2_tables(model).items() if "softmax" in name}
     for name, table in silent.items():
         tables[name] = replace(table, theta=table.theta + 2)
-    convert(model, tables, compiled=False)
+    fill(model, tables, compiled=False)
     outputs = []
     model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(lambda _, inputs: outputs.append(inputs[0]))
     if steps:
@@ -271,8 +270,8 @@ def test_block_size_changes_no_logit(ids):
     logits = []
     for block in (1, 7, 64):
         model = tiny_model()
-        install(model, rotated=False, query_block=block)
-        convert(model, base2_tables(model), compiled=False)
+        install(model, rotated=(), query_block=block)
+        fill(model, base2_tables(model), compiled=False)
         logits.append(model(ids).logits)
     assert norm_ratio(logits[0], logits[2]) <= 1e-5
     assert norm_ratio(logits[1], logits[2]) <= 1e-5

@@ -16,9 +16,8 @@ import spikellm.model.checkpoint
 from spikellm.coding.neuron import PhaseNeuron, PhaseTable
 from spikellm.execution.stepped import stepped
 from spikellm.kernels.encode import Digits
-from spikellm.model.conversion import convert, get_neuron, install, model_sites, set_neuron
+from spikellm.model.conversion import fill, get_neuron, install, model_sites, prepare, set_neuron
 from spikellm.model.prefix import attach_prefix
-from spikellm.model.rotation import rotate
 from spikellm.model.sites import SiteKind
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -38,11 +37,9 @@ def mixed_tables(model) -> dict[str, PhaseTable]:
 
 def spiking(name="llama", *, dtype=torch.float32, rotated=True, after=True, prefix=(7, 1), tables=base2_tables, **options):
     model = tiny_model(name, dtype=dtype, **options)
-    if rotated:
-        rotate(model, seed=0)
-    install(model, rotated=rotated, normalise_after=after, query_block=16)
+    prepare(model, rotation_seed=0 if rotated else None, normalise_after=after, query_block=16)
     attach_prefix(model, list(prefix))
-    convert(model, tables(model), compiled=False)
+    fill(model, tables(model), compiled=False)
     return model
 
 
@@ -80,8 +77,8 @@ def test_mixed_tables_come_back_bit_for_bit_in_every_dtype(dtype, rotated, after
 def test_rounded_rope_frequencies_stay_rounded(dtype, tmp_path, ids):
     """`.to(bfloat16)` rounds what no checkpoint holds and `from_pretrained` makes anew."""
     model = tiny_model().to(dtype)
-    install(model, rotated=False, query_block=16)
-    convert(model, base2_tables(model), compiled=False)
+    install(model, rotated=(), query_block=16)
+    fill(model, base2_tables(model), compiled=False)
     spikellm.model.checkpoint.save(model, tmp_path)
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, model(ids).logits)
 
@@ -131,7 +128,7 @@ def test_saved_again_it_is_the_same(tmp_path, ids):
 
 def test_a_model_that_is_not_wholly_spiking_is_not_saved(tmp_path):
     model = tiny_model()
-    install(model, rotated=False, query_block=16)
+    install(model, rotated=(), query_block=16)
     with pytest.raises(ValueError, match="input_layernorm"):
         spikellm.model.checkpoint.save(model, tmp_path)
     model = spiking()
@@ -221,7 +218,7 @@ def test_a_table_that_was_changed_is_refused_by_name(case, damaged):
 
 
 FLAGS = {
-    "rotated": lambda found: found.update(rotated=False),
+    "rotated": lambda found: found.update(rotated=["R3"]),
     "normalise_after": lambda found: found.update(normalise_after=False),
     "prefix_length": lambda found: found.update(prefix_length=1),
     "max_spikes of a site": lambda found: found["sites"][SILU]["digits"].update(max_spikes=1),
@@ -296,7 +293,7 @@ def test_who_does_not_know_the_format_is_stopped_and_told(loader, saved, monkeyp
         monkeypatch.setattr(mapping, "_extra_content", {})
     for mapping in (AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING):
         monkeypatch.delitem(mapping, spikellm.model.checkpoint.METHOD)
-    with pytest.raises(ValueError, match=r"pip install spikellm, import spikellm\.model\.checkpoint"):
+    with pytest.raises(ValueError, match=r"pip install spikellm, import spikellm$"):
         loader.from_pretrained(saved)
 
 
@@ -308,8 +305,8 @@ def test_a_plain_class_is_stopped_too(saved):
 
 def test_save_pretrained_of_a_plain_class_writes_nothing(tmp_path):
     model = tiny_model()
-    install(model, rotated=False, query_block=16)
-    convert(model, base2_tables(model), compiled=False)
+    install(model, rotated=(), query_block=16)
+    fill(model, base2_tables(model), compiled=False)
     with pytest.raises(ValueError, match=r"spikellm\.model\.checkpoint\.save"):
         model.save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())

@@ -7,7 +7,8 @@ import pytest
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from spikellm.config.schema import MAX_T, Config, Device, InputError, ModelSource
+from spikellm.config.help import describe
+from spikellm.config.schema import MAX_T, SIGNED_SPIKE_WEIGHT, Coding, Config, Device, InputError, ModelSource
 from spikellm.run.command import command_line, compose_config, quote_values
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
@@ -73,6 +74,13 @@ def test_spellings_of_the_user():
     assert configure("model=llama2_7b", "model.path=/some/folder").model.path == "/some/folder"
 
 
+def test_the_weight_of_spikes_without_a_value_is_that_of_the_coding():
+    assert [configure(f"snn.coding={name}").search.weight_of_spikes(Coding(name)) for name in ("phase", "phase_signed")] == [0.0, 2.5]
+    assert configure("search.spike_weight=0").search.weight_of_spikes(Coding.phase_signed) == 0.0
+    (meaning,) = (meaning for name, _, _, meaning in describe(Config) if name == "search.spike_weight")
+    assert meaning.endswith(f"phase_signed {SIGNED_SPIKE_WEIGHT}")
+
+
 def test_several_texts_in_one_run():
     extra = configure(
         "texts=[c4,redpajama]", "dataset.extra.c4.window=512", "+dataset.extra={dev: {source: text, path: F, max_windows: 2}}"
@@ -121,13 +129,13 @@ def test_values_mean_what_was_typed_and_the_command_repeats_them(value):
     arguments = ["dataset=text", f"dataset.evaluation.path={value}", f"dataset.calibration.path={value}"]
     assert configure(*arguments).dataset.evaluation.path == value
     understood = quote_values(arguments)
-    repeated = shlex.split(command_line(understood))[2:]
+    repeated = shlex.split(command_line("python main.py", understood))[2:]
     assert quote_values(repeated) == understood == quote_values(understood)
 
 
 def test_the_command_shows_values_as_they_were_typed():
     typed = ["grain=1,2", "dataset.evaluation.path=/d/it's (ü)=1.txt", "timesteps=8", "dataset.evaluation.path='/d/quoted'"]
-    assert shlex.split(command_line(quote_values(typed))) == ["python", "main.py", *typed]
+    assert shlex.split(command_line("python main.py", quote_values(typed))) == ["python", "main.py", *typed]
 
 
 def test_a_leading_tilde_is_the_home_folder(monkeypatch):

@@ -11,7 +11,8 @@ from spikellm.coding.neuron import PhaseNeuron, Slot
 from spikellm.execution.memory import fitting_chunk
 from spikellm.execution.stepped import stepped
 from spikellm.model.checkpoint import save
-from spikellm.model.conversion import clear, convert, get_neuron, install, model_sites, set_neuron
+from spikellm.model.conversion import clear, fill, get_neuron, install, model_sites, set_neuron
+from spikellm.model.rotation import PARTS
 from spikellm.model.sites import SiteKind
 from spikellm.spikes import ledger
 
@@ -44,8 +45,8 @@ def neurons_met(model, ids) -> list[str]:
 @pytest.mark.parametrize("name", list(TINY))
 def test_every_site_has_a_neuron_that_a_token_meets_in_order(name, ids):
     model = tiny_model(name)
-    install(model, rotated=False, query_block=64)
-    convert(model, base2_tables(model), compiled=False)
+    install(model, rotated=(), query_block=64)
+    fill(model, base2_tables(model), compiled=False)
     neurons = [module for module in model.modules() if isinstance(module, PhaseNeuron)]
     assert len(neurons) == 2 * 9 + 1
     wanted = [f"model.layers.{layer}.{part}" for layer in range(2) for part in PER_LAYER] + ["model.norm.output"]
@@ -55,8 +56,8 @@ def test_every_site_has_a_neuron_that_a_token_meets_in_order(name, ids):
 def test_neurons_keep_the_outputs_on_their_levels(ids):
     """What leaves a slot is one of the 2^T - 1 signed levels of its table."""
     model = tiny_model()
-    install(model, rotated=False, query_block=64)
-    convert(model, base2_tables(model, T=4), compiled=False)
+    install(model, rotated=(), query_block=64)
+    fill(model, base2_tables(model, T=4), compiled=False)
     seen = {}
     for site in model_sites(model):
         get_neuron(model, site).register_forward_hook(lambda _m, _i, out, name=site.name: seen.__setitem__(name, out))
@@ -70,8 +71,8 @@ def test_neurons_keep_the_outputs_on_their_levels(ids):
 
 def test_clear_gives_the_pretrained_model_back(ids):
     model = tiny_model()
-    install(model, rotated=False, query_block=64)
-    convert(model, base2_tables(model), compiled=False)
+    install(model, rotated=(), query_block=64)
+    fill(model, base2_tables(model), compiled=False)
     clear(model)
     assert norm_ratio(model(ids).logits, tiny_model()(ids).logits) <= 1e-5
 
@@ -79,7 +80,7 @@ def test_clear_gives_the_pretrained_model_back(ids):
 def test_state_dict_names_of_weights_stay():
     model = tiny_model("llama-biases")
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    install(model, rotated=False, query_block=64)
+    install(model, rotated=(), query_block=64)
     after = model.state_dict()
     assert set(before) <= set(after)
     assert all(torch.equal(after[name], value) for name, value in before.items())
@@ -87,13 +88,13 @@ def test_state_dict_names_of_weights_stay():
 
 def test_a_missing_and_an_unknown_table_are_named():
     model = tiny_model()
-    install(model, rotated=False, query_block=64)
+    install(model, rotated=(), query_block=64)
     tables = base2_tables(model)
     lost = "model.layers.1.mlp.down_proj.input"
     with pytest.raises(ValueError, match=lost):
-        convert(model, {name: table for name, table in tables.items() if name != lost}, compiled=False)
+        fill(model, {name: table for name, table in tables.items() if name != lost}, compiled=False)
     with pytest.raises(ValueError, match=r"model\.layers\.9\.nowhere"):
-        convert(model, tables | {"model.layers.9.nowhere": tables[lost]}, compiled=False)
+        fill(model, tables | {"model.layers.9.nowhere": tables[lost]}, compiled=False)
     # nothing was put in place by the failed attempts
     assert not any(isinstance(module, PhaseNeuron) for module in model.modules())
 
@@ -104,15 +105,15 @@ def test_an_unsupported_architecture_is_refused_by_name(architecture):
     config = AutoConfig.for_model(architecture, **sizes, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     model = AutoModelForCausalLM.from_config(config)
     with pytest.raises(ValueError, match=architecture):
-        install(model, rotated=False, query_block=64)
+        install(model, rotated=(), query_block=64)
 
 
 @pytest.mark.parametrize("name", list(PUBLISHED_MODELS))
 def test_published_models_have_the_289_published_sites(name):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(LlamaConfig(**PUBLISHED_MODELS[name]))
-    install(model, rotated=True, query_block=256)
-    convert(model, base2_tables(model), compiled=False)
+    install(model, rotated=PARTS, query_block=256)
+    fill(model, base2_tables(model), compiled=False)
     neurons = {site.name for site in model_sites(model) if isinstance(get_neuron(model, site), PhaseNeuron)}
     wanted = {f"model.layers.{layer}.{part}" for layer in range(32) for part in PER_LAYER} | {"model.norm.output"}
     assert len(wanted) == 289
@@ -121,7 +122,7 @@ def test_published_models_have_the_289_published_sites(name):
 
 
 NOT_INSTALLED = {
-    "convert": lambda model, tables: convert(model, tables),
+    "fill": lambda model, tables: fill(model, tables),
     "get_neuron": lambda model, _: get_neuron(model, model_sites(model)[0]),
     "set_neuron": lambda model, _: set_neuron(model, model_sites(model)[3], Slot()),
     "save": lambda model, _: save(model, Path("nowhere")),
@@ -136,14 +137,14 @@ def test_a_step_before_its_turn_says_which_one_is_missing(step):
     model = tiny_model()
     with pytest.raises(ValueError, match=r"install\(model|convert the model"):
         NOT_INSTALLED[step](model, base2_tables(model))
-    if step not in ("convert", "get_neuron", "set_neuron"):
-        install(model, rotated=False)
+    if step not in ("fill", "get_neuron", "set_neuron"):
+        install(model, rotated=())
         with pytest.raises(ValueError, match=r"carr(y|ies) no neuron.*convert the model"):
             NOT_INSTALLED[step](model, {})
 
 
 def test_a_model_of_another_family_is_named():
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", n_embd=8, n_head=2, n_layer=1, vocab_size=16))
-    for step in (lambda: convert(model, {}), lambda: model_sites(model), lambda: install(model, rotated=False)):
+    for step in (lambda: fill(model, {}), lambda: model_sites(model), lambda: install(model, rotated=())):
         with pytest.raises(ValueError, match=r"GPT2LMHeadModel|gpt2"):
             step()

@@ -2,19 +2,17 @@
 
 import pytest
 import torch
-from conftest import observed, tiny_model
+from conftest import asked, observed, tiny_model
 from torch import nn
 
 from spikellm.coding.neuron import PhaseTable
-from spikellm.config.schema import Coding
 from spikellm.evaluation.density_plots import write_density_plots
 from spikellm.evaluation.diagnostics import damage, lloyd_max, site_levels, site_rows, spelled_levels
 from spikellm.evaluation.perplexity import perplexity
-from spikellm.kernels.encode import Digits
 from spikellm.model.conversion import get_neuron, install, model_sites
 from spikellm.model.sites import SiteKind
-from spikellm.search.search import base2_search, search
-from spikellm.search.traditional import fit_traditional
+from spikellm.search.search import base2, evolution
+from spikellm.search.traditional import classic
 
 
 # Max 1960, table I: least mean squared error of a unit Gaussian with 2 n levels, symmetric about 0.
@@ -57,13 +55,13 @@ def densities():
 
 # How many levels neurons have: those of digit strings that an input can bring about.
 CODES = {
-    "base 2": (lambda statistics, T: base2_search(statistics, T), lambda T: 2**T),
-    "fitted": (lambda statistics, T: search(statistics, T=T, G=2, seed=0, compiled=False), lambda T: 2**T),
-    "signed": (lambda statistics, T: search(statistics, T=T, G=1, seed=0, digits=Digits(signed=True), compiled=False), lambda T: 3**T),
-    "rate": (lambda statistics, T: fit_traditional(statistics, Coding.rate, T=T, compiled=False), lambda T: T + 1),
-    "ttfs": (lambda statistics, T: fit_traditional(statistics, Coding.ttfs, T=T, compiled=False), lambda T: T + 1),
+    "base 2": (lambda statistics, T: base2(statistics, asked(T)), lambda T: 2**T),
+    "fitted": (lambda statistics, T: evolution(statistics, asked(T, 2)), lambda T: 2**T),
+    "signed": (lambda statistics, T: evolution(statistics, asked(T, coding="phase_signed")), lambda T: 3**T),
+    "rate": (lambda statistics, T: classic(statistics, asked(T, coding="rate")), lambda T: T + 1),
+    "ttfs": (lambda statistics, T: classic(statistics, asked(T, coding="ttfs")), lambda T: T + 1),
     "two spikes": (
-        lambda statistics, T: fit_traditional(statistics, Coding.few_spike, T=T, max_spikes=2, compiled=False),
+        lambda statistics, T: classic(statistics, asked(T, coding="few_spike", max_spikes=2)),
         lambda T: 1 + T + T * (T - 1) // 2,
     ),
 }
@@ -92,29 +90,29 @@ def test_no_code_is_below_the_bound_of_its_own_levels(densities, code, T):
 def test_base_2_on_a_uniform_density_is_as_far_above_the_bound_as_its_ends_are(densities, T):
     """Inner cells are the optimal ones. Zero has half a cell (1/2), the last level one and a half, off its middle (9/2): 2^T + 3."""
     uniform = {"uniform": densities["uniform"]}
-    (row,) = site_rows(uniform, base2_search(uniform, T))
+    (row,) = site_rows(uniform, base2(uniform, asked(T)))
     assert row["above_bound"] == pytest.approx(1 + 3 / 2**T, rel=0.01)
 
 
 def test_a_bound_that_the_histogram_cannot_tell_is_absent(densities):
     for T in (10, 12, 16):
-        for row in site_rows(densities, base2_search(densities, T)):
+        for row in site_rows(densities, base2(densities, asked(T))):
             assert row["lloyd_max"] is None
             assert row["above_bound"] is None
 
 
 def test_two_sides_are_bounded_each_for_its_own_levels():
     silu = {"silu": observed(nn.functional.silu(3 * density("gaussian")), sides=2)}
-    fits = search(silu, T=4, G=2, seed=0, compiled=False)
+    fits = evolution(silu, asked(4, 2))
     (row,) = site_rows(silu, fits)
     assert 0.9 * row["relative_error"] > row["lloyd_max"] > 0
     joined = {"silu": silu["silu"].merged()}
-    (one_side,) = site_rows(joined, search(joined, T=4, G=2, seed=0, compiled=False))
+    (one_side,) = site_rows(joined, evolution(joined, asked(4, 2)))
     assert row["lloyd_max"] < one_side["lloyd_max"]
 
 
 def test_a_bound_on_spikes_bounds_the_levels(densities):
-    fit = fit_traditional(densities, Coding.ttfs, T=6, compiled=False)["gaussian"]
+    fit = classic(densities, asked(6, coding="ttfs"))["gaussian"]
     sent = site_levels(fit.table, 0, torch.linspace(0.001, 6, 4000))
     assert torch.allclose(sent, spelled_levels(fit.table, 0, most=99))
     assert len(sent) == 7
@@ -129,7 +127,7 @@ def test_digit_strings_of_one_value_are_one_level():
 
 def test_levels_of_base_2_are_its_multiples():
     statistics = {"site": observed(torch.rand(1000, generator=torch.Generator().manual_seed(0)))}
-    table = base2_search(statistics, T=3)["site"].table
+    table = base2(statistics, asked(3))["site"].table
     tau = statistics["site"].maximum.max()
     assert torch.allclose(site_levels(table, 0, torch.linspace(0.001, 2, 4000)), tau * torch.arange(8) / 8)
 
@@ -137,12 +135,12 @@ def test_levels_of_base_2_are_its_multiples():
 def test_damage_puts_neurons_where_it_says_and_takes_them_away(tmp_path, ids):
     model = tiny_model()
     reference = perplexity(model, ids, label="").value
-    install(model, rotated=False)
+    install(model, rotated=())
     from spikellm.calibration.calibrate import calibrate
     from spikellm.config.schema import PrefixConfig
 
     statistics = calibrate(model, ids, PrefixConfig(enabled=False)).statistics
-    fits = search(statistics, T=4, G=2, seed=0, compiled=False)
+    fits = evolution(statistics, asked(4, 2))
     by_kind, by_site = damage(model, fits, ids, compiled=False)
     assert set(by_kind) == {"none", *(kind.name for kind in SiteKind)}
     assert by_kind["none"] == pytest.approx(reference, rel=1e-5)

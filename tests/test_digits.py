@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from conftest import observed
+from conftest import asked, observed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spikellm.coding.neuron import PhaseNeuron, PhaseTable, count_spikes, decode, encode, fire
 from spikellm.kernels.compiled import fused
 from spikellm.kernels.encode import Digits, Rows, encode_plain
-from spikellm.search.search import base2_search, search
+from spikellm.search.search import base2, evolution
 
 
 def one_row(theta, h, d, digits) -> PhaseTable:
@@ -135,8 +135,8 @@ def test_silu_gains_from_two_sides_and_everything_from_signed_digits():
     assert torch.equal(sides.counts.sum(1), together.counts[:, 0])
     assert torch.equal(sides.maximum.amax(1), together.maximum[:, 0])
     errors = {}
-    for name, statistics, options in (("one", together, {}), ("two", sides, {}), ("signed", sides, {"digits": Digits(signed=True)})):
-        fit = search({"site": statistics}, T=4, G=2, seed=0, compiled=False, **options)["site"]
+    for name, statistics, coding in (("one", together, "phase"), ("two", sides, "phase"), ("signed", sides, "phase_signed")):
+        fit = evolution({"site": statistics}, asked(4, 2, coding=coding))["site"]
         neuron = PhaseNeuron(fit.table, compiled=False)
         held_out = x.chunk(4)[3]
         error = ((neuron(held_out) - held_out).square().sum() / held_out.square().sum()).item()
@@ -151,17 +151,17 @@ def test_silu_gains_from_two_sides_and_everything_from_signed_digits():
 def test_base_2_is_the_same_with_signed_digits():
     """Its residual never goes below zero, so that it stays the fallback."""
     x = torch.randn(4000, generator=torch.Generator().manual_seed(1))
-    table = base2_search({"site": observed(x)}, 6)["site"].table
+    table = base2({"site": observed(x)}, asked(6))["site"].table
     signed = PhaseTable(*table.rows, digits=Digits(signed=True))
     assert torch.equal(fire(x[None, None], table), fire(x[None, None], signed))
 
 
-@pytest.mark.parametrize("signed", [False, True])
-def test_a_weight_on_spikes_buys_fewer_of_them(signed):
+@pytest.mark.parametrize("coding", ["phase", "phase_signed"])
+def test_a_weight_on_spikes_buys_fewer_of_them(coding):
     statistics = {"site": observed(torch.randn(100_000, generator=torch.Generator().manual_seed(2)))}
     rates, errors = [], []
     for weight in (0.0, 2.0, 3.0, 4.0):
-        fit = search(statistics, T=6, G=2, seed=0, digits=Digits(signed=signed), spike_weights={"site": weight}, compiled=False)["site"]
+        fit = evolution(statistics, asked(6, 2, coding=coding, spike_weight=weight))["site"]
         rates.append(fit.mean_firing_rate)
         errors.append(fit.relative_error)
     assert rates == sorted(rates, reverse=True)

@@ -7,6 +7,7 @@ from test_conversion import PUBLISHED_MODELS
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from spikellm.model.rotation import R3, R4
 from spikellm.spikes.energy import (
     COST_TABLES,
     CostTable,
@@ -45,7 +46,7 @@ def test_the_papers_llama3_8b_on_the_meta_device():
     dense = [
         *pointwise,
         softmax_quotients(shape, tokens=tokens, pairs=pairs, after=False),
-        *spiking_operations(shape, T=T, tokens=tokens, neurons=0, spikes=0, linear_groups=1, gates=1, rotated=True, prefix=0),
+        *spiking_operations(shape, T=T, tokens=tokens, neurons=0, spikes=0, linear_groups=1, gates=1, rotated=[R3, R4], prefix=0),
     ]
     assert macs(matrices) == pytest.approx(3912.08e9, rel=1e-3)
     assert macs(matrices + pointwise) == pytest.approx(3912.08e9, rel=1e-3)
@@ -129,7 +130,7 @@ def test_at_the_break_even_rate_both_cost_the_same(rival):
 
 def test_an_on_and_an_off_neuron_are_two_that_compare_and_gate_in_turn():
     shape = DecoderShape(layers=3, D=4, F=8, H=2, K=1, E=2, V=10)
-    common = {"T": 5, "tokens": 7, "spikes": 0, "linear_groups": 1, "rotated": False, "prefix": 0}
+    common = {"T": 5, "tokens": 7, "spikes": 0, "linear_groups": 1, "rotated": (), "prefix": 0}
     one, two = (
         {each.name: each for each in spiking_operations(shape, neurons=100 + gates * 7 * 3 * 8, gates=gates, **common)} for gates in (1, 2)
     )

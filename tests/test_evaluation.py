@@ -7,7 +7,7 @@ import torch
 from conftest import base2_tables, tiny_model
 
 from spikellm.evaluation.perplexity import perplexity
-from spikellm.model.conversion import convert, install
+from spikellm.model.conversion import fill, install
 
 
 def perplexity_by_transformers(model, windows) -> float:
@@ -29,8 +29,8 @@ def test_perplexity_is_that_of_a_plain_loop(length):
 
 def test_perplexity_of_a_spiking_model_is_that_of_a_plain_loop(ids):
     model = tiny_model()
-    install(model, rotated=False, query_block=16)
-    convert(model, base2_tables(model), compiled=False)
+    install(model, rotated=(), query_block=16)
+    fill(model, base2_tables(model), compiled=False)
     assert perplexity(model, ids, label="test").value == pytest.approx(perplexity_by_transformers(model, ids), rel=1e-5)
 
 

@@ -4,15 +4,16 @@ import math
 
 import pytest
 import torch
+from conftest import asked
 from test_config import configure
 
 from spikellm.calibration.statistics import CHOOSE, FIT, REPORT, Observer
 from spikellm.coding.neuron import PhaseTable, encode
 from spikellm.kernels.encode import Rows
-from spikellm.search.gradient import BATCH, Schedule, SurrogateSpike, descend_grains, differentiable_encode, draw_samples
-from spikellm.search.search import gradient_search
+from spikellm.search.gradient import BATCH, SurrogateSpike, descend_grains, differentiable_encode, draw_samples
+from spikellm.search.search import gradient
 
-QUICK = Schedule(outer=4, inner=10, samples=2000, rate=1e-3)
+QUICK = {"gradient_outer": 4, "gradient_inner": 10, "gradient_samples": 2000, "gradient_rate": 1e-3}
 
 
 def laplacian(seed: int, *shape: int) -> torch.Tensor:
@@ -84,8 +85,8 @@ def test_samples_follow_the_importance():
 def test_few_steps_gain_and_the_objective_is_that_of_the_codes(T, G, rate, gain):
     samples = laplacian(1, 2, 1000) * torch.tensor([[1.0], [30.0]])
     maximum = samples.amax(1)
-    quick = Schedule(outer=6, inner=20, samples=1000, rate=rate)
-    codes, found = descend_grains(samples, maximum, T=T, G=G, seed=0, min_length=2, schedule=quick)
+    quick = asked(T, G, gradient_outer=6, gradient_inner=20, gradient_samples=1000, gradient_rate=rate)
+    codes, found = descend_grains(samples, maximum, quick, G=G)
     torch.testing.assert_close(codes.tau, maximum)
     for site in range(2):
         tau, x = maximum[site].item(), samples[site].tolist()
@@ -102,8 +103,8 @@ def test_few_steps_gain_and_the_objective_is_that_of_the_codes(T, G, rate, gain)
 def test_never_worse_than_the_start_even_where_every_step_hurts():
     samples = torch.rand(1, 2000, generator=torch.Generator().manual_seed(0))
     maximum = torch.ones(1)
-    wild = Schedule(outer=1, inner=3, samples=2000, rate=0.3)
-    codes, found = descend_grains(samples, maximum, T=6, G=1, seed=0, min_length=2, schedule=wild)
+    wild = asked(6, gradient_outer=1, gradient_inner=3, gradient_samples=2000, gradient_rate=0.3)
+    codes, found = descend_grains(samples, maximum, wild, G=1)
     assert torch.equal(codes.values[:, 2:], torch.tensor([[0.0, 1.0, 1.0, 1.0]]))  # base 2
     power = samples.square().sum().item()
     base2 = sum((reference(value, 1.0, torch.full((3, 1), 2.0), [0] * 6) - value) ** 2 for value in samples[0].tolist())
@@ -112,12 +113,12 @@ def test_never_worse_than_the_start_even_where_every_step_hurts():
 
 def test_sites_of_a_batch_do_not_feel_each_other(monkeypatch):
     samples = laplacian(2, 3, 400)
-    arguments = {"T": 5, "G": 2, "seed": 3, "min_length": 2, "schedule": QUICK}
-    together = descend_grains(samples, samples.amax(1), **arguments)
+    options = asked(5, 2, seed=3, **QUICK)
+    together = descend_grains(samples, samples.amax(1), options, G=2)
     monkeypatch.setitem(BATCH, "cpu", 1)
     rounds: list[int] = []
-    apart = descend_grains(samples, samples.amax(1), progress=rounds.append, **arguments)
-    assert rounds == [1] * 3 * QUICK.outer
+    apart = descend_grains(samples, samples.amax(1), options, G=2, progress=rounds.append)
+    assert rounds == [1] * 3 * QUICK["gradient_outer"]
     assert torch.equal(together[0].assignment, apart[0].assignment)
     torch.testing.assert_close(together[0].values, apart[0].values, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(together[1], apart[1], rtol=1e-2, atol=0.0)
@@ -126,7 +127,7 @@ def test_sites_of_a_batch_do_not_feel_each_other(monkeypatch):
 @pytest.mark.parametrize("G", [2, None])
 def test_the_search_returns_fits(G):
     sites = {"dense": statistics(laplacian(3, 1, 20_000)), "silent": statistics(torch.zeros(1, 10))}
-    fits = gradient_search(sites, T=4, G=G, seed=0, schedule=Schedule(outer=2, inner=5, samples=500, rate=1e-3))
+    fits = gradient(sites, asked(4, G, gradient_outer=2, gradient_inner=5, gradient_samples=500))
     assert fits.keys() == sites.keys()
     assert fits["silent"].relative_error == 0
     for fit in fits.values():
@@ -134,7 +135,7 @@ def test_the_search_returns_fits(G):
         assert torch.isfinite(fit.theta).all()
         assert fit.base_d.shape == (1, 2)
     with pytest.raises(ValueError, match="cannot be cut"):
-        gradient_search(sites, T=4, G=3, seed=0, schedule=QUICK)
+        descend_grains(torch.ones(1, 10), torch.ones(1), asked(4, **QUICK), G=3)
 
 
 def test_it_is_an_option_of_the_command_line(tmp_path):

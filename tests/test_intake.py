@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from spikellm.config.schema import Device, DType, HardwareConfig, InputError, ModelConfig, ModelSource
 from spikellm.model import checkpoint
-from spikellm.model.conversion import convert, install
+from spikellm.model.conversion import fill, install
 from spikellm.model.load import load_model, load_tokenizer
 
 CPU = HardwareConfig(device=Device.cpu)
@@ -81,8 +81,8 @@ def pickled(content):
 
 def spiking(folder) -> None:
     model = tiny_model()
-    install(model, rotated=False)
-    convert(model, base2_tables(model))
+    install(model, rotated=())
+    fill(model, base2_tables(model))
     checkpoint.save(model, folder)
 
 

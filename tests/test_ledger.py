@@ -11,9 +11,8 @@ from conftest import base2_table, base2_tables, tiny_model
 from spikellm.coding.neuron import PhaseNeuron, PhaseTable, Slot, count_spikes, fire
 from spikellm.kernels.encode import Digits
 from spikellm.kernels.temporal import spike_mixture, spike_pairs, step_weights
-from spikellm.model.conversion import convert, get_neuron, install, model_sites, set_neuron, site_groups
+from spikellm.model.conversion import fill, get_neuron, install, model_sites, prepare, set_neuron, site_groups
 from spikellm.model.prefix import attach_prefix
-from spikellm.model.rotation import rotate
 from spikellm.model.sites import SiteKind
 from spikellm.spikes import accounts, ledger
 from spikellm.spikes.counter import SpikeCounter, train_counts
@@ -23,13 +22,12 @@ T = 5
 
 def converted(name: str = "llama", *, after: bool, prefix: tuple[int, ...] = (), tables=None, max_spikes: int | None = None, **options):
     model = tiny_model(name, **options)
-    rotate(model, seed=0)
-    install(model, rotated=True, normalise_after=after, query_block=4)
+    prepare(model, rotation_seed=0, normalise_after=after, query_block=4)
     attach_prefix(model, list(prefix))
     tables = tables or base2_tables(model, T)
     if max_spikes:
         tables = {key: replace(each, digits=Digits(max_spikes=max_spikes)) for key, each in tables.items()}
-    convert(model, tables, compiled=False)
+    fill(model, tables, compiled=False)
     return model
 
 
@@ -265,13 +263,13 @@ def longest(node, known: dict) -> int:
 def test_latency_is_the_longest_way_through_the_networks_own_graph(name, after, two_sided):
     """T steps for every train that one layer of neurons sends before the next can: found in the graph of a forward of the model."""
     model = tiny_model(name, num_hidden_layers=3)
-    install(model, rotated=False, normalise_after=after)
+    install(model, rotated=(), normalise_after=after)
     tables = base2_tables(model, T)
     if two_sided:
         for site, table in tables.items():
             if SiteKind.activation.value in site:
                 tables[site] = PhaseTable(*table.rows.map(lambda rows: torch.cat([rows, rows])), digits=Digits(sides=2))
-    convert(model, tables, compiled=False)
+    fill(model, tables, compiled=False)
     ids = torch.arange(2, 8)[None]
     found = ledger.count(model, ids)
     for site in model_sites(model):
@@ -291,10 +289,10 @@ def test_neurons_and_synapses_of_a_site():
     always = PhaseTable(theta=-torch.ones(1, T), h=torch.zeros(1, T), d=torch.full((1, T), 0.01), v0=torch.zeros(1))
     for after, prefix in ((True, (7, 1)), (False, (7, 1)), (True, ())):
         model = tiny_model()
-        install(model, rotated=False, normalise_after=after, query_block=4)
+        install(model, rotated=(), normalise_after=after, query_block=4)
         tables = {site.name: always for site in model_sites(model)}
         attach_prefix(model, list(prefix))
-        convert(model, tables, compiled=False)
+        fill(model, tables, compiled=False)
         found = ledger.count(model, torch.randint(2, 256, (2, 9), generator=torch.Generator().manual_seed(1)))
         assert found.pairs == 2 * 2 * 45  # windows, layers, 9 * 10 / 2
         coded = 0 if after else len(prefix)

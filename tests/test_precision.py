@@ -1,10 +1,11 @@
 """Half-precision models are the networks that they claim to be. Truth: transformers, or a dense formula, in float64 on the same weights."""
 
+from contextlib import ExitStack
 from copy import deepcopy
 
 import pytest
 import torch
-from conftest import base2_table, base2_tables, norm_ratio, tiny_model
+from conftest import asked, base2_table, base2_tables, norm_ratio, tiny_model
 from torch import nn
 
 from spikellm.calibration.calibrate import calibrate, observing
@@ -15,13 +16,14 @@ from spikellm.evaluation.perplexity import perplexity
 from spikellm.execution.stepped import stepped
 from spikellm.kernels.hadamard import hadamard_matrix, split
 from spikellm.model.attention import SpikingAttention
-from spikellm.model.conversion import clear, convert, get_neuron, install, model_sites
+from spikellm.model.blocks import enter
+from spikellm.model.conversion import clear, fill, get_neuron, install, model_sites, prepare
 from spikellm.model.load import load_model
 from spikellm.model.modules import SpikingLinear, WideLinear
 from spikellm.model.prefix import attach_prefix
-from spikellm.model.rotation import random_signs, rotate
+from spikellm.model.rotation import PARTS, random_signs, rotate
 from spikellm.search.fit import CodeFit
-from spikellm.search.search import base2_search, search
+from spikellm.search.search import base2, evolution
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 HALF = (torch.float16, torch.bfloat16)
@@ -40,10 +42,9 @@ def exact(name: str, dtype: torch.dtype, **options) -> nn.Module:
 
 def spiking(name: str, dtype: torch.dtype, T: int, *, prefix: tuple[int, ...] = (1, 7), **options):
     model = tiny_model(name, dtype=dtype, **options)
-    rotate(model, seed=0)
-    install(model, rotated=True, query_block=16)
+    prepare(model, rotation_seed=0, query_block=16)
     attach_prefix(model, list(prefix))
-    convert(model, base2_tables(model, T), compiled=False)
+    fill(model, base2_tables(model, T), compiled=False)
     return model
 
 
@@ -51,7 +52,7 @@ def spiking(name: str, dtype: torch.dtype, T: int, *, prefix: tuple[int, ...] = 
 @pytest.mark.parametrize("name", ["llama-biases", "qwen3"])
 def test_an_installed_model_is_the_pretrained_one_in_exact_arithmetic(name, dtype, ids):
     model = tiny_model(name, dtype=dtype)
-    install(model, rotated=False, query_block=16)
+    install(model, rotated=(), query_block=16)
     logits = model(ids).logits
     assert logits.dtype == torch.promote_types(dtype, torch.float32)
     assert norm_ratio(logits, exact(name, dtype)(ids).logits) <= TRANSPARENT
@@ -62,7 +63,7 @@ def test_an_installed_model_is_the_pretrained_one_in_exact_arithmetic(name, dtyp
 def test_rotation_moves_logits_by_the_rounding_of_weights(name, dtype, ids):
     model = tiny_model(name, dtype=dtype)
     rotate(model, seed=3)
-    install(model, rotated=True, query_block=16)
+    install(model, rotated=PARTS, query_block=16)
     assert norm_ratio(model(ids).logits, exact(name, dtype)(ids).logits) <= ROTATED[dtype]
 
 
@@ -149,7 +150,7 @@ def test_statistics_are_those_of_exact_arithmetic(dtype):
     windows = torch.randint(2, 256, (4, 64), generator=torch.Generator().manual_seed(1))
     found = []
     for model in (tiny_model(dtype=dtype), exact("llama", dtype)):
-        install(model, rotated=False, query_block=16)
+        install(model, rotated=(), query_block=16)
         found.append(calibrate(model, windows, PrefixConfig(enabled=False)).statistics)
     for name, wanted in found[1].items():
         got = found[0][name]
@@ -233,8 +234,7 @@ def test_statistics_and_codes_do_not_depend_on_query_blocks(dtype):
     found = []
     for block in (16, 256, 1024):
         model = tiny_model(dtype=dtype)
-        rotate(model, seed=0)
-        install(model, rotated=True, query_block=block)
+        prepare(model, rotation_seed=0, query_block=block)
         found.append(calibrate(model, windows, PrefixConfig()))
         assert model.model.layers[0].self_attn.spiking.query_block == block
     tensors = [{key: value for name, site in each.statistics.items() for key, value in site.tensors(name).items()} for each in found]
@@ -251,9 +251,9 @@ def test_codes_are_equal_where_statistics_are():
     fits = []
     for block in (16, 64):
         model = tiny_model()
-        install(model, rotated=False, query_block=block)
+        install(model, rotated=(), query_block=block)
         found = calibrate(model, windows, PrefixConfig(enabled=False)).statistics
-        fits.append(search({name: found[name] for name in list(found)[:4]}, T=4, G=1, seed=0, compiled=False))
+        fits.append(evolution({name: found[name] for name in list(found)[:4]}, asked(4)))
     for name, fit in fits[0].items():
         assert torch.equal(fit.d, fits[1][name].d), name
 
@@ -264,11 +264,12 @@ def test_statistics_do_not_depend_on_the_batch():
     found = []
     for batch in (1, 4):
         model = tiny_model(dtype=torch.float64)
-        install(model, rotated=False, query_block=16)
-        with observing(model) as observers:
+        install(model, rotated=(), query_block=16)
+        with ExitStack() as stack:
+            observers = [each for block in enter(model, windows[:1])[1] for each in stack.enter_context(observing(model, block)).values()]
             for rows in windows.split(batch):
                 model.base_model(rows, use_cache=False)
-        found.append([observer.result() for observer in observers.values()])
+        found.append([observer.result() for observer in observers])
     for one, four in zip(*found, strict=True):
         for field in ("counts", "zeros", "maximum"):
             assert torch.equal(getattr(one, field), getattr(four, field))
@@ -290,17 +291,16 @@ def test_the_real_model_in_bfloat16_is_the_real_model(real_model, real_tokenizer
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
         found[dtype] = [perplexity(model, windows, label="ann").value]
-        rotate(model, seed=0)
-        install(model, rotated=True)
+        prepare(model, rotation_seed=0)
         attach_prefix(model, [1])
         found[dtype].append(perplexity(model, windows, label="transparent").value)
         if not fits:
             statistics = calibrate(model, calibration, PrefixConfig()).statistics
-            fits = {T: base2_search(statistics, T) for T in (8, 10)}
+            fits = {T: base2(statistics, asked(T)) for T in (8, 10)}
         for T in (8, 10):
             clear(model)
             attach_prefix(model, [1])
-            convert(model, {name: fit.table for name, fit in fits[T].items()})
+            fill(model, {name: fit.table for name, fit in fits[T].items()})
             found[dtype].append(perplexity(model, windows, label=f"T={T}").value)
     for wanted, value, allowed in zip(found[torch.float32], found[torch.bfloat16], (0.005, 0.005, 0.01, 0.005), strict=True):
         assert value == pytest.approx(wanted, rel=allowed)

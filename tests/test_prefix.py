@@ -24,7 +24,7 @@ def model_with_loud_tokens(*tokens: int):
     layer = model.model.layers[1]
     layer.mlp.gate_proj.weight[0], layer.mlp.up_proj.weight[0] = 0.0, 0.0
     layer.mlp.gate_proj.weight[0, 0], layer.mlp.up_proj.weight[0, 0] = 100.0, 100.0
-    install(model, rotated=False, query_block=64)
+    install(model, rotated=(), query_block=64)
     return model
 
 
@@ -43,7 +43,7 @@ def find(model, text, *, max_tokens: int = 8, bos: int | None = BOS) -> list[int
 
 def test_a_model_without_outliers_gets_no_prefix():
     model = tiny_model()
-    install(model, rotated=False, query_block=64)
+    install(model, rotated=(), query_block=64)
     text = windows({}, {})
     assert find(model, text) == []
     before = model(text).logits
@@ -99,7 +99,7 @@ def test_the_embedded_models_first_token_is_an_outlier(real_model, real_tokenize
 def test_a_second_prefix_replaces_the_first():
     model, other = tiny_model(), tiny_model()
     for each in (model, other):
-        install(each, rotated=False, query_block=64)
+        install(each, rotated=(), query_block=64)
     text = windows({})
     attach_prefix(model, [50, 60])
     attach_prefix(model, [7])
@@ -122,7 +122,7 @@ def test_tokens_that_stay_outliers_wherever_they_stand_are_dropped():
     "long_factor": [2.0] * 8, "original_max_position_embeddings": 256}], ids=lambda rope: rope["rope_type"])  # fmt: skip
 def test_rope_that_depends_on_length_is_refused(rope):
     model = tiny_model(rope_parameters=rope | {"rope_theta": 10000.0})
-    install(model, rotated=False, query_block=64)
+    install(model, rotated=(), query_block=64)
     with pytest.raises(ValueError, match=rf"{rope['rope_type']}.*prefix\.enabled=false"):
         attach_prefix(model, [BOS])
     attach_prefix(model, [])
@@ -135,6 +135,6 @@ def test_rope_of_llama3_keeps_its_prefix(ids):
     tokens = torch.tensor([[LOUD, BOS]])
     wanted = tiny_model(rope_parameters=rope)(torch.cat([tokens.expand(len(ids), -1), ids], 1)).logits[:, 2:]
     model = tiny_model(rope_parameters=rope)
-    install(model, rotated=False, query_block=64)
+    install(model, rotated=(), query_block=64)
     attach_prefix(model, tokens[0].tolist())
     assert norm_ratio(model(ids).logits, wanted) <= 1e-5

@@ -6,7 +6,19 @@ from pathlib import Path
 
 import pytest
 
-from spikellm.store.provenance import COMPUTED_BY, PACKAGE, closure, code_fingerprint
+from spikellm.evaluation import measured
+from spikellm.run.measuring import SPIKES
+from spikellm.run.stage import KeyedStage
+from spikellm.run.stages import STAGES
+from spikellm.store.provenance import JOB, PACKAGE, closure, code_fingerprint
+
+# What is keyed -> the modules that compute it.
+COMPUTED_BY = {stage.name: stage.code.modules for stage in (*STAGES.values(), SPIKES) if isinstance(stage, KeyedStage)} | {
+    "evaluate": measured.FOLDED.modules,
+    "evaluate base2": measured.BASE2.modules,
+    "evaluate stepped": measured.STEPPED.modules,
+    "evaluate ann": measured.PRETRAINED.modules,
+}
 
 MODULES = {
     "first.py": '"""A module."""\nfrom package.config import schema\nfrom package.second import g\n'
@@ -66,7 +78,6 @@ EDITS = {
     "PREFIX_WINDOWS": ("calibration.calibrate", {"calibrate"}),
     "GENERATIONS": ("search.evolution", {"search"}),
     "MEMBERS": ("search.evolution", {"search"}),
-    "SIGNED_SPIKE_WEIGHT": ("search.methods", {"search"}),
     "squared_error": ("search.evolution", {"search"}),
     "find_prefix_tokens": ("model.prefix", {"calibrate"}),
     "rotate": ("model.rotation", {"calibrate"}),
@@ -85,7 +96,7 @@ def test_every_constant_and_formula_is_in_the_keys_of_what_it_computes(name):
     defined = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     defined |= {each.id for node in tree.body if isinstance(node, ast.Assign) for each in ast.walk(node) if isinstance(each, ast.Name)}
     assert name in defined
-    assert stages <= {stage for stage, (_, modules) in COMPUTED_BY.items() if module in closure(modules, PACKAGE)}
+    assert stages <= {stage for stage, modules in COMPUTED_BY.items() if module in closure(modules, PACKAGE)}
 
 
 @pytest.mark.parametrize(
@@ -103,7 +114,12 @@ def test_every_constant_and_formula_is_in_the_keys_of_what_it_computes(name):
     ],
 )
 def test_what_only_shows_computes_nothing_again(name):
-    assert not [stage for stage, (_, modules) in COMPUTED_BY.items() if name in closure(modules, PACKAGE)]
+    assert not [stage for stage, modules in COMPUTED_BY.items() if name in closure(modules, PACKAGE)]
+    assert name not in closure(JOB, PACKAGE)
+
+
+def test_a_finished_job_is_of_all_code_that_computes():
+    assert set().union(*(closure(modules, PACKAGE) for modules in COMPUTED_BY.values())) <= closure(JOB, PACKAGE)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +135,7 @@ def test_what_only_shows_computes_nothing_again(name):
     ],
 )
 def test_an_edit_of_a_later_stage_does_not_calibrate_again(name):
-    assert name not in closure(COMPUTED_BY["calibrate"][1], PACKAGE)
+    assert name not in closure(COMPUTED_BY["calibrate"], PACKAGE)
 
 
 def test_an_edited_package_answers_from_no_older_result(tmp_path, monkeypatch):

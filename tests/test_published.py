@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import asked
 from test_config import configure
 
 from spikellm.calibration.statistics import CHOOSE, FIT, REPORT, Observer
-from spikellm.config.schema import InputError
-from spikellm.search.published import import_fits, read_neurons
+from spikellm.config.schema import ImportV0, InputError
+from spikellm.search.published import imported, read_neurons
 
 NAMES = sorted(["layer.norm", "layer.softmax"])
 
@@ -39,7 +40,7 @@ def statistics():
 @pytest.mark.parametrize("stored", [True, False])
 def test_tables_are_those_of_the_file(tmp_path, statistics, stored):
     path = write(tmp_path / "neurons.pth", {NAMES[0]: entry(), NAMES[1]: entry(v0=0.07)})
-    fits = import_fits(path, statistics, T=4, G=2, stored_v0=stored)
+    fits = imported(statistics, asked(4, 2, import_file=str(path), import_v0=ImportV0.stored if stored else ImportV0.rule))
     assert list(fits) == list(statistics)
     rule = 3.0 * 2**-4 / 2
     for name, v0 in zip(NAMES, (rule, 0.07 if stored else rule), strict=True):
@@ -53,7 +54,7 @@ def test_tables_are_those_of_the_file(tmp_path, statistics, stored):
 def test_imported_means_imported(tmp_path, statistics):
     """No base 2 in its place, however bad; the error reported is the file's."""
     path = write(tmp_path / "neurons.pth", {name: entry(tau=1e-3) for name in NAMES})
-    for fit in import_fits(path, statistics, T=4, G=None, stored_v0=True).values():
+    for fit in imported(statistics, asked(4, None, import_file=str(path))).values():
         assert fit.tau.item() == pytest.approx(1e-3)
         assert not fit.fallback.any()
         assert fit.relative_error == pytest.approx(1, abs=0.01)  # next to nothing gets through
@@ -62,7 +63,7 @@ def test_imported_means_imported(tmp_path, statistics):
 
 BROKEN = {
     "T=4 at .*snn.T=6; set snn.T=4": ({name: entry() for name in NAMES}, {"T": 6}),
-    "G=2 at .*grain=3; set grain=2": ({name: entry() for name in NAMES}, {"G": 3}),
+    "G=2 at .*grain=3; set grain=2": ({name: entry() for name in NAMES}, {"G": 3, "min_length": 1}),
     r"lacks 1 sites of the model \(layer.softmax\)": ({NAMES[0]: entry()}, {}),
     r"has 1 sites that the model lacks \(other\)": ({name: entry() for name in [*NAMES, "other"]}, {}),
     "not neurons by site name": ([1, 2], {}),
@@ -85,7 +86,7 @@ def test_what_does_not_fit_is_refused(tmp_path, statistics, message):
     content, arguments = BROKEN[message]
     path = write(tmp_path / "neurons.pth", content)
     with pytest.raises(InputError, match=rf"search.import_file={re.escape(str(path))}: .*{message}"):
-        import_fits(path, statistics, **{"T": 4, "G": 2, "stored_v0": True} | arguments)
+        imported(statistics, asked(**{"T": 4, "G": 2, "import_file": str(path)} | arguments))
 
 
 class Stranger:

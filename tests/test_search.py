@@ -4,22 +4,22 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import asked, tiny_model
 
 from spikellm.calibration.calibrate import calibrate
 from spikellm.calibration.statistics import CHOOSE, FIT, REPORT, Observer, SiteStatistics
 from spikellm.coding.codes import FIXED, base2_codes
 from spikellm.coding.grains import assignments
 from spikellm.coding.neuron import PhaseNeuron
-from spikellm.config.schema import Coding, PrefixConfig
+from spikellm.config.schema import PrefixConfig
 from spikellm.kernels.encode import encode_plain
 from spikellm.model.conversion import clear, get_neuron, install, model_sites, place
-from spikellm.model.sites import SiteKind
+from spikellm.model.sites import SiteKind, sites
 from spikellm.search.evolution import first_population
 from spikellm.search.fit import CodeFit, load_fits, save_fits
 from spikellm.search.methods import search_summary
-from spikellm.search.search import base2_search, group_maxima, search
-from spikellm.search.traditional import fit_traditional
+from spikellm.search.search import base2, evolution, group_maxima
+from spikellm.search.traditional import classic
 
 T = 4
 
@@ -54,7 +54,7 @@ def statistics() -> dict[str, SiteStatistics]:
 
 @pytest.fixture(scope="module")
 def by_grains(statistics):
-    return {G: search(statistics, T=T, G=G, seed=0, compiled=False) for G in (1, 2)}
+    return {G: evolution(statistics, asked(T, G)) for G in (1, 2)}
 
 
 def relative_error(x: torch.Tensor, table) -> float:
@@ -79,7 +79,7 @@ def lloyd_max(x: torch.Tensor, levels: int) -> float:
 @pytest.mark.parametrize("name", list(DISTRIBUTIONS))
 def test_reported_errors_are_those_of_neurons_on_samples(by_grains, statistics, name):
     unseen = DISTRIBUTIONS[name](2)
-    for fits in (*by_grains.values(), base2_search(statistics, T)):
+    for fits in (*by_grains.values(), base2(statistics, asked(T))):
         fit = fits[name]
         assert fit.relative_error == pytest.approx(relative_error(unseen, fit.table), rel=0.05)
 
@@ -107,12 +107,12 @@ def test_more_grains_pay_where_the_density_has_two_scales(by_grains):
         one, two = (relative_error(draw(3), by_grains[G][name].table) for G in (1, 2))
         assert two <= 1.01 * one, name
     site = {"site": observe(*(two_clusters(seed) for seed in range(3)))}
-    one, two = (relative_error(two_clusters(3), search(site, T=T, G=G, seed=0, compiled=False)["site"].table) for G in (1, 2))
+    one, two = (relative_error(two_clusters(3), evolution(site, asked(T, G))["site"].table) for G in (1, 2))
     assert two < 0.6 * one
 
 
 def test_the_same_seed_gives_the_same_codes(statistics, by_grains):
-    again = search(statistics, T=T, G=1, seed=0, compiled=False)
+    again = evolution(statistics, asked(T, 1))
     for name, fit in again.items():
         assert torch.equal(fit.table.d, by_grains[1][name].table.d)
         assert torch.equal(fit.table.theta, by_grains[1][name].table.theta)
@@ -122,7 +122,7 @@ def test_auto_takes_the_coarsest_grain_within_the_tolerance():
     sites = {"clusters": observe(*(two_clusters(seed) for seed in range(3))), "normal": observe(normal(0), normal(1), normal(2))}
     grains = {}
     for tolerance in (0.0, 0.05, 1e9):
-        fits = search(sites, T=T, G=None, seed=0, tolerance=tolerance, compiled=False)
+        fits = evolution(sites, asked(T, None, tolerance=tolerance))
         grains[tolerance] = [fits[name].grain.item() for name in sites]
     assert grains[0.0][0] == grains[0.05][0] == 2  # 0.42 of the error of one grain
     assert grains[0.05][1] == 1  # 0.9995
@@ -148,10 +148,10 @@ def test_silent_constant_and_outlier_sites():
         "tiny": observe(normal(0) * 1e-6),
         "one_value": observe(torch.tensor([2.5])),
     }
-    for name, fit in search(sites, T=T, G=2, seed=0, compiled=False).items():
+    for name, fit in evolution(sites, asked(T, 2)).items():
         assert all(torch.isfinite(part).all() for part in (fit.theta, fit.h, fit.d, fit.v0)), name
         assert fit.relative_error <= fit.relative_error_base2, name
-    silent = search({"silent": sites["silent"]}, T=T, G=1, seed=0, compiled=False)["silent"]
+    silent = evolution({"silent": sites["silent"]}, asked(T, 1))["silent"]
     assert silent.relative_error == 0
     assert silent.firing_rate.item() == 0
 
@@ -159,10 +159,10 @@ def test_silent_constant_and_outlier_sites():
 def test_the_second_part_decides_and_the_third_does_not():
     """A fitting part from another world: base 2 stays where the choosing part shows it, and only there."""
     small, wide = normal(0) * 0.01, uniform(1)
-    kept = search({"site": observe(small, wide, small)}, T=T, G=1, seed=0, compiled=False)["site"]
+    kept = evolution({"site": observe(small, wide, small)}, asked(T, 1))["site"]
     assert kept.fallback.all()
     assert not kept.worse_than_base2
-    taken = search({"site": observe(torch.cat([small, torch.ones(1)]), small, wide)}, T=T, G=1, seed=0, compiled=False)["site"]
+    taken = evolution({"site": observe(torch.cat([small, torch.ones(1)]), small, wide)}, asked(T, 1))["site"]
     assert not taken.fallback.any()
     assert taken.relative_error > 2 * taken.relative_error_base2
     assert search_summary({"kept": kept, "taken": taken})["worse_than_base2"] == 1
@@ -172,12 +172,12 @@ def test_no_code_knows_the_largest_activation_of_the_reporting_part():
     """An outlier there is clipped, as it would be in use, and its error is reported."""
     site = observe(normal(0), normal(1), torch.cat([normal(2), torch.tensor([100.0])]))
     known = site.maximum[:REPORT].max().item()
-    base2 = base2_search({"site": site}, T=8)["site"]
-    assert base2.tau.item() == pytest.approx(known)
+    baseline = base2({"site": site}, asked(8))["site"]
+    assert baseline.tau.item() == pytest.approx(known)
     lost = (100 - known) ** 2 / (len(normal(2)) + 100**2)
-    assert base2.relative_error == pytest.approx(lost, rel=0.02)
-    traditional = fit_traditional({"site": site}, Coding.rate, T=8, compiled=False)["site"]
-    for fit in (traditional, search({"site": site}, T=8, G=1, seed=0, compiled=False)["site"]):
+    assert baseline.relative_error == pytest.approx(lost, rel=0.02)
+    traditional = classic({"site": site}, asked(8, coding="rate"))["site"]
+    for fit in (traditional, evolution({"site": site}, asked(8, 1))["site"]):
         assert fit.d.sum() < 1.3 * known
         assert fit.relative_error > 0.5 * lost
     assert group_maxima({"site": site}).item() == known  # tau of the published search
@@ -199,8 +199,8 @@ def summed() -> SiteStatistics:
 
 
 FINDERS = {
-    "search": lambda site: search({"site": site}, T=6, G=1, seed=0, compiled=False),
-    "few_spike": lambda site: fit_traditional({"site": site}, Coding.few_spike, T=6, max_spikes=2, compiled=False),
+    "search": lambda site: evolution({"site": site}, asked(6, 1)),
+    "few_spike": lambda site: classic({"site": site}, asked(6, coding="few_spike", max_spikes=2)),
 }
 
 
@@ -243,9 +243,19 @@ def test_every_assignment_starts_at_the_optimum_of_fewer_grains(steps, min_lengt
     assert len({tuple(row) for row in population.assignment[0, near].tolist()}) == count
 
 
+def test_spikes_that_reach_one_synapse_cost_nothing():
+    options = asked(T, spike_weight=1.5)
+    names = [site.name for site in sites(2)]
+    assert [name for name in names if not options.spike_weight(name)] == [
+        f"model.layers.{layer}.{kind}" for layer in range(2) for kind in ("self_attn.v_Identity.input", "mlp.silu_Identity.input")
+    ]
+    assert {SiteKind.of(site.name) is site.kind for site in sites(2)} == {True}
+    assert (SiteKind.of("some.site"), options.spike_weight("some.site")) == (None, 1.5)
+
+
 def test_too_many_grains_are_refused(statistics):
     with pytest.raises(ValueError, match="T=4"):
-        search(statistics, T=4, G=3, seed=0)
+        evolution(statistics, asked(4, 3))
 
 
 def test_codes_round_trip_through_a_file(by_grains, tmp_path):
@@ -260,14 +270,14 @@ def test_codes_round_trip_through_a_file(by_grains, tmp_path):
 def test_rows_of_a_models_attention_stay_near_one():
     """Calibrated, searched and placed: `snn.softmax_norm=before` codes probabilities whose sums change less."""
     model = tiny_model(num_hidden_layers=1)
-    install(model, rotated=False, normalise_after=False)
+    install(model, rotated=(), normalise_after=False)
     windows = torch.randint(2, 256, (6, 256), generator=torch.Generator().manual_seed(0))
     (site,) = (site for site in model_sites(model) if site.kind is SiteKind.softmax)
     found = calibrate(model, windows[:4], PrefixConfig(enabled=False)).statistics[site.name]
     off: dict[str, list[float]] = {"aware": [], "plain": []}
     for name, statistics in {"aware": found, "plain": replace(found, row_neurons=None)}.items():
         clear(model)
-        place(model, site, search({"": statistics}, T=5, G=1, seed=0, compiled=False)[""].table, compiled=False)
+        place(model, site, evolution({"": statistics}, asked(5, 1))[""].table, compiled=False)
         get_neuron(model, site).register_forward_hook(
             lambda _module, inputs, coded, name=name: off[name].append((coded - inputs[0]).sum(-1).abs().mean().item())
         )

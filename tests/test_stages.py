@@ -10,8 +10,11 @@ import torch
 from launch import die_inside, launch
 from test_config import configure
 
-from spikellm.config.schema import DEFAULT_STAGES, NETWORKS, InputError
-from spikellm.run.stages import STAGES, run_stages
+from spikellm.config.schema import DEFAULT_STAGES, NETWORKS, STAGE_NAMES, InputError
+from spikellm.run.fitting import SEARCH
+from spikellm.run.measuring import DIAGNOSE, EVALUATE
+from spikellm.run.stages import STAGES, run_stages, with_needed
+from spikellm.run.workspace import Workspace
 
 EVERY_STAGE = f"stages=[{','.join(STAGES)}]"
 
@@ -81,6 +84,44 @@ def test_interrupted_in_each_stage_and_continued(tmp_path):
     assert launch(*arguments, f"hydra.run.dir={tmp_path}/{stage}").code == 0
     assert not (tmp_path / stage / "error.json").exists()  # forgotten
     assert cached(json.loads((tmp_path / stage / "results.json").read_text())) == dict.fromkeys(STAGES, True) | {"diagnose": False}
+
+
+def test_every_stage_has_an_object():
+    assert (*STAGES, "report") == STAGE_NAMES  # a report is made of files
+    assert all(stage.name == name for name, stage in STAGES.items())
+
+
+def test_what_a_stage_needs_is_prepared_unless_its_result_is_there(tmp_path):
+    work = Workspace(configure(*SMALL, f"output_root={tmp_path}"))
+    assert [stage.name for stage in with_needed([EVALUATE], work)] == ["calibrate", "search", "evaluate"]
+    assert [stage.name for stage in with_needed([DIAGNOSE, EVALUATE], work)] == ["calibrate", "search", "diagnose", "evaluate"]
+    run(tmp_path, "stages=[search]")
+    assert with_needed([STAGES["search"]], work) == [STAGES["search"]]
+
+
+@pytest.mark.parametrize("stages", ["[calibrate,diagnose]", "[evaluate]"])
+def test_what_cannot_be_read_is_refused_before_the_first_stage_runs(stages, tmp_path):
+    arguments = ["dataset.evaluation.source=text", "dataset.evaluation.path=/no/such.txt", f"stages={stages}"]
+    with pytest.raises(InputError, match=r"dataset\.evaluation\.path=/no/such\.txt"):
+        run(tmp_path, *arguments)
+    assert not artefacts(tmp_path, "calibrate")
+
+
+def test_a_neuron_file_of_another_T_is_refused_before_the_calibration(tmp_path):
+    path = tmp_path / "neurons.pth"
+    torch.save({"site": (1, [0] * 4, torch.tensor([2.0]), 3.0, torch.tensor([2.0]), torch.tensor([2.0]))}, path)
+    with pytest.raises(InputError, match=r"snn\.T=8; set snn\.T=4"):
+        run(tmp_path, f"search.import_file={path}", "search.method=evolution", "grain=1")
+    assert not artefacts(tmp_path, "calibrate")
+
+
+def test_the_key_of_codes_holds_the_weight_of_spikes(tmp_path):
+    """Its default may change; spelled out it is the same."""
+    given = {"null": 2.5, "2.5": 2.5, "1": 1.0}
+    works = {value: Workspace(configure(*SMALL, "snn.coding=phase_signed", f"search.spike_weight={value}")) for value in given}
+    inputs = {value: SEARCH.inputs(work) for value, work in works.items()}
+    assert {value: found["search"]["spike_weight"] for value, found in inputs.items()} == given
+    assert inputs["null"] == inputs["2.5"] != inputs["1"]
 
 
 def fill_the_disk(size: int) -> None:

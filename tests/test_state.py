@@ -20,7 +20,7 @@ from test_zero_shot import byte_model, random_rows
 from spikellm.calibration import calibrate as calibration
 from spikellm.config.schema import InputError, register
 from spikellm.evaluation.texts import token_windows
-from spikellm.model.conversion import clear, convert, install
+from spikellm.model.conversion import clear, fill, install
 from spikellm.model.load import load_model
 from spikellm.model.prefix import attach_prefix
 from spikellm.report.console import console_table
@@ -44,7 +44,7 @@ def quick_pictures(monkeypatch):
         folder.mkdir()
         (folder / "density.png").write_bytes(b"a picture")
 
-    monkeypatch.setattr("spikellm.run.stages.write_density_plots", write)
+    monkeypatch.setattr("spikellm.run.measuring.write_density_plots", write)
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def in_order(root: Path, order: tuple[str, ...], *arguments: str) -> dict:
     """Stages one after the other with one workspace, in any order."""
     work, results = Workspace(configure(*SMALL, f"output_root={root}", *FELT, *arguments)), {}
     for name in order:
-        results |= STAGES[name](work).results
+        results |= STAGES[name].run(work).results
     return stage(results)
 
 
@@ -85,8 +85,8 @@ def test_diagnose_after_evaluate_is_diagnose_alone(long_prefix, tmp_path):
 
 def test_a_prefix_is_not_computed_through_neurons(ids):
     model = tiny_model(num_hidden_layers=1)
-    install(model, rotated=False)
-    convert(model, base2_tables(model), compiled=False)
+    install(model, rotated=())
+    fill(model, base2_tables(model), compiled=False)
     with pytest.raises(ValueError, match="without neurons"):
         attach_prefix(model, [1])
     clear(model)
@@ -151,7 +151,7 @@ def test_evaluate_needs_no_preparation(tmp_path):
     (tmp_path / "piqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in random_rows("piqa", 4)))
     arguments = [*SMALL, *byte_model(tmp_path / "model"), f"output_root={tmp_path}", "snn.T=3", "grain=1", "spikes.enabled=false"]
     arguments += [f"dataset.zero_shot.path={tmp_path}", "dataset.zero_shot.tasks=[piqa]", "dataset.zero_shot.networks=[ann_prefix]"]
-    found = STAGES["evaluate"](Workspace(configure(*arguments)))
+    found = STAGES["evaluate"].run(Workspace(configure(*arguments)))
     assert found.results["zero_shot"]["ann_prefix"]["piqa"]["rows"] == 4
 
 
@@ -231,7 +231,7 @@ def sweep_job(tmp_path, monkeypatch):
     folder, overrides = tmp_path / "sweep" / "0-T3-G1", SimpleNamespace(task=[])
     folder.mkdir(parents=True)
     asked = SimpleNamespace(runtime=SimpleNamespace(output_dir=str(folder)), mode=RunMode.MULTIRUN, overrides=overrides)
-    asked.sweep = SimpleNamespace(dir=str(folder.parent))
+    asked.sweep, asked.help = SimpleNamespace(dir=str(folder.parent)), SimpleNamespace(app_name="python main.py")
     monkeypatch.setattr(job.HydraConfig, "get", lambda: asked)
 
     def start(*arguments: str) -> tuple[dict, bool]:
@@ -270,7 +270,7 @@ def test_a_finished_job_is_believed_only_as_long_as_its_inputs_last(sweep_job, t
     assert repeated
     assert changed["perplexity"] != first["perplexity"]
     assert sweep_job(*arguments) == (changed, False)
-    monkeypatch.setattr("spikellm.store.sources.code", lambda stage: {"version": 2})
+    monkeypatch.setattr("spikellm.store.sources.job_code", lambda: "other code")
     assert sweep_job(*arguments)[1]
 
 

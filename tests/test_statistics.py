@@ -156,7 +156,7 @@ def test_text_too_short_for_all_parts_is_refused():
 @pytest.mark.parametrize("after", [True, False])
 def test_one_window_fills_all_parts_and_rows_are_measured_where_they_are_summed(after):
     model = tiny_model(num_hidden_layers=1)
-    install(model, rotated=False, normalise_after=after)
+    install(model, rotated=(), normalise_after=after)
     window = torch.randint(2, 256, (1, 40), generator=torch.Generator().manual_seed(0))
     found = calibrate(model, window, PrefixConfig(enabled=False))
     for name, site in found.statistics.items():

@@ -21,10 +21,9 @@ from spikellm.execution.modules import SteppedHead, SteppedLinear, SteppedNeuron
 from spikellm.execution.stepped import stepped
 from spikellm.kernels.encode import Digits
 from spikellm.model import attention
-from spikellm.model.conversion import convert, get_neuron, install, model_sites
+from spikellm.model.conversion import fill, get_neuron, install, model_sites, prepare
 from spikellm.model.modules import SpikingRMSNorm
 from spikellm.model.prefix import attach_prefix
-from spikellm.model.rotation import rotate
 from spikellm.model.sites import SiteKind
 from spikellm.spikes import ledger
 
@@ -53,11 +52,9 @@ def tables(model, T: int) -> dict[str, PhaseTable]:
 
 def spiking(name="llama", *, T=6, normalise_after=True, rotated=True, prefix=(1, 7), dtype=torch.float64, **options):
     model = tiny_model(name, dtype=dtype, **options)
-    if rotated:
-        rotate(model, seed=0)
-    install(model, rotated=rotated, query_block=16, normalise_after=normalise_after)
+    prepare(model, rotation_seed=0 if rotated else None, query_block=16, normalise_after=normalise_after)
     attach_prefix(model, list(prefix))
-    convert(model, tables(model, T), compiled=False)
+    fill(model, tables(model, T), compiled=False)
     return model
 
 
@@ -259,12 +256,12 @@ def test_anytime_readouts_end_at_the_logits_and_come_closer(ids):
 
 def test_what_cannot_be_stepped_is_refused(ids):
     model = tiny_model()
-    install(model, rotated=False)
+    install(model, rotated=())
     with pytest.raises(ValueError, match=r"layers\.0\.input_layernorm\.output carries no neuron"), stepped(model):
         pass
     model = spiking(T=6)
     found = tables(model, 6) | {"model.norm.output": base2_table(4.0, 4)}
-    convert(model, found, compiled=False)
+    fill(model, found, compiled=False)
     with pytest.raises(ValueError, match=r"\[4, 6\]"), stepped(model):
         pass
     model = spiking()
@@ -304,7 +301,7 @@ def other_tables(model, T: int, digits: Digits) -> dict[str, PhaseTable]:
 @pytest.mark.parametrize("digits", [Digits(sides=2), Digits(signed=True), Digits(max_spikes=2)], ids=str)
 def test_every_kind_of_digits_and_the_same_ledger_to_the_spike(digits, normalise_after, ids):
     model = spiking(normalise_after=normalise_after)
-    convert(model, other_tables(model, 6, digits), compiled=False)
+    fill(model, other_tables(model, 6, digits), compiled=False)
     folded, counted = model(ids).logits, ledger.count(model, ids)
     with stepped(model, chunk=4):
         assert norm_ratio(model(ids).logits, folded) <= 1e-9
@@ -346,9 +343,8 @@ def test_functions_are_evaluated_once_a_token_as_they_are_costed(normalise_after
 def test_in_float64_the_real_model_sends_the_same_spikes_either_way(real_model, real_tokenizer):
     """Few steps, so a single threshold crossed by rounding is felt: in float32 these perplexities differ by some percent."""
     model = deepcopy(real_model).double()
-    rotate(model, seed=0)
-    install(model, rotated=True)
-    convert(model, base2_tables(model, T=4), compiled=False)
+    prepare(model, rotation_seed=0)
+    fill(model, base2_tables(model, T=4), compiled=False)
     windows = torch.tensor(real_tokenizer("The capital of France is Paris, and the river on which it lies is the Seine.").input_ids)[None]
     folded, counted = perplexity(model, windows, label="folded"), ledger.count(model, windows)
     with stepped(model):

@@ -4,7 +4,7 @@ from itertools import combinations
 
 import pytest
 import torch
-from conftest import base2_table
+from conftest import asked, base2_table
 
 from spikellm.calibration.statistics import CHOOSE, FIT, REPORT, Observer, SiteStatistics
 from spikellm.coding.grains import uniform_rows
@@ -12,7 +12,7 @@ from spikellm.coding.neuron import PhaseTable, encode, fire
 from spikellm.config.schema import Coding
 from spikellm.kernels.encode import Digits
 from spikellm.search.fit import load_fits, save_fits
-from spikellm.search.traditional import code_digits, fit_traditional, variants
+from spikellm.search.traditional import classic, variants
 
 T = 6
 
@@ -20,7 +20,7 @@ T = 6
 def table(coding: Coding, option: dict[str, float], *, max_spikes: int | None = None) -> PhaseTable:
     """With 1 as the largest output (of base 2: the amplitude)."""
     rows = uniform_rows(torch.tensor([option["first"]]), T, base=option["base"], ratio=option["ratio"], v0=option["v0"])
-    return PhaseTable(*rows, digits=code_digits(coding, max_spikes))
+    return PhaseTable(*rows, digits=asked(T, coding=coding.value, max_spikes=max_spikes).digits)
 
 
 X = torch.linspace(-1.2, 1.2, 4801).view(1, 1, -1)
@@ -83,7 +83,7 @@ def observed(*, scale: float = 1.0, groups: int = 1) -> SiteStatistics:
 def test_the_fit_is_the_best_amplitude(coding):
     """Brute force over amplitudes on samples of the same distribution; every group has its own."""
     statistics = {"site": observed(groups=2)}
-    fit = fit_traditional(statistics, coding, T=T, max_spikes=2, compiled=False)["site"]
+    fit = classic(statistics, asked(T, coding=coding.value, max_spikes=2 if coding is Coding.few_spike else None))["site"]
     assert fit.tau[1] / fit.tau[0] == pytest.approx(2, rel=0.15)
     x = torch.randn(1, 1, 40000, generator=torch.Generator().manual_seed(1))
 
@@ -103,10 +103,10 @@ def test_the_fit_is_the_best_amplitude(coding):
 
 def test_more_spikes_are_better_and_phase_is_best():
     statistics = {"site": observed()}
-    errors = [fit_traditional(statistics, Coding.few_spike, T=T, max_spikes=k, compiled=False)["site"].relative_error for k in (1, 2, 3, T)]
+    errors = [classic(statistics, asked(T, coding="few_spike", max_spikes=k))["site"].relative_error for k in (1, 2, 3, T)]
     assert errors == sorted(errors, reverse=True)
     for coding in (Coding.rate, Coding.ttfs):
-        worse = fit_traditional(statistics, coding, T=T, compiled=False)["site"]
+        worse = classic(statistics, asked(T, coding=coding.value))["site"]
         assert worse.relative_error > 5 * errors[-1]
         assert worse.relative_error > worse.relative_error_base2
 
@@ -114,7 +114,7 @@ def test_more_spikes_are_better_and_phase_is_best():
 def test_a_site_without_activations_and_the_way_to_disk(tmp_path):
     silent = Observer("silent")
     silent(torch.zeros(3, 4))
-    fits = fit_traditional({"site": observed(), "silent": silent.result()}, Coding.ttfs, T=T, compiled=False)
+    fits = classic({"site": observed(), "silent": silent.result()}, asked(T, coding="ttfs"))
     save_fits(tmp_path / "codes.safetensors", fits)
     again = load_fits(tmp_path / "codes.safetensors")
     for name, fit in fits.items():

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from spikellm.config.schema import ZERO_SHOT_TASKS, InputError, ZeroShotConfig
 from spikellm.evaluation import zero_shot
-from spikellm.model.conversion import convert, install
+from spikellm.model.conversion import fill, install
 from spikellm.model.prefix import attach_prefix
 from spikellm.run.stages import run_stages
 
@@ -90,8 +90,8 @@ def by_hand(model, tokenizer, pairs: list[tuple[str, str]]) -> list[float]:
 
 def spiking_tiny(*, vocab_size: int = 258):
     model = tiny_model(vocab_size=vocab_size)
-    install(model, rotated=False, query_block=16)
-    convert(model, base2_tables(model), compiled=False)
+    install(model, rotated=(), query_block=16)
+    fill(model, base2_tables(model), compiled=False)
     return model
 
 
@@ -125,7 +125,7 @@ def test_the_batch_size_is_not_felt(task, tasks):
 def test_bos_in_the_prefix_is_the_bos_that_the_tokenizer_adds(tasks):
     """Without neurons, keys and values of BOS before the text are the same as BOS in it: it must not stand there twice."""
     plain, installed, tokenizer = tiny_model(vocab_size=258), tiny_model(vocab_size=258), byte_tokenizer(adds_bos=True)
-    install(installed, rotated=False)
+    install(installed, rotated=())
     attach_prefix(installed, [BOS])
     read: list[torch.Tensor] = []
     installed.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))

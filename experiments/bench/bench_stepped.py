@@ -41,7 +41,7 @@ def main() -> None:
     hardware = HardwareConfig(device=Device.cpu)
     text = TextConfig(source=DatasetSource.pydocs, split="evaluation", window=arguments.window, max_windows=1)
     windows = token_windows(text, "dataset.evaluation", load_tokenizer(MODEL))
-    model = spiking(load_model(MODEL, hardware), arguments.T, hardware.query_block)
+    model = spiking(load_model(MODEL, hardware), windows, arguments.T, hardware.query_block)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()) / 2**20
     print(f"window {arguments.window}, T={arguments.T}, {torch.get_num_threads()} threads, weights {weights:.0f} MiB")
     reference: tuple[float, float] | None = None

@@ -16,11 +16,13 @@ from tqdm.auto import tqdm
 
 from spikellm.calibration.statistics import CHOOSE, FIT, REPORT, Observer, SiteStatistics
 from spikellm.coding.codes import Codes, base2_codes
+from spikellm.config.schema import SpikingConfig
 from spikellm.kernels.encode import BINARY
 from spikellm.search.evolution import squared_error
 from spikellm.search.fit import part_points
+from spikellm.search.options import Options
 from spikellm.search.published import read_neurons
-from spikellm.search.search import search, weighted_points
+from spikellm.search.search import evolution, weighted_points
 
 PUBLISHED = Path(__file__).resolve().parents[3] / "shared" / "data" / "published_neurons"
 INPUTS = 3 * 2**20  # of each distribution, a third for fitting, for choosing and for reporting errors
@@ -120,7 +122,8 @@ def main() -> None:
         model = re.sub(r"(-hf)?-T-.*", "", path.stem)
         base, same, rms, most = deviation(codes)
         likeness.append(f"| {model} | {T} | {G} | {len(raw)} | {base:.3f} | {same:.1%} | {rms:.2f} | {most:.1f} |")
-        fits = search(sites, T=T, G=G, seed=arguments.seed, compiled=False)
+        snn = SpikingConfig(T=T, grain=str(G))
+        fits = evolution(sites, Options(snn=snn, seed=arguments.seed, compiled=False))
         for name, site in sites.items():
             x, weight, _ = (part[0] for part in part_points(site, REPORT))
             maximum = site.known_maximum.max()

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -27,7 +27,8 @@ from transformers import PreTrainedModel
 
 from spikellm.calibration.statistics import CHOOSE, FIT, REPORT, Observer, SiteStatistics
 from spikellm.config.schema import PrefixConfig
-from spikellm.model.conversion import clear, model_sites, set_neuron, site_groups
+from spikellm.model.blocks import Block, enter
+from spikellm.model.conversion import get_neuron, set_neuron, site_groups
 from spikellm.model.prefix import attach_prefix, find_prefix_tokens, keep_what_helps
 from spikellm.model.sites import (
     ACTIVATION,
@@ -96,25 +97,34 @@ def calibrate(model: PreTrainedModel, windows: Int[Tensor, "W L"], prefix: Prefi
     with _query_blocks(model, QUERY_BLOCK):
         tokens = _prefix_tokens(model, windows[:PREFIX_WINDOWS], prefix) if prefix.enabled else []
         attach_prefix(model, tokens)
-        with observing(model) as observers:
-            for piece, part in zip(tqdm(pieces, desc="calibrate", unit="window", disable=None), cycle(PERIOD), strict=False):
-                for observer in observers.values():
-                    observer.part = part
-                model.base_model(piece[None].to(model.device), use_cache=False)
-    return Calibration(statistics={site.name: observer.result() for site, observer in observers.items()}, prefix_tokens=tokens)
+        states, blocks = enter(model, pieces)
+        statistics: dict[str, SiteStatistics] = {}
+        for block in tqdm(blocks, desc="calibrate", unit="block", disable=None):
+            statistics |= calibrate_block(model, block, states)
+    return Calibration(statistics=statistics, prefix_tokens=tokens)
 
 
-def enough_pieces(windows: Int[Tensor, "W L"]) -> Int[Tensor, "P l"]:
+def calibrate_block(model: PreTrainedModel, block: Block, states: list[Float[Tensor, "1 L D"]]) -> dict[str, SiteStatistics]:
+    """Take all windows through one block, in place, and return what its sites have seen, by name."""
+    with observing(model, block) as observers:
+        for index, part in zip(range(len(states)), cycle(PERIOD), strict=False):
+            for observer in observers.values():
+                observer.part = part
+            states[index] = block(states[index])
+    return {site.name: observer.result() for site, observer in observers.items()}
+
+
+def enough_pieces(windows: Int[Tensor, "W L"], *, option: str = "dataset.calibration.window") -> Int[Tensor, "P l"]:
     """The windows, or equal cuts of them where they are fewer than the parts of a `PERIOD`.
 
     Raises:
-        ValueError: windows of fewer tokens than cuts.
+        ValueError: windows of fewer tokens than cuts; `option` names what sets their length.
     """
     number, length = windows.shape
     cuts = -(-len(PERIOD) // number)
     if length < cuts:
         raise ValueError(
-            f"dataset.calibration.window={length}: {number} of it cannot be cut into the {len(PERIOD)} pieces that fitting, choosing and "
+            f"{option}={length}: {number} of it cannot be cut into the {len(PERIOD)} pieces that fitting, choosing and "
             f"reporting need; take a larger window"
         )
     return windows[:, : length // cuts * cuts].reshape(number * cuts, -1)
@@ -143,18 +153,20 @@ def _query_blocks(model: PreTrainedModel, size: int) -> Iterator[None]:
 
 
 @contextmanager
-def observing(model: PreTrainedModel) -> Iterator[dict[Site, Observer]]:
-    """Within: an observer in every slot; afterwards the slots are transparent."""
-    observers = {site: _observer(model, site) for site in model_sites(model)}
+def observing(model: PreTrainedModel, block: Block) -> Iterator[dict[Site, Observer]]:
+    """Within: an observer in every slot of a block; afterwards what was there before."""
+    before = {site: get_neuron(model, site) for site in block.sites}
+    observers = {site: _observer(model, site) for site in block.sites}
     for site, observer in observers.items():
         set_neuron(model, site, observer)
-    importances = [MlpImportance(layer) for layer in decoder_layers(model)]
+    importance = None if block.layer is None else MlpImportance(block.module)
     try:
         yield observers
     finally:
-        for importance in importances:
+        if importance is not None:
             importance.remove()
-        clear(model)
+        for site, neuron in before.items():
+            set_neuron(model, site, neuron)
 
 
 def _observer(model: PreTrainedModel, site: Site) -> Observer:

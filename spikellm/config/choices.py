@@ -1,6 +1,6 @@
 """What the configuration lets one choose from; the comment behind each member is its documentation (`--help`)."""
 
-from enum import Enum
+from enum import Enum, StrEnum
 
 
 class ModelSource(Enum):
@@ -17,8 +17,15 @@ class DType(Enum):
 
 
 class RotationKind(Enum):
-    hadamard = "hadamard"  # R1 to R4
+    hadamard = "hadamard"  # the parts R1 to R4, or those of rotation.parts
     none = "none"  # the model as it is
+
+
+class RotationPart(StrEnum):
+    R1 = "R1"  # the residual stream
+    R2 = "R2"  # values, per head
+    R3 = "R3"  # queries and keys, per head, online
+    R4 = "R4"  # what down_proj reads, online
 
 
 class Coding(Enum):

@@ -1,6 +1,6 @@
 """The configuration: every field with its default, unit, meaning and check. The only home of a default.
 
-`conf/` holds deltas only. Hydra composes YAML and command line onto these dataclasses; `main.py` turns the result into
+`conf/` holds deltas only. Hydra composes YAML and command line onto these dataclasses; a job turns the result into
 instances once (`OmegaConf.to_object`), which runs the checks below. No DictConfig goes further, and this module imports
 no torch, so that `--help` and a sweep's composition stay fast.
 """
@@ -9,7 +9,6 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
-from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -26,14 +25,15 @@ from spikellm.config.choices import (
     ImportV0,
     ModelSource,
     RotationKind,
+    RotationPart,
     SearchMethod,
     SoftmaxNorm,
     Tracker,
     TrackingMode,
 )
 from spikellm.config.help import field_help
+from spikellm.config.places import project_root
 
-PROJECT_ROOT = Path(__file__).resolve().parents[2]
 STAGE_NAMES = ("calibrate", "search", "convert", "evaluate", "diagnose", "report")
 DEFAULT_STAGES = STAGE_NAMES[:4]  # a report is written at the end of a run and of a sweep anyway
 ZERO_SHOT_TASKS = ("winogrande", "arc_challenge", "arc_easy", "piqa", "hellaswag")
@@ -41,11 +41,13 @@ NETWORKS = ("ann", "ann_prefix", "base2", "snn")  # pretrained; with the prefix 
 MAX_T = 16
 MAX_THREADS = 1024
 MAX_NAME = 100  # of a name that becomes part of a path; file systems take 255 bytes [characters]
+# search.spike_weight of signed digits: they have fewer spikes (a fifth, at T = 8) and smaller errors than digits 0 and 1, at T = 4 to 8.
+SIGNED_SPIKE_WEIGHT = 2.5
 MAX_COUNT, MAX_SEED = 2**31 - 1, 2**63 - 1  # torch takes 64-bit seeds
 
 
 class InputError(ValueError):
-    """Wrong input from the user: the message names the key, the value and the cure; main.py prints it as one line."""
+    """Wrong input from the user: the message names the key, the value and the cure; the command prints it as one line."""
 
 
 def _check(condition: bool, key: str, value: Any, cure: str) -> None:
@@ -106,11 +108,26 @@ class SpikingConfig:
                 "take more time steps or fewer grains",
             )  # fmt: skip
 
+    @property
+    def grains(self) -> int | None:
+        """`grain` as a number; None: auto."""
+        return None if self.grain == "auto" else int(self.grain)
+
 
 @dataclass(kw_only=True, slots=True)
 class RotationConfig:
     kind: RotationKind = RotationKind.hadamard  # rotations that spread outliers and leave the function as it is
+    parts: list[RotationPart] = field(default_factory=lambda: list(RotationPart))  # those that act; []: norms are folded alone
     seed: int = 0  # of R1's random signs
+
+    def __post_init__(self) -> None:
+        _check(len(set(self.parts)) == len(self.parts), "rotation.parts", f"[{','.join(self.parts)}]", "one of them is there twice")
+        self.parts.sort()
+
+    @property
+    def acting(self) -> list[RotationPart]:
+        """The parts that are applied."""
+        return self.parts if self.kind is RotationKind.hadamard else []
 
 
 @dataclass(kw_only=True, slots=True)
@@ -217,6 +234,11 @@ class SearchConfig:
         for key in ("gradient_outer", "gradient_inner", "gradient_samples"):
             _check(getattr(self, key) >= 1, f"search.{key}", getattr(self, key), "must be at least 1")
         _check(self.gradient_rate > 0, "search.gradient_rate", self.gradient_rate, "must be positive")
+
+    def weight_of_spikes(self, coding: Coding) -> float:
+        """`spike_weight`, or what null stands for with a coding."""
+        default = SIGNED_SPIKE_WEIGHT if coding is Coding.phase_signed else 0.0
+        return default if self.spike_weight is None else self.spike_weight
 
 
 @dataclass(kw_only=True, slots=True)
@@ -378,9 +400,15 @@ def tracking_options(composed: DictConfig) -> tuple[TrackingConfig, dict[str, An
     return options, {str(key): value for key, value in tree.items()}
 
 
-def register() -> None:
-    """Make the schema and the resolvers known to Hydra. Call before composing."""
-    OmegaConf.register_new_resolver("project_root", lambda: str(PROJECT_ROOT), replace=True)
+def register(program: str = "python main.py") -> None:
+    """Make the schema and the resolvers known to Hydra, which hands them on to the processes of a sweep's jobs. Call before composing.
+
+    Args:
+        program: how the command was called.
+    """
+    root = str(project_root())  # of this process: a job elsewhere writes to the same place
+    OmegaConf.register_new_resolver("project_root", lambda: root, replace=True)
+    OmegaConf.register_new_resolver("program", lambda: program, replace=True)
     OmegaConf.register_new_resolver("path_part", path_part, replace=True)
     OmegaConf.register_new_resolver("field_help", lambda: field_help(Config), replace=True)
     ConfigStore.instance().store(name="schema", node=Config)

@@ -18,6 +18,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from spikellm.config.extras import require
 from spikellm.config.schema import DatasetConfig, DatasetSource, InputError, TextConfig, ZeroShotConfig
 from spikellm.evaluation import texts, zero_shot
 from spikellm.evaluation.perplexity import perplexity
@@ -74,16 +75,19 @@ def prepare(
     """Refuse what cannot be read before the long work starts, and load the benchmarks with figures missing.
 
     Raises:
-        InputError: an unreadable local text or benchmark, a hub that does not answer for a benchmark.
+        InputError: an unreadable local text or benchmark, a hub that does not answer for a benchmark, a library that is not installed.
     """
     for key, text in named_texts(dataset).items():
-        if text.source is not DatasetSource.hub:
+        if text.source is DatasetSource.hub:
+            require(f"{key}.source=hub", "datasets")
+        else:
             texts.read_text(text, key)
     options = dataset.zero_shot
     if not options.tasks:
         if options.path is not None:
             log.warning("dataset.zero_shot.path=%s has no effect without dataset.zero_shot.tasks", options.path)
         return
+    require(f"dataset.zero_shot.tasks=[{','.join(options.tasks)}]", "lm_eval")
     if tokenizer() is None:
         raise InputError(f"dataset.zero_shot.tasks=[{','.join(options.tasks)}]: a random model has no tokenizer; take another model")
     chosen = [network for network in networks if network.name in options.networks]

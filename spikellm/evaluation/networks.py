@@ -13,9 +13,10 @@ import torch
 from transformers import PreTrainedModel
 
 from spikellm.coding.neuron import PhaseTable
-from spikellm.config.schema import HardwareConfig, InputError, ModelConfig, RotationConfig, RotationKind, SoftmaxNorm
+from spikellm.config.choices import RotationKind, RotationPart
+from spikellm.config.schema import HardwareConfig, InputError, ModelConfig, RotationConfig, SoftmaxNorm
 from spikellm.kernels.hadamard import HAS_CUDA_KERNEL
-from spikellm.model import conversion, rotation
+from spikellm.model import conversion
 from spikellm.model.load import load_model
 from spikellm.model.prefix import attach_prefix
 
@@ -45,7 +46,7 @@ class Networks:
     def spiking(self, tables: Mapping[str, PhaseTable], prefix_tokens: list[int]) -> PreTrainedModel:
         """The converted model with the neurons of `tables`, by site name, behind the prefix of `prefix_tokens`."""
         model = self.transparent(prefix_tokens)
-        conversion.convert(model, tables, compiled=self.hardware.compile)
+        conversion.fill(model, tables, compiled=self.hardware.compile)
         return model
 
     def release(self) -> None:
@@ -56,14 +57,17 @@ class Networks:
             torch.cuda.empty_cache()
 
     def _install(self) -> PreTrainedModel:
-        model = load_model(self.model, self.hardware)
-        rotated = self.rotation.kind is RotationKind.hadamard
-        if rotated:
-            try:
-                rotation.rotate(model, seed=self.rotation.seed)
-            except ValueError as error:
-                raise InputError(f"rotation.kind=hadamard with model={self.model.name}: {error}") from error
+        model, parts, kind = load_model(self.model, self.hardware), self.rotation.acting, self.rotation.kind
+        if kind is RotationKind.none and self.rotation.parts != list(RotationPart):
+            log.warning("rotation.parts=[%s] has no effect with rotation.kind=none", ",".join(self.rotation.parts))
+        if self.rotation.seed and RotationPart.R1 not in parts:
+            log.warning("rotation.seed=%d has no effect without R1", self.rotation.seed)
+        seed, after = self.rotation.seed if kind is RotationKind.hadamard else None, self.softmax_norm is SoftmaxNorm.after
+        try:
+            conversion.prepare(model, rotation_seed=seed, parts=parts, normalise_after=after, query_block=self.hardware.query_block)
+        except ValueError as error:
+            cure = "parts of this width can be left out of rotation.parts"
+            raise InputError(f"rotation.kind={kind.value} with model={self.model.name}: {error}; {cure}") from error
+        if seed is not None:
             log.info("rotation: online transforms by %s", "fast-hadamard-transform" if HAS_CUDA_KERNEL else "matrix products")
-        after = self.softmax_norm is SoftmaxNorm.after
-        conversion.install(model, rotated=rotated, normalise_after=after, query_block=self.hardware.query_block)
         return model

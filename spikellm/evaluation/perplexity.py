@@ -35,11 +35,13 @@ class Perplexity:
     tokens: int  # targets
 
 
-def perplexity(model: PreTrainedModel, windows: Int[Tensor, "W L"], *, label: str) -> Perplexity:
+def perplexity(model: PreTrainedModel, windows: Int[Tensor, "W L"], *, label: str = "of the model") -> Perplexity:
     """Perplexity of `model` on `windows`, one window a forward.
 
     Args:
-        label: for the progress bar.
+        model: any causal language model of a supported architecture, pretrained or spiking, also within `spikellm.stepped`.
+        windows: token ids; every window starts anew.
+        label: for the progress bar and messages.
 
     Raises:
         FloatingPointError: the loss is not finite.

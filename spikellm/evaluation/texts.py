@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from spikellm.config.boundary import blamed_on, read_file
+from spikellm.config.extras import require
 from spikellm.config.schema import DatasetSource, InputError, TextConfig
 
 # Of ten topics of the language reference, in alphabetical order, two are evaluated on.
@@ -29,25 +30,40 @@ def token_windows(
     Raises:
         InputError: missing, unreadable, empty or too short text; tokens that the model does not have; unreachable hub.
     """
-    text = read_text(config, key)
-    if tokenizer is None:
-        tokens = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).long()
-    else:
-        # verbose=False: the text is longer than the model's context by design
-        with blamed_on(f"{key}.path={config.path or config.source.value}", "the model's tokenizer (model.path) cannot read this text"):
-            tokens = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long)
-    count = len(tokens) // config.window
-    if count == 0:
-        raise InputError(
-            f"{key}.path={config.path or config.source.value}: {len(tokens)} tokens do not fill one window of {config.window}; "
-            f"take a longer text or a smaller {key}.window"
-        )
+    what, text = f"{key}.path={config.path or config.source.value}", read_text(config, key)
+    tokens = tokenise(text, tokenizer, what)
+    windows = cut(tokens, window=config.window, max_windows=config.max_windows, what=what, option=f"{key}.window")
     if vocabulary is not None and (largest := int(tokens.max())) >= vocabulary:
         cure = "take the tokenizer that belongs to model.path" if tokenizer else "a random model's tokens are bytes: 256 are enough"
         raise InputError(f"{key}: token {largest} of the text is beyond the model's vocabulary (vocab_size={vocabulary}); {cure}")
-    if config.max_windows is not None:
-        count = min(count, config.max_windows)
-    return tokens[: count * config.window].view(count, config.window)
+    return windows
+
+
+def tokenise(text: str, tokenizer: PreTrainedTokenizerBase | None, what: str) -> Int[Tensor, " N"]:
+    """A text in one piece, without special tokens; bytes without a tokenizer.
+
+    Raises:
+        InputError: the tokenizer fails; `what` names the text.
+    """
+    if tokenizer is None:
+        return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).long()
+    # verbose=False: the text is longer than the model's context by design
+    with blamed_on(what, "the model's tokenizer (model.path) cannot read this text"):
+        return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long)
+
+
+def cut(tokens: Int[Tensor, " N"], *, window: int, max_windows: int | None, what: str, option: str) -> Int[Tensor, "W L"]:
+    """Windows of `window` tokens that do not overlap, at most `max_windows` of them.
+
+    Raises:
+        InputError: not one window; `what` names the text, `option` what sets the length.
+    """
+    count = len(tokens) // window
+    if count == 0:
+        raise InputError(f"{what}: {len(tokens)} tokens do not fill one window of {window}; take a longer text or a smaller {option}")
+    if max_windows is not None:
+        count = min(count, max_windows)
+    return tokens[: count * window].view(count, window)
 
 
 def read_text(config: TextConfig, key: str) -> str:
@@ -86,10 +102,11 @@ def _local_text(config: TextConfig, key: str) -> str:
 
 
 def _hub_text(config: TextConfig, key: str) -> str:
-    import datasets
-
     if config.path is None:
         raise InputError(f"{key}.path=null: name a data set of the hub")
+    require(f"{key}.source=hub", "datasets")
+    import datasets
+
     what = f"{key}.path={config.path}: the hub does not give it"
     with blamed_on(what, "dataset=text reads local files"):
         rows = datasets.load_dataset(config.path, config.name, split=config.split, streaming=config.max_rows is not None)

@@ -116,7 +116,7 @@ def stepped(model: PreTrainedModel, *, chunk: int | None = None) -> Iterator[Pre
     Its sites' slots hold `SteppedNeuron`s; lm_head is a `SteppedHead`. Afterwards it is folded again.
 
     Args:
-        model: converted (`conversion.convert`), one T at all sites.
+        model: converted (`spikellm.convert`), one T at all sites.
         chunk: time steps a matrix product, at most; None: all.
 
     Raises:

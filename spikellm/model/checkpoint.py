@@ -19,24 +19,33 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from spikellm.coding.neuron import PhaseNeuron, PhaseTable
 from spikellm.config.boundary import blamed_on, reason
+from spikellm.config.choices import RotationPart
 from spikellm.config.schema import InputError
 from spikellm.kernels.encode import Digits
 from spikellm.model.attention import SpikingAttention
-from spikellm.model.conversion import get_neuron, install, model_sites, place, set_neuron
+from spikellm.model.conversion import get_neuron, install, model_sites, online_parts, place, set_neuron
 from spikellm.model.intake import unfilled
 from spikellm.model.modules import OnlineHadamard
 from spikellm.model.sites import ARCHITECTURES, ATTENTION, GROUP_AXIS, ROTARY, SPIKING_ATTENTION, SPIKING_TYPE, decoder_layers
 
 METHOD = "spikellm"
-SCHEMA = 2  # of `SpikingModelConfig`; raised when what is written no longer means the same
-NOTICE = "none for a plain model: pip install spikellm, import spikellm.model.checkpoint, then AutoModelForCausalLM.from_pretrained"
+SCHEMA = 3  # of `SpikingModelConfig`; raised when what is written no longer means the same
+NOTICE = "none for a plain model: pip install spikellm, import spikellm, then AutoModelForCausalLM.from_pretrained"
 CURE = "copy or convert it again"
 EXECUTION = ("query_block", "compiled")  # how the network is computed, not which one it is: free to be edited
 
@@ -92,12 +101,12 @@ class SpikingModelConfig(QuantizationConfigMixin):
 
     quant_method: Any = METHOD
     schema: int = SCHEMA
-    rotated: bool  # R3 and R4 act online
+    rotated: list[str]  # which of R3 and R4 act online
     normalise_after: bool  # where the softmax is normalised
     prefix_length: int  # P
     prefix_sha256: str | None  # of the prefix's keys and values, layer by layer
     rotary_dtype: str  # of RoPE's frequencies, which no checkpoint holds: model.to(bfloat16) rounds them, from_pretrained does not
-    rotation: dict[str, Any] | None = None  # kind, seed and hash of R1 and R2, where the caller of `save` knows them
+    rotation: dict[str, Any] | None = None  # kind, seed, parts and hash of the rotation, where the caller of `save` knows them
     sites: dict[str, SiteRecord]  # by name
     query_block: int  # queries per block of attention [tokens]
     compiled: bool  # neurons run fused
@@ -164,7 +173,8 @@ class SpikingModelQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         config = self.quantization_config
-        install(model, rotated=config.rotated, normalise_after=config.normalise_after, query_block=config.query_block)
+        rotated = [RotationPart(part) for part in config.rotated]
+        install(model, rotated=rotated, normalise_after=config.normalise_after, query_block=config.query_block)
         del vars(model)["save_pretrained"]  # its class knows how
         places = model_sites(model)
         if {site.name for site in places} != set(config.sites):
@@ -289,15 +299,15 @@ def described(model: PreTrainedModel, *, rotation: dict[str, Any] | None = None)
         raise ValueError(f"{len(bare)} sites carry no neuron, {bare[0]} first: convert the model (outside `stepped`) before saving it")
     tables: dict[str, Any] = {name: neuron.table for name, neuron in neurons.items()}
     layers = {
-        (each.rotation is not None, each.normalise_after, 0 if each.prefix_key is None else each.prefix_key.shape[1])
-        for each in attentions(model)
+        (tuple(online_parts(layer)), each.normalise_after, 0 if each.prefix_key is None else each.prefix_key.shape[1])
+        for layer, each in zip(decoder_layers(model), attentions(model), strict=True)
     }
     if len(layers) != 1:
         raise ValueError(f"layers differ in (rotated, normalise_after, prefix length): {sorted(layers)}; install them alike")
     rotated, normalise_after, prefix_length = layers.pop()
     some: Any = next(iter(neurons.values()))
     return SpikingModelConfig(
-        rotated=rotated,
+        rotated=list(rotated),
         normalise_after=normalise_after,
         prefix_length=prefix_length,
         prefix_sha256=prefix_digest(model),
@@ -313,7 +323,7 @@ def save(model: PreTrainedModel, folder: Path, *, rotation: dict[str, Any] | Non
     """Write a converted model to `folder`: weights, tables, prefix, config. The model itself stays as it is.
 
     Args:
-        rotation: kind, seed and hash of the rotation, to be recorded.
+        rotation: kind, seed, parts and hash of the rotation, to be recorded.
 
     Raises:
         ValueError: a site carries no neuron or one that codes nothing, or layers differ.
@@ -325,3 +335,31 @@ def save(model: PreTrainedModel, folder: Path, *, rotation: dict[str, Any] | Non
     vars(twin).pop("save_pretrained", None)  # its class knows how
     twin.config.quantization_config = described(model, rotation=rotation)
     twin.save_pretrained(folder)
+
+
+def load(folder: str | Path, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """A saved spiking model, ready to be called, and its tokenizer.
+
+    Args:
+        folder: where it was saved.
+        options: of transformers' `from_pretrained`, as `dtype`, `device_map`.
+
+    Returns:
+        The model, and the tokenizer; None where the folder has none.
+
+    Raises:
+        InputError: there is no such folder, it holds another kind of model, or it was changed since.
+    """
+    place = Path(folder).expanduser()
+    if not place.is_dir():
+        raise InputError(f"{place}: no such folder; name one that a spiking model was saved in")
+    with blamed_on(str(place), CURE):
+        config = AutoConfig.from_pretrained(place)
+    if not isinstance(config, SpikingConfig):
+        raise InputError(f"{place}: holds a {config.model_type} model without neurons; spikellm.convert puts them in")
+    model = AutoModelForCausalLM.from_pretrained(place, **options)
+    tokenizer = None
+    if (place / "tokenizer_config.json").is_file():
+        with blamed_on(f"{place}, tokenizer", CURE):
+            tokenizer = AutoTokenizer.from_pretrained(place)
+    return model, tokenizer

@@ -3,11 +3,12 @@
 install    norms, activation, o_proj and down_proj become modules with a neuron slot; attention gets its submodule and
            the model the attention implementation "spiking". Slots are transparent: the model still is the ANN, computed with
            float32 activations (`modules.py`).
+prepare    rotates, then installs
 set_neuron puts an observer or a neuron into one site's slot
-convert    puts `PhaseNeuron`s at all sites, or fails
+fill       puts `PhaseNeuron`s at all sites, or fails
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -16,8 +17,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from spikellm.coding.neuron import PhaseNeuron, PhaseTable, Slot
+from spikellm.config.choices import RotationPart
 from spikellm.model.attention import IMPLEMENTATION, SpikingAttention, refuse_other_implementation
 from spikellm.model.modules import SpikingActivation, SpikingLinear, SpikingRMSNorm, WideEmbedding, WideLinear, wide
+from spikellm.model.rotation import PARTS, rotate
 from spikellm.model.sites import (
     ACTIVATION,
     ATTENTION,
@@ -45,11 +48,35 @@ from spikellm.model.sites import (
 )
 
 
-def install(model: PreTrainedModel, *, rotated: bool, normalise_after: bool = True, query_block: int = 256) -> None:
+def prepare(
+    model: PreTrainedModel,
+    *,
+    rotation_seed: int | None,
+    parts: Collection[RotationPart] = PARTS,
+    normalise_after: bool = True,
+    query_block: int = 256,
+) -> None:
+    """Rotate `model` and give every site a transparent neuron slot, in place: the same function, ready for calibration or neurons.
+
+    Args:
+        rotation_seed: of R1's random signs; None: no rotation.
+        parts: rotations that act.
+        normalise_after, query_block: as for `install`.
+
+    Raises:
+        ValueError: unsupported architecture, or a width of the model has no Hadamard matrix; the model is as it was.
+    """
+    check_architecture(model)
+    if rotation_seed is not None:
+        rotate(model, seed=rotation_seed, parts=parts)
+    install(model, rotated=() if rotation_seed is None else parts, normalise_after=normalise_after, query_block=query_block)
+
+
+def install(model: PreTrainedModel, *, rotated: Collection[RotationPart], normalise_after: bool = True, query_block: int = 256) -> None:
     """Give every site of `model` a transparent neuron slot, in place.
 
     Args:
-        rotated: `rotation.rotate` was applied: add the online halves of R3 and R4.
+        rotated: the parts that `rotation.rotate` has applied; R3 and R4 get their online halves.
         normalise_after: divide attention's output by the sum of the coded exponentials (see `attention.py`).
         query_block: queries per block of attention [tokens].
 
@@ -59,30 +86,49 @@ def install(model: PreTrainedModel, *, rotated: bool, normalise_after: bool = Tr
     check_architecture(model)
     width = head_width(model.config)
     for layer in decoder_layers(model):
-        weight: Any = layer.get_submodule(OUTPUT).weight
-        for norm in (ATTENTION_NORM, MLP_NORM):
-            replace(layer, norm, SpikingRMSNorm.adopt(layer.get_submodule(norm)))
-        for reader in (QUERY, KEY, VALUE, GATE, UP):
-            replace(layer, reader, WideLinear.adopt(layer.get_submodule(reader)))
-        replace(layer, ACTIVATION, SpikingActivation(layer.get_submodule(ACTIVATION)))
-        replace(layer, OUTPUT, SpikingLinear.adopt(layer.get_submodule(OUTPUT)))
-        replace(layer, DOWN, SpikingLinear.adopt(layer.get_submodule(DOWN), rotated=rotated))
-        spiking = SpikingAttention(
-            width,
-            rotated=rotated,
-            normalise_after=normalise_after,
-            query_block=query_block,
-            dtype=wide(weight.dtype),
-            device=weight.device,
-        )
-        attention = layer.get_submodule(ATTENTION)
-        attention.add_module(SPIKING_ATTENTION, spiking)
-        attention.register_forward_hook(refuse_other_implementation)
+        install_block(layer, width, rotated=rotated, normalise_after=normalise_after, query_block=query_block)
+    install_ends(model)
+    model.set_attn_implementation(IMPLEMENTATION)
+    vars(model)["save_pretrained"] = _refuse_saving  # `checkpoint.py` gives a model that can be saved its own
+
+
+def install_block(layer: nn.Module, head_width: int, *, rotated: Collection[RotationPart], normalise_after: bool, query_block: int) -> None:
+    """The slots of one decoder layer; arguments as in `install`."""
+    weight: Any = layer.get_submodule(OUTPUT).weight
+    for norm in (ATTENTION_NORM, MLP_NORM):
+        replace(layer, norm, SpikingRMSNorm.adopt(layer.get_submodule(norm)))
+    for reader in (QUERY, KEY, VALUE, GATE, UP):
+        replace(layer, reader, WideLinear.adopt(layer.get_submodule(reader)))
+    replace(layer, ACTIVATION, SpikingActivation(layer.get_submodule(ACTIVATION)))
+    replace(layer, OUTPUT, SpikingLinear.adopt(layer.get_submodule(OUTPUT)))
+    replace(layer, DOWN, SpikingLinear.adopt(layer.get_submodule(DOWN), rotated=RotationPart.R4 in rotated))
+    spiking = SpikingAttention(
+        head_width,
+        rotated=RotationPart.R3 in rotated,
+        normalise_after=normalise_after,
+        query_block=query_block,
+        dtype=wide(weight.dtype),
+        device=weight.device,
+    )
+    attention = layer.get_submodule(ATTENTION)
+    attention.add_module(SPIKING_ATTENTION, spiking)
+    attention.register_forward_hook(refuse_other_implementation)
+
+
+def install_ends(model: PreTrainedModel) -> None:
+    """The slot of the final norm, and float32 currents from the embedding and into the logits."""
     replace(model, EMBEDDING, WideEmbedding.adopt(model.get_submodule(EMBEDDING)))
     replace(model, FINAL_NORM, SpikingRMSNorm.adopt(model.get_submodule(FINAL_NORM)))
     replace(model, HEAD, WideLinear.adopt(model.get_submodule(HEAD)))
-    model.set_attn_implementation(IMPLEMENTATION)
-    vars(model)["save_pretrained"] = _refuse_saving  # `checkpoint.py` gives a model that can be saved its own
+
+
+def online_parts(layer: nn.Module) -> list[RotationPart]:
+    """Which of R3 and R4 act online in an installed decoder layer."""
+    owners: dict[RotationPart, Any] = {
+        RotationPart.R3: layer.get_submodule(f"{ATTENTION}.{SPIKING_ATTENTION}"),
+        RotationPart.R4: layer.get_submodule(DOWN),
+    }
+    return [part for part, owner in owners.items() if owner.rotation is not None]
 
 
 def _refuse_saving(*_: Any, **__: Any) -> None:
@@ -92,7 +138,8 @@ def _refuse_saving(*_: Any, **__: Any) -> None:
         ValueError: always.
     """
     raise ValueError(
-        "a model with neuron slots is saved by spikellm.model.checkpoint.save(model, folder); save_pretrained would leave the neurons out"
+        "save_pretrained would leave the neurons out: spikellm.model.checkpoint.save(model, folder) writes them, and so does the method "
+        "save(folder) of what spikellm.convert returned"
     )
 
 
@@ -124,7 +171,7 @@ def _slot_owner(model: PreTrainedModel, site: Site) -> nn.Module:
     with suppress(AttributeError):
         module = model.get_submodule(owner)
     if module is None or not isinstance(getattr(module, attribute, None), Slot):
-        raise ValueError(f"{site.name}: the model has no slot {owner}.{attribute}; call install(model, rotated=..) first")
+        raise ValueError(f"{site.name}: the model has no slot {owner}.{attribute}; convert the model first")
     return module
 
 
@@ -144,7 +191,7 @@ def site_groups(config: Any, kind: SiteKind) -> int:
     return config.num_key_value_heads if kind in (SiteKind.key, SiteKind.value) else 1
 
 
-def convert(model: PreTrainedModel, tables: Mapping[str, PhaseTable], *, compiled: bool = True) -> None:
+def fill(model: PreTrainedModel, tables: Mapping[str, PhaseTable], *, compiled: bool = True) -> None:
     """Put a neuron at every site of an installed model, in place.
 
     Args:

@@ -127,16 +127,20 @@ def unfilled(info: Mapping[str, Any]) -> str | None:
     return str(info["error_msgs"][0]) if info["error_msgs"] else None
 
 
+def not_finite(model: nn.Module) -> str | None:
+    """The first weight that holds NaN or infinite values, and how many; None: no weight does."""
+    for name, weight in tqdm(model.named_parameters(), desc="weights", unit="tensor", leave=False, disable=None):
+        if not (weight.is_meta or weight.isfinite().all()):
+            return f"{name} has {(~weight.isfinite()).sum()} values of {weight.numel()} that are NaN or infinite"
+    return None
+
+
 def check_finite(config: ModelConfig, model: nn.Module) -> None:
     """Refuse weights that are no numbers.
 
     Raises:
         InputError: NaN or infinite values; names the first tensor.
     """
-    for name, weight in tqdm(model.named_parameters(), desc="weights", unit="tensor", leave=False, disable=None):
-        if not (weight.is_meta or weight.isfinite().all()):
-            cure = "model.dtype=bfloat16 has a wider range" if config.dtype.value == "float16" else CURE
-            raise InputError(
-                f"model.path={config.path}: {name} has {(~weight.isfinite()).sum()} values of {weight.numel()} that are NaN or infinite "
-                f"in model.dtype={config.dtype.value}; {cure}"
-            )
+    if found := not_finite(model):
+        cure = "model.dtype=bfloat16 has a wider range" if config.dtype.value == "float16" else CURE
+        raise InputError(f"model.path={config.path}: {found} in model.dtype={config.dtype.value}; {cure}")

@@ -7,12 +7,15 @@ Each RMSNorm weight is folded into the Linears that it feeds (an RMSNorm without
 * R3  online H on q and k after RoPE (`attention.py`);
 * R4  online H before down_proj (`modules.py`), its inverse in the weight here.
 
+Each can be left out (`rotation.parts`). Norms are folded even without R1, which alone needs it: with and without a part, everything
+else is alike.
+
 Sources: QuaRot (Ashkboos et al. 2024), SpinQuant (Liu et al., arXiv:2405.16406). Unlike QuaRot's code the embedding's mean is
 not subtracted: right for LayerNorm, wrong for RMSNorm. Each weight is composed in float64 and rounded to the model's dtype once:
 three roundings of a bfloat16 weight would deviate by 1.7 times as much.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,6 +24,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from spikellm.config.choices import RotationPart
 from spikellm.kernels.hadamard import hadamard_factors, hadamard_transform, split
 from spikellm.model.sites import (
     ATTENTION_NORM,
@@ -39,6 +43,8 @@ from spikellm.model.sites import (
     head_width,
 )
 
+R1, R2, R3, R4 = PARTS = tuple(RotationPart)
+
 Step = Callable[[Tensor], Tensor]  # of a weight's algebra: [O, I] to [O, I], float64
 
 # A wide embedding is composed in parts of so many rows: LLaMA-3-8B's takes 4.2 GB in float64.
@@ -46,44 +52,61 @@ ROWS = 8192
 
 
 @torch.no_grad()
-def rotate(model: PreTrainedModel, *, seed: int) -> None:
-    """Apply the weight part of R1..R4 in place. R3 and R4 need their online halves: see `conversion.install`.
+def rotate(model: PreTrainedModel, *, seed: int, parts: Collection[RotationPart] = PARTS) -> None:
+    """Fold the norms and apply the weight part of R1, R2 and R4 in place. R3 and R4 need their online halves: see `conversion.install`.
+
+    Args:
+        seed: of R1's signs.
+        parts: those that are applied.
 
     Raises:
-        ValueError: a width of the model has no Hadamard matrix.
+        ValueError: a width that a part transforms has no Hadamard matrix.
     """
-    for width in (model.config.hidden_size, model.config.intermediate_size, head_width(model.config)):
-        split(width)  # refuses before anything is changed
+    head = head_width(model.config)
+    widths = {R1: model.config.hidden_size, R2: head, R3: head, R4: model.config.intermediate_size}
+    for part in parts:
+        split(widths[part])  # refuses before anything is changed
     untie(model)
-    signs = random_signs(model.config.hidden_size, seed=seed)
-    _compose(model.get_submodule(EMBEDDING), columns=[partial(_read_rotated, signs=signs)])
-    final_norm: Any = model.get_submodule(FINAL_NORM)
-    _compose(model.get_submodule(HEAD), columns=[partial(_scaled, factor=final_norm.weight), partial(_read_rotated, signs=signs)])
-    final_norm.weight.fill_(1.0)
+    signs = random_signs(model.config.hidden_size, seed=seed) if R1 in parts else None
+    rotate_ends(model, signs)
     for layer in decoder_layers(model):
-        rotate_block(layer, signs, head_width(model.config))
+        rotate_block(layer, parts, signs, head)
 
 
-@torch.no_grad()
-def rotate_block(layer: nn.Module, signs: Float[Tensor, " D"], head_width: int) -> None:
-    """R1, R2 and R4 in the weights of one decoder layer, its norms folded into the Linears that they feed."""
+def rotate_ends(model: PreTrainedModel, signs: Float[Tensor, " D"] | None) -> None:
+    """R1 (None: without it) in the embedding and in lm_head, the final norm folded into it."""
+    read = _residual(signs)[0]
+    final_norm: Any = model.get_submodule(FINAL_NORM)
+    _compose(model.get_submodule(EMBEDDING), columns=read)
+    _compose(model.get_submodule(HEAD), columns=[partial(_scaled, factor=final_norm.weight), *read])
+    final_norm.weight.fill_(1.0)
+
+
+def rotate_block(layer: nn.Module, parts: Collection[RotationPart], signs: Float[Tensor, " D"] | None, head_width: int) -> None:
+    """R1 (signs of None: without it), R2 and R4 in the weights of one decoder layer, its norms folded into the Linears that they feed."""
 
     def part(name: str) -> Any:
         return layer.get_submodule(name)
 
-    read, write = partial(_read_rotated, signs=signs), partial(_write_rotated, signs=signs)
-    heads, channels = partial(_heads_rotated, width=head_width), partial(_rows_of_heads_rotated, width=head_width)
-    fold_attention, fold_mlp = (partial(_scaled, factor=part(norm).weight) for norm in (ATTENTION_NORM, MLP_NORM))
-    _compose(part(QUERY), columns=[fold_attention, read])
-    _compose(part(KEY), columns=[fold_attention, read])
+    read, write = _residual(signs)
     # R2: v -> v H per head, undone by o_proj; probabilities mix tokens, not channels, so it passes through
-    _compose(part(VALUE), columns=[fold_attention, read], rows=[channels])
-    _compose(part(OUTPUT), columns=[heads], rows=[write])
-    _compose(part(GATE), columns=[fold_mlp, read])
-    _compose(part(UP), columns=[fold_mlp, read])
-    _compose(part(DOWN), columns=[_transform], rows=[write])
+    heads = [partial(_heads_rotated, width=head_width)] if R2 in parts else []
+    channels = [partial(_rows_of_heads_rotated, width=head_width)] if R2 in parts else []
+    fold_attention, fold_mlp = (partial(_scaled, factor=part(norm).weight) for norm in (ATTENTION_NORM, MLP_NORM))
+    _compose(part(QUERY), columns=[fold_attention, *read])
+    _compose(part(KEY), columns=[fold_attention, *read])
+    _compose(part(VALUE), columns=[fold_attention, *read], rows=channels)
+    _compose(part(OUTPUT), columns=heads, rows=write)
+    _compose(part(GATE), columns=[fold_mlp, *read])
+    _compose(part(UP), columns=[fold_mlp, *read])
+    _compose(part(DOWN), columns=[_transform] if R4 in parts else [], rows=write)
     for norm in (ATTENTION_NORM, MLP_NORM):
         part(norm).weight.fill_(1.0)
+
+
+def _residual(signs: Float[Tensor, " D"] | None) -> tuple[list[Step], list[Step]]:
+    """R1's steps in weights that read the residual stream, and in those that write it."""
+    return ([], []) if signs is None else ([partial(_read_rotated, signs=signs)], [partial(_write_rotated, signs=signs)])
 
 
 def random_signs(width: int, *, seed: int) -> Float[Tensor, " D"]:
@@ -102,7 +125,7 @@ def untie(model: PreTrainedModel) -> None:
     model.config.tie_word_embeddings = False
 
 
-def _compose(module: Any, *, columns: list[Step], rows: Sequence[Step] = ()) -> None:
+def _compose(module: Any, *, columns: Sequence[Step], rows: Sequence[Step] = ()) -> None:
     """Apply steps to a weight [O, I] in float64, those on its columns first, and round it once; steps on rows act on the bias as well."""
     for part in module.weight.split(len(module.weight) if rows else ROWS):
         part.copy_(_applied(part.double(), [*columns, *rows]))

@@ -13,7 +13,7 @@ from torch import nn
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 # After an architecture: the model type of a saved spiking model. transformers repeats it to who opens one without this package.
-SPIKING_TYPE = ", spiking: pip install spikellm, import spikellm.model.checkpoint"
+SPIKING_TYPE = ", spiking: pip install spikellm, import spikellm"
 
 LAYERS = "model.layers"
 EMBEDDING = "model.embed_tokens"
@@ -41,6 +41,16 @@ class SiteKind(Enum):
     activation = "mlp.silu_Identity.input"
     mlp_product = "mlp.down_proj.input"
     head_input = "model.norm.output"
+
+    @classmethod
+    def of(cls, site: str) -> "SiteKind | None":
+        """The kind of the site with that name; None: no site of a model."""
+        return next((kind for kind in cls if site.endswith(kind.value)), None)
+
+    @property
+    def one_synapse(self) -> bool:
+        """Whether a spike reaches a single synapse, where its product with one other number is taken."""
+        return self in (SiteKind.value, SiteKind.activation)
 
 
 # The axis that neuron groups divide: heads in [B, H, L, E] and [B, H, L, S], channels elsewhere.

@@ -17,6 +17,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from spikellm.config.extras import PICTURES, lack
 from spikellm.store.artifacts import intact_json, write_json, write_text
 
 log = logging.getLogger(__name__)
@@ -74,11 +75,14 @@ def objective(results: dict[str, Any] | None, key: str) -> float | None:
 
 
 def write_results(folder: Path, results: dict[str, Any], tables: dict[str, list[dict[str, Any]]], plots: list[Path]) -> Path:
-    """Write results.json, the tables by their file name, and plots/; the path of results.json. An earlier failure is forgotten."""
+    """Write results.json, the tables by their file name, and plots/; the path of results.json. An earlier failure is forgotten.
+
+    Without the extra `report` the tables are not drawn.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in tables.items():
         write_text(folder / name, _csv_text(rows, list(rows[0])))
-    if SPIKES in tables:
+    if SPIKES in tables and not lack(*PICTURES):
         from spikellm.report.spike_plots import draw_spikes  # a second to import: not before every run
 
         draw_spikes(folder, tables[SPIKES])

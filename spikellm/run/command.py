@@ -19,9 +19,10 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from spikellm.config.boundary import is_of_a_library, reason
-from spikellm.config.schema import PROJECT_ROOT, Config, InputError, instantiate, register
+from spikellm.config.extras import EXTRA, require
+from spikellm.config.places import CONF
+from spikellm.config.schema import Config, InputError, instantiate, register
 
-CONF = PROJECT_ROOT / "conf"
 NUMERIC_GROUPS = ("grain", "timesteps")
 # What is reported as one line with exit code 2; anything else is a defect and keeps its traceback.
 INPUT_ERRORS = (InputError, HydraException, OmegaConfBaseException, OSError, FloatingPointError)
@@ -42,7 +43,7 @@ def raise_on_termination() -> None:
     signal.signal(signal.SIGTERM, interrupt)
 
 
-def exit_code(run: Callable[[], object]) -> int:
+def exit_code(run: Callable[[], object], program: str) -> int:
     """Call `run`; wrong input ends with one line and 2, an interruption with one line and 130, a defect with its traceback.
 
     Raises:
@@ -70,7 +71,7 @@ def exit_code(run: Callable[[], object]) -> int:
             if isinstance(error.__cause__, OSError):  # logging says "unable to configure" where it cannot write
                 text = explain(error.__cause__)
             else:
-                text = f"command line: {reason(error)}; python main.py --help lists groups, keys and values"
+                text = f"command line: {reason(error)}; {program} --help lists groups, keys and values"
         print(f"error: {text}", file=sys.stderr)
         return 2
     return 0
@@ -104,7 +105,7 @@ def quote_values(arguments: list[str]) -> list[str]:
 
     Raises:
         InputError: an argument without a key; a value that Hydra cannot read and that may be meant as one of those, with the quoting that
-            works; range() or choice() of a numeric group, no name where a group takes one.
+            works; range() or choice() of a numeric group, no name where a group takes one; a launcher that is not installed.
     """
     parser = OverridesParser.create()
     return [argument if argument.startswith("-") or "=" not in argument else _quote(parser, argument) for argument in arguments]
@@ -132,6 +133,8 @@ def _quote(parser: OverridesParser, argument: str) -> str:
     if (CONF / group).is_dir() and not override.is_sweep_override() and not _names_options(override, group):
         options = ", ".join(sorted(path.stem for path in (CONF / group).glob("*.yaml")))
         raise InputError(f"{argument[:SHOWN]}: the group {group} takes the name of an option: {options}")
+    if group == "hydra/launcher" and (plugin := f"hydra_plugins.hydra_{value.partition('_')[0]}_launcher") in EXTRA:
+        require(argument, plugin)
     return f"{key}={value}"
 
 
@@ -168,9 +171,9 @@ def compose_config(overrides: list[str]) -> Config:
         return instantiate(compose("config", overrides=quote_values(overrides)))
 
 
-def command_line(arguments: list[str]) -> str:
+def command_line(program: str, arguments: list[str]) -> str:
     """The command that repeats a run, as a person would type it: `quote_values` undone, quoted for the shell."""
-    return " ".join(["python main.py", *(shlex.quote(_as_typed(argument)) for argument in arguments)])
+    return " ".join([program, *(shlex.quote(_as_typed(argument)) for argument in arguments)])
 
 
 def _as_typed(argument: str) -> str:

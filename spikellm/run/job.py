@@ -8,10 +8,11 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from spikellm.config.extras import PICTURES, lack, require
 from spikellm.config.schema import instantiate, tracking_options
 from spikellm.report.results import NOT_FINISHED, finished_results, write_failure, write_results
 from spikellm.run.command import command_line
-from spikellm.run.sweep import refresh
+from spikellm.run.sweep import refresh, report
 from spikellm.run.tracking import tracked
 from spikellm.store.artifacts import ArtifactStore, artifact_key
 from spikellm.store.hub import cache_if_silent
@@ -28,10 +29,12 @@ class Job:
         self.composed = composed
         self.folder = Path(hydra_config.runtime.output_dir)
         self.sweep = None if hydra_config.mode is RunMode.RUN else Path(hydra_config.sweep.dir)
-        self.record = _record(composed, list(hydra_config.overrides.task))
+        self.record = _record(composed, command_line(hydra_config.help.app_name, list(hydra_config.overrides.task)))
 
     def run(self) -> dict[str, Any] | None:
         """The content of results.json, written; None where only a report was asked for."""
+        if "report" in self.composed.stages:
+            require("stages=[report]", *PICTURES)
         if list(self.composed.stages) == ["report"]:
             from spikellm.report.html import rebuild
 
@@ -46,6 +49,8 @@ class Job:
             from spikellm.model.load import context_warning  # imports torch: not before the input is known to be right
             from spikellm.run.stages import run_stages
 
+            if (config.report.html or config.spikes.enabled) and (absent := lack(*PICTURES)):
+                log.warning("no plots and no report.html: %s", absent)
             with cache_if_silent(config):
                 if (warning := context_warning(config)) is not None:
                     log.warning("%s", warning)
@@ -54,9 +59,7 @@ class Job:
             write_results(self.folder, results, found.tables, found.plots)
             tracker.log_files(results, found.tables, self.folder)
         if not self.sweep and (config.report.html or "report" in config.stages):
-            from spikellm.report.html import write_report
-
-            write_report(self.folder)
+            report(self.folder)
         return results
 
     def _finished(self) -> dict[str, Any] | None:
@@ -80,7 +83,7 @@ class Job:
             refresh(self.sweep)
 
 
-def _record(composed: DictConfig, overrides: list[str]) -> dict[str, Any]:
+def _record(composed: DictConfig, command: str) -> dict[str, Any]:
     """What a job is, whether it fails or not: model, T, grain, its command, a hash of its resolved configuration."""
     resolved: Any = OmegaConf.to_container(composed, resolve=True, enum_to_str=True)
     grain = resolved["snn"]["grain"]
@@ -88,6 +91,6 @@ def _record(composed: DictConfig, overrides: list[str]) -> dict[str, Any]:
         "model": resolved["model"]["name"],
         "T": resolved["snn"]["T"],
         "grain": int(grain) if str(grain).isdigit() else grain,
-        "command": command_line(overrides),
+        "command": command,
         "config": artifact_key(resolved),
     }

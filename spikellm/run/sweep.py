@@ -27,6 +27,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, open_dict, read_write
 
+from spikellm.config.extras import PICTURES, lack
 from spikellm.config.schema import InputError
 from spikellm.report.results import SWEEP, summary_rows, write_summary
 from spikellm.run.command import INPUT_ERRORS, command_line, explain
@@ -42,13 +43,15 @@ LOOKED_AT = 100  # newest sweeps among which an unfinished one is looked for
 def refresh(folder: Path) -> None:
     """Bring a sweep's summary up to date, and its report where it is complete."""
     if len(write_summary(folder)) >= _jobs(folder):
-        _write_report(folder)
+        report(folder)
 
 
-def _write_report(folder: Path) -> None:
-    from spikellm.report.html import write_report  # jinja2, matplotlib: not before they are wanted
+def report(folder: Path) -> None:
+    """Write report.html of a run or a sweep, where the extra `report` is installed; each job says so where it is not."""
+    if not lack(*PICTURES):
+        from spikellm.report.html import write_report  # jinja2, matplotlib: not before they are wanted
 
-    write_report(folder)
+        write_report(folder)
 
 
 def _jobs(folder: Path) -> float:
@@ -101,7 +104,8 @@ class Reporter(Callback):
 
     def _start(self, config: DictConfig) -> None:
         task = list(config.hydra.overrides.task)
-        asked = {"command": command_line(["-m", *_launching(config), *task]), "overrides": task, "jobs": count_jobs(config)}
+        command = command_line(config.hydra.help.app_name, ["-m", *_launching(config), *task])
+        asked = {"command": command, "overrides": task, "jobs": count_jobs(config)}
         folder = self._choose(config, task)
         if str(folder) != config.hydra.sweep.dir:
             with read_write(config.hydra), open_dict(config.hydra):
@@ -123,7 +127,7 @@ class Reporter(Callback):
         folder = Path(config.hydra.sweep.dir)
         with _stopping():
             write_summary(folder)
-            _write_report(folder)
+            report(folder)
 
     def _choose(self, config: DictConfig, task: list[str]) -> Path:
         """The folder that the user names; or of the newest sweep with the same overrides, if it is unfinished; or a new one."""

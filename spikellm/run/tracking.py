@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+from spikellm.config.extras import require
 from spikellm.config.schema import InputError, Tracker, TrackingConfig, TrackingMode
 from spikellm.run.command import explain
 from spikellm.store.artifacts import artifact_key
@@ -103,7 +104,7 @@ def tracked(config: TrackingConfig, tree: dict[str, Any], *, folder: Path, group
         group: of the sweep; None for a single run.
 
     Raises:
-        InputError: `tracking.mode=online` without a key or a server that answers.
+        InputError: W&B is not installed; `tracking.mode=online` without a key or a server that answers.
     """
     if config.kind is Tracker.none or config.mode is TrackingMode.disabled:
         yield Tracking()
@@ -119,6 +120,7 @@ def tracked(config: TrackingConfig, tree: dict[str, Any], *, folder: Path, group
 
 
 def _start(config: TrackingConfig, tree: dict[str, Any], folder: Path, group: str | None) -> Any:
+    require("tracking=wandb", "wandb")
     import wandb
 
     mode = _mode(config)

@@ -18,6 +18,7 @@ from torch import Tensor
 from spikellm.coding.codes import FIXED, Codes, base2_codes
 from spikellm.coding.grains import assignments
 from spikellm.kernels.encode import BINARY, Digits, Rows, emit
+from spikellm.search.options import Options
 
 MEMBERS = 32  # population per group, at least; twice as many as there are assignments
 # Per number of grains, the last entry for more. Five times as many lower the error of binary codes by 0.3 %, of signed ones by 5 %.
@@ -80,24 +81,25 @@ class Objective:
 
 
 def evolve_grains(
-    objective: Objective,
-    maximum: Float[Tensor, " N"],
-    *,
-    T: int,
-    G: int,
-    seed: int,
-    min_length: int,
-    progress: Callable[[int], None],
+    objective: Objective, maximum: Float[Tensor, " N"], options: Options, progress: Callable[[int], None] = lambda grains: None
 ) -> list[tuple[Codes, Float[Tensor, " N"]]]:
-    """The best codes of at most 1, 2, .. G grains (all in the parameter space of G) and their objectives, falling in G."""
+    """The best codes of at most 1, 2, .. G grains (all in the parameter space of G) and their objectives, falling in G.
+
+    Args:
+        objective: to be minimised for each of N groups.
+        maximum: of |x| in each group [units of x].
+        options: T, most_grains (G), min_length, seed.
+        progress: called with the number of grains after each round.
+    """
+    T, G = options.T, options.most_grains
     # random numbers come from the CPU, so that every device searches the same candidates
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(options.seed)
     signed = objective.digits.signed
     rounds: list[tuple[Codes, Tensor]] = []
     previous = base2_codes(maximum, T)
     for grains in range(1, G + 1):
-        options = assignments(T, grains, min_length=min_length).to(maximum.device)
-        population = first_population(previous, maximum, options, generator, signed=signed)
+        cuts = assignments(T, grains, min_length=options.min_length).to(maximum.device)
+        population = first_population(previous, maximum, cuts, generator, signed=signed)
         generations = (SIGNED_GENERATIONS if signed else GENERATIONS)[min(grains, 3) - 1]
         previous, found = evolve(objective, population, maximum, generations, generator)
         codes = previous.widened(G)

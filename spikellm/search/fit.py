@@ -109,7 +109,7 @@ class CodeFit:
             tolerance: the first codes are taken whose cost is at most (1 + tolerance) times the least of all.
             fall_back: False never takes base 2.
             digits: of the neurons, but for the sides: these are the statistics'.
-            spike_weight: see `search.search`.
+            spike_weight: see `Options.spike_weight`.
         """
         T, G = rounds[0][0].assignment.shape[-1], rounds[0][0].G
         known = statistics.known_maximum
@@ -229,7 +229,8 @@ def save_fits(path: Path, fits: Mapping[str, CodeFit]) -> None:
         values = {field.name: getattr(fit, field.name) for field in fields(fit)}
         values |= asdict(values.pop("digits"))
         tensors |= {f"{number:05d}.{site}.{name}": torch.as_tensor(value) for name, value in values.items() if value is not None}
-    write_tensors(path, {key: tensor.cpu().contiguous() for key, tensor in tensors.items()})
+    apart = torch.contiguous_format  # rows of a table may be one tensor, which safetensors refuses
+    write_tensors(path, {key: tensor.cpu().clone(memory_format=apart) for key, tensor in tensors.items()})
 
 
 def load_fits(path: Path) -> dict[str, CodeFit]:

@@ -17,18 +17,19 @@ is a copy of the best bases met on the way, base 2 among them, of the assignment
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from spikellm.calibration.statistics import FIT, SiteStatistics
 from spikellm.coding.codes import Codes
 from spikellm.coding.grains import assignments, default_v0, phase_amplitudes
+from spikellm.config.schema import SearchConfig
 from spikellm.kernels.encode import Rows
+from spikellm.search.options import Options
 
 BETA = 10.0  # slope of the surrogate [1 / tau]
 EACH = 10.0  # weight of the assignments' own errors beside the mixture's
@@ -36,16 +37,6 @@ LOGIT_RATE = 10.0  # learning rate of the logits, in units of the bases'
 FIRST_LOGIT_SPREAD = 0.001  # ties between assignments are broken at random
 # Elements of [groups, assignments, samples] in one batch: some forty buffers of this size live until the backward pass.
 BATCH = {"cpu": 2**20, "cuda": 2**24}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Schedule:
-    """Steps and samples; the defaults of `schema.SearchConfig` are the authors'."""
-
-    outer: int  # rounds
-    inner: int  # steps of (h, theta) and as many of d in a round
-    samples: int  # of each group
-    rate: float  # Adam's learning rate of the bases
 
 
 class SurrogateSpike(torch.autograd.Function):
@@ -97,12 +88,9 @@ def draw_samples(statistics: SiteStatistics, group: int, count: int, generator: 
 def descend_grains(
     samples: Float[Tensor, "N S"],
     maximum: Float[Tensor, " N"],
+    options: Options,
     *,
-    T: int,
     G: int,
-    seed: int,
-    min_length: int,
-    schedule: Schedule,
     progress: Callable[[int], None] = lambda groups: None,
 ) -> tuple[Codes, Float[Tensor, " N"]]:
     """The code of exactly G grains that the published search finds for each of N groups, and its relative squared error on the samples.
@@ -110,47 +98,52 @@ def descend_grains(
     Args:
         samples: of |x| [units of x].
         maximum: tau [units of x].
-        seed: of the first logits.
+        options: T, min_length, the seed of the first logits, and the schedule: `search.gradient_*`.
+        G: grains.
         progress: called after each outer round with the number of groups that it moved.
 
     Raises:
         ValueError: T phases cannot hold G grains.
     """
-    options = assignments(T, G, min_length=min_length).to(samples.device)
-    generator = torch.Generator().manual_seed(seed)
-    logits = FIRST_LOGIT_SPREAD * torch.rand(len(samples), len(options), generator=generator).to(samples.device)
-    groups = max(1, BATCH.get(samples.device.type, BATCH["cpu"]) // (len(options) * samples.shape[1]))
+    cuts = assignments(options.T, G, min_length=options.min_length).to(samples.device)
+    generator = torch.Generator().manual_seed(options.seed)
+    logits = FIRST_LOGIT_SPREAD * torch.rand(len(samples), len(cuts), generator=generator).to(samples.device)
+    groups = max(1, BATCH.get(samples.device.type, BATCH["cpu"]) // (len(cuts) * samples.shape[1]))
     scaled = samples / maximum[:, None]
     found = []
     with torch.enable_grad():  # callers may be inside no_grad
         for start in range(0, len(samples), groups):
             part = slice(start, start + groups)
-            found.append(_descend(scaled[part, None], logits[part], options, schedule, progress))
+            found.append(_descend(scaled[part, None], logits[part], cuts, options.search, progress))
     bases, chosen, error = (torch.cat(parts) for parts in zip(*found, strict=True))
     power = scaled.square().mean(-1)
     first = torch.stack([maximum.log(), torch.ones_like(maximum), torch.zeros_like(maximum)], -1)  # v0 = 1 step: the default rule
-    codes = Codes(values=torch.cat([first, bases.log2().flatten(1)], -1), assignment=options[chosen])
+    codes = Codes(values=torch.cat([first, bases.log2().flatten(1)], -1), assignment=cuts[chosen])
     return codes, torch.where(power > 0, error / power.clamp_min(1e-30), 0.0)
 
 
 def _descend(
-    x: Float[Tensor, "N 1 S"], logits: Float[Tensor, "N A"], options: Tensor, schedule: Schedule, progress: Callable[[int], None]
+    x: Float[Tensor, "N 1 S"],
+    logits: Float[Tensor, "N A"],
+    cuts: Int[Tensor, "A T"],
+    schedule: SearchConfig,
+    progress: Callable[[int], None],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Bases [N, 3, G] in the order d, h, theta, index of the assignment [N] and mean squared error [N] of one batch, for tau = 1."""
-    (N, A), T, G = logits.shape, options.shape[-1], int(options.max()) + 1
+    (N, A), T, G = logits.shape, cuts.shape[-1], int(cuts.max()) + 1
     one = torch.ones(N, A, device=x.device)
     v0 = default_v0(one, T)
-    spell = partial(phase_amplitudes, one, assignment=options)
+    spell = partial(phase_amplitudes, one, assignment=cuts)
     d, h, theta = (torch.full((N, A, G), 2.0, device=x.device) for _ in range(3))
     alpha = logits.clone()
     optimisers = [
-        (torch.optim.Adam([h, theta], lr=schedule.rate), (h, theta), schedule.inner),
-        (torch.optim.Adam([d], lr=schedule.rate), (d,), schedule.inner),
-        (torch.optim.Adam([alpha], lr=schedule.rate * LOGIT_RATE), (alpha,), 1),
+        (torch.optim.Adam([h, theta], lr=schedule.gradient_rate), (h, theta), schedule.gradient_inner),
+        (torch.optim.Adam([d], lr=schedule.gradient_rate), (d,), schedule.gradient_inner),
+        (torch.optim.Adam([alpha], lr=schedule.gradient_rate * LOGIT_RATE), (alpha,), 1),
     ]
     best = torch.full((N, A), torch.inf, device=x.device)
     best_bases = torch.full((N, A, 3, G), 2.0, device=x.device)
-    for _ in range(schedule.outer):
+    for _ in range(schedule.gradient_outer):
         for optimiser, moving, steps in optimisers:
             for parameter in (d, h, theta, alpha):
                 parameter.requires_grad_(any(parameter is each for each in moving))

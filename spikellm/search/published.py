@@ -24,8 +24,9 @@ from torch import Tensor
 from spikellm.calibration.statistics import SiteStatistics
 from spikellm.coding.codes import Codes
 from spikellm.config.boundary import read_file
-from spikellm.config.schema import InputError
+from spikellm.config.schema import ImportV0, InputError
 from spikellm.search.fit import CodeFit
+from spikellm.search.options import Options
 
 SHOWN = 3  # site names in a message
 
@@ -121,17 +122,28 @@ def _check_names(path: Path, found: Collection[str], wanted: Collection[str]) ->
         raise _refusal(path, f"{len(found)} sites, the model {len(wanted)}: it {' and '.join(parts)}; import the file of this model")
 
 
-def import_fits(path: Path, statistics: Mapping[str, SiteStatistics], *, T: int, G: int | None, stored_v0: bool) -> dict[str, CodeFit]:
-    """The codes of a neuron file, one per site, with errors and firing rates on the calibration statistics; no objective (NaN).
+def configured_neurons(options: Options) -> tuple[Path, dict[str, Codes]]:
+    """search.import_file and what `read_neurons` finds in it.
+
+    Raises:
+        InputError: the file cannot be read, or does not fit T or grain.
+    """
+    assert options.search.import_file is not None
+    path, stored_v0 = Path(options.search.import_file), options.search.import_v0 is ImportV0.stored
+    return path, read_neurons(path, T=options.T, G=options.snn.grains, stored_v0=stored_v0)
+
+
+def imported(statistics: Mapping[str, SiteStatistics], options: Options) -> dict[str, CodeFit]:
+    """The codes of search.import_file, one per site, with errors and firing rates on the calibration statistics; no objective (NaN).
 
     Args:
         statistics: by site name; the file must have exactly these sites.
-        T, G, stored_v0: see `read_neurons`.
+        options: T, grain, import_file, import_v0.
 
     Raises:
-        InputError: the file cannot be read, or does not fit the model, T or G.
+        InputError: the file cannot be read, or does not fit the model, T or grain.
     """
-    codes = read_neurons(path, T=T, G=G, stored_v0=stored_v0)
+    path, codes = configured_neurons(options)
     _check_names(path, codes.keys(), statistics.keys())
     fits = {}
     for name, site in statistics.items():

@@ -23,108 +23,72 @@ one number more, the ratio of thresholds to resets. With a spike weight lambda t
 spikes of a neuron: lambda is the relative rise of the error at which one spike less a neuron is a fair exchange.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from spikellm.calibration.statistics import FIT, SiteStatistics
 from spikellm.coding.codes import Codes, base2_codes
-from spikellm.coding.grains import assignments
 from spikellm.kernels.compiled import fused
 from spikellm.kernels.encode import BINARY, Digits
 from spikellm.search.evolution import Objective, evolve_grains, squared_error
 from spikellm.search.fit import CodeFit, bias_weight
-from spikellm.search.gradient import Schedule, descend_grains, draw_samples
+from spikellm.search.gradient import descend_grains, draw_samples
+from spikellm.search.options import Options
 
-MAX_GRAINS = 3  # of grain=auto
 
-
-def search(
-    statistics: Mapping[str, SiteStatistics],
-    *,
-    T: int,
-    G: int | None,
-    seed: int,
-    min_length: int = 2,
-    tolerance: float = 0.02,
-    digits: Digits = BINARY,
-    spike_weights: Mapping[str, float] | None = None,
-    compiled: bool = True,
-    progress: Callable[[int], None] = lambda grains: None,
-) -> dict[str, CodeFit]:
-    """Fit a table to every neuron group of every site.
+def evolution(statistics: Mapping[str, SiteStatistics], options: Options) -> dict[str, CodeFit]:
+    """Fit a table to every neuron group of every site, all together.
 
     Args:
         statistics: by site name; all on one device.
-        T: time steps.
-        G: grains, at most; None: per group the coarsest G <= MAX_GRAINS within `tolerance` of the least cost on the choosing part.
-        seed: of the evolution; the result is the same for the same seed and statistics.
-        min_length: phases of a grain, at least [steps].
-        tolerance: relative. Excess perplexity moves about as the coding error does: 0.02 of it is 0.02 of the excess.
-        digits: of all neurons; their sides are those of a site's statistics, one where digits are signed.
-        spike_weights: by site name; the log of the factor on the squared error at which one spike less a neuron is a fair exchange
-            (0, or no entry: spikes cost nothing).
-        compiled: fuse the evaluation of candidates.
-        progress: called with the number of grains after each round.
-
-    Raises:
-        ValueError: T phases cannot hold G grains.
+        options: T; grain, at most (auto: per group the coarsest within search.tolerance of the least cost on the choosing part);
+            min_grain_length; coding, phase or phase_signed; search.spike_weight; seed.
     """
-    most = G or min(MAX_GRAINS, max(1, T // min_length))
-    assignments(T, most, min_length=min_length)  # refuses early
-    kernel = fused(squared_error, next(iter(statistics.values())).counts.device.type) if compiled else squared_error
+    digits = options.digits
+    kernel = fused(squared_error, next(iter(statistics.values())).counts.device.type) if options.compiled else squared_error
     if digits.signed:  # a digit's sign does not tell the side
         statistics = {name: site.merged() if site.sides == 2 else site for name, site in statistics.items()}
-    bits = 1.6 * T if digits.signed else T  # log2 of the number of levels
+    bits = 1.6 * options.T if digits.signed else options.T  # log2 of the number of levels
     number = min(2048, max(256, 2 ** round(bits + 2)))  # four points a level, up to 512 levels
     points = {name: weighted_points(site, number) for name, site in statistics.items()}
     x, weight, share = (torch.cat(part)[:, None] for part in zip(*points.values(), strict=True))
-    spike_weight = None
-    if spike_weights and any(spike_weights.values()):
-        each = [spike_weights.get(name, 0.0) for name, site in statistics.items() for _ in range(site.counts.shape[1])]
+    spike_weights, spike_weight = {name: options.spike_weight(name) for name in statistics}, None
+    if any(spike_weights.values()):
+        each = [spike_weights[name] for name, site in statistics.items() for _ in range(site.counts.shape[1])]
         spike_weight = share * torch.tensor(each, device=share.device)[:, None, None]
     maximum = group_maxima(statistics)
     bias = None
     if any(site.row_neurons for site in statistics.values()):
         bias = torch.cat([bias_weight(site, *points[name][1:]) for name, site in statistics.items()])
     objective = Objective(x=x, weight=weight, kernel=kernel, digits=digits, spike_weight=spike_weight, bias_weight=bias)
-    rounds = evolve_grains(objective, maximum, T=T, G=most, seed=seed, min_length=min_length, progress=progress)
-    return assess_all(statistics, rounds[-1:] if G else rounds, tolerance=tolerance, digits=digits, spike_weights=spike_weights)
+    with tqdm(total=options.most_grains, desc="search", unit="grain", disable=None) as bar:
+        rounds = evolve_grains(objective, maximum, options, lambda _: bar.update())
+    rounds, tolerance = rounds[-1:] if options.snn.grains else rounds, options.search.tolerance
+    return assess_all(statistics, rounds, tolerance=tolerance, digits=digits, spike_weights=spike_weights)
 
 
-def gradient_search(
-    statistics: Mapping[str, SiteStatistics],
-    *,
-    T: int,
-    G: int | None,
-    seed: int,
-    schedule: Schedule,
-    min_length: int = 2,
-    tolerance: float = 0.02,
-    progress: Callable[[int], None] = lambda groups: None,
-) -> dict[str, CodeFit]:
-    """The published search: arguments as for `search`, but exactly G grains, and `progress` as in `descend_grains`."""
-    most = G or min(MAX_GRAINS, max(1, T // min_length))
-    assignments(T, most, min_length=min_length)  # refuses early
-    generator = torch.Generator().manual_seed(seed)
+def gradient(statistics: Mapping[str, SiteStatistics], options: Options) -> dict[str, CodeFit]:
+    """The published search, of exactly `grain` grains (auto: of each number, and then as in `evolution`).
+
+    Args:
+        statistics: by site name; all on one device.
+        options: T, grain, min_grain_length, search.gradient_*, search.tolerance, seed.
+    """
+    generator = torch.Generator().manual_seed(options.seed)
     groups = [(site, group) for site in statistics.values() for group in range(site.counts.shape[1])]
-    samples = torch.stack([draw_samples(site, group, schedule.samples, generator) for site, group in groups])
-    rounds = []
-    for grains in (G,) if G else range(1, most + 1):
-        codes, found = descend_grains(
-            samples,
-            group_maxima(statistics),
-            T=T,
-            G=grains,
-            seed=seed,
-            min_length=min_length,
-            schedule=schedule,
-            progress=progress,
-        )
-        rounds.append((codes.widened(most), found))
-    return assess_all(statistics, rounds, tolerance=tolerance)
+    samples = torch.stack([draw_samples(site, group, options.search.gradient_samples, generator) for site, group in groups])
+    most, maximum, rounds = options.most_grains, group_maxima(statistics), []
+    searches = (most,) if options.snn.grains else range(1, most + 1)
+    total = len(searches) * len(groups) * options.search.gradient_outer
+    with tqdm(total=total, desc="search", unit="round", disable=None) as bar:
+        for G in searches:
+            codes, found = descend_grains(samples, maximum, options, G=G, progress=bar.update)
+            rounds.append((codes.widened(most), found))
+    return assess_all(statistics, rounds, tolerance=options.search.tolerance)
 
 
 def group_maxima(statistics: Mapping[str, SiteStatistics]) -> Float[Tensor, " N"]:
@@ -152,13 +116,13 @@ def assess_all(
     return fits
 
 
-def base2_search(statistics: Mapping[str, SiteStatistics], T: int) -> dict[str, CodeFit]:
-    """The baseline: base 2 at every site, tau the largest activation of the site that codes may know."""
+def base2(statistics: Mapping[str, SiteStatistics], options: Options) -> dict[str, CodeFit]:
+    """The baseline: base 2 in T phases at every site, tau the largest activation of the site that codes may know."""
     fits = {}
     for name, site in statistics.items():
         merged = site.merged()
         maximum = group_maxima({name: merged})
-        fits[name] = CodeFit.assess(merged, [(base2_codes(maximum, T), torch.full_like(maximum, torch.nan))])
+        fits[name] = CodeFit.assess(merged, [(base2_codes(maximum, options.T), torch.full_like(maximum, torch.nan))])
     return fits
 
 

@@ -7,7 +7,6 @@ are in `coding/grains.py`; they have no grains. Sources: rate coding as in Rueck
 2018 (here with logarithmic times of any base), few spikes as in Stoeckl & Maass 2021; the grids and thresholds are ours.
 """
 
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import product
@@ -20,14 +19,13 @@ from tqdm.auto import tqdm
 from spikellm.calibration.statistics import SiteStatistics
 from spikellm.coding.grains import uniform_rows
 from spikellm.coding.neuron import PhaseTable
-from spikellm.config.schema import Coding, Config, SearchMethod
+from spikellm.config.schema import Coding
 from spikellm.kernels.compiled import fused
 from spikellm.kernels.encode import Digits, Rows
 from spikellm.search.evolution import CHUNK, squared_error
 from spikellm.search.fit import CodeFit, bias_weight
+from spikellm.search.options import Options
 from spikellm.search.search import group_maxima, weighted_points
-
-log = logging.getLogger(__name__)
 
 # The largest output of a code as a share of the largest activation: 1/256 to 1.19 in steps of 9 %.
 SHARES = torch.logspace(-8, 0.25, 67, base=2)
@@ -45,52 +43,21 @@ def variants(coding: Coding, T: int) -> list[dict[str, float]]:
     return [{"base": 2.0, "ratio": ratio, "v0": 0.5, "first": 0.5} for ratio in FEW_SPIKE_RATIOS]
 
 
-def code_digits(coding: Coding, max_spikes: int | None) -> Digits:
-    """Digits 0 and 1, as many spikes as the code allows."""
-    return Digits(max_spikes={Coding.ttfs: 1, Coding.few_spike: max_spikes}.get(coding))
-
-
-def traditional_codes(config: Config, statistics: Mapping[str, SiteStatistics]) -> dict[str, CodeFit]:
-    """The codes of `snn.coding`, with a warning for every option that has no effect on them."""
-    options, snn = config.search, config.snn
-    kind = f"snn.coding={snn.coding.value}"
-    if snn.grain != "1":
-        log.warning("grain=%s has no effect with %s, which has no grains", snn.grain, kind)
-    if options.method is not SearchMethod.evolution:
-        log.warning("search.method=%s has no effect with %s", options.method.value, kind)
-    with tqdm(total=len(statistics), desc="search", unit="site", disable=None) as bar:
-        return fit_traditional(
-            statistics, snn.coding, T=snn.T, max_spikes=snn.max_spikes, compiled=config.hardware.compile, progress=bar.update
-        )
-
-
-def fit_traditional(
-    statistics: Mapping[str, SiteStatistics],
-    coding: Coding,
-    *,
-    T: int,
-    max_spikes: int | None = None,
-    compiled: bool = True,
-    progress: Callable[[int], None] = lambda sites: None,
-) -> dict[str, CodeFit]:
+def classic(statistics: Mapping[str, SiteStatistics], options: Options) -> dict[str, CodeFit]:
     """The best code of a kind for every neuron group of every site.
 
     `tau` of a fit is the largest d_t times the base (its `base_d`), so that d_t = tau base_d^-(t+1); thresholds may be lower by a
     constant ratio, which `base_theta` leaves out.
 
     Args:
-        statistics: by site name.
-        coding: rate, ttfs or few_spike.
-        max_spikes: of few_spike.
-        compiled: fuse the evaluation of candidates.
-        progress: called with 1 after each site.
+        statistics: by site name; all on one device.
+        options: T; coding, rate, ttfs or few_spike; max_spikes.
     """
-    kernel = fused(squared_error, next(iter(statistics.values())).counts.device.type) if compiled else squared_error
-    fits = {}
-    for name, site in statistics.items():
-        fits[name] = _fit_site(site, variants(coding, T), T, code_digits(coding, max_spikes), kernel)
-        progress(1)
-    return fits
+    snn, device = options.snn, next(iter(statistics.values())).counts.device.type
+    kernel = fused(squared_error, device) if options.compiled else squared_error
+    tried = variants(snn.coding, options.T)
+    sites = tqdm(statistics.items(), desc="search", unit="site", disable=None)
+    return {name: _fit_site(site, tried, options.T, options.digits, kernel) for name, site in sites}
 
 
 def _fit_site(site: SiteStatistics, options: list[dict[str, float]], T: int, digits: Digits, kernel: Callable[..., Tensor]) -> CodeFit:

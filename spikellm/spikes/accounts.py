@@ -3,6 +3,10 @@
 from dataclasses import asdict
 from typing import Any
 
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
 from spikellm.config.schema import EnergyConfig, EnergyTable
 from spikellm.model.sites import SiteKind
 from spikellm.spikes.energy import (
@@ -18,7 +22,7 @@ from spikellm.spikes.energy import (
     softmax_quotients,
     spiking_operations,
 )
-from spikellm.spikes.ledger import Ledger, SiteSpikes
+from spikellm.spikes.ledger import Ledger, SiteSpikes, count
 
 
 def cost_table(options: EnergyConfig) -> CostTable:
@@ -51,6 +55,23 @@ def dense_operations(ledger: Ledger) -> list[Operation]:
             prefix=ledger.exact_prefix,
         ),
     ]
+
+
+def count_spikes(model: PreTrainedModel, windows: Int[Tensor, "W L"]) -> dict[str, Any]:
+    """Spikes and synaptic operations of a converted model on `windows`, one window a forward, in plain types.
+
+    Args:
+        model: converted, as it is or within `spikellm.stepped`, where its spike trains are counted.
+        windows: token ids.
+
+    Returns:
+        `spikes` of results.json: firing_rate (spikes / neurons / time steps), spikes_per_token, sops_per_token (what a synaptic
+        operation is: `ledger.py`), latency_steps [time steps], the same by kind of site, what stays dense.
+
+    Raises:
+        ValueError: a site carries no neuron.
+    """
+    return spikes_record(count(model, windows))
 
 
 def spikes_record(ledger: Ledger) -> dict[str, Any]:

@@ -18,7 +18,10 @@ Sources: Horowitz, "Computing's energy problem", ISSCC 2014, 45 nm, 0.9 V; that 
 (Zheng et al., ICLR 2026: 4.6 and 0.9 pJ). Ours: the list of what stays dense, and integers of other widths than 8 bits.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
+
+from spikellm.config.choices import RotationPart
 
 HOROWITZ = "Horowitz, ISSCC 2014, 45 nm"
 # Multiplication and addition of 8-bit integers [pJ] (Horowitz). Array multipliers grow with the square of the width, adders
@@ -161,7 +164,7 @@ def spiking_operations(
     spikes: int,
     linear_groups: int,
     gates: int,
-    rotated: bool,
+    rotated: Collection[RotationPart],
     prefix: int,
 ) -> list[Operation]:
     """What the SNN computes beside its spikes and `pointwise_operations`.
@@ -170,7 +173,7 @@ def spiking_operations(
         neurons, spikes: of all sites, over the same tokens; an ON and an OFF neuron are two.
         linear_groups: code tables of attention's output neurons; each takes an output weight d_t of its own after the weights.
         gates: trains of T steps that SiLU's neurons send, one after the other: ON and OFF spikes are weighted apart.
-        rotated: R3 and R4 act online.
+        rotated: which of R3 and R4 act online.
         prefix: exact prefix keys and values beside the coded ones; 0 where they pass neurons or there are none.
     """
     layers, D, F, H, K, E = shape.layers, shape.D, shape.F, shape.H, shape.K, shape.E
@@ -182,8 +185,9 @@ def spiking_operations(
         Operation(name="neurons: comparison a step, reset a spike", mac=0, ac=T * neurons + spikes),
     ]
     if rotated:  # additions alone, counted as dearly as MACs: what stays dense must not look cheap
-        additions = (H + K) * E * fast_hadamard_additions(E) + F * fast_hadamard_additions(F)
-        operations.append(Operation(name="online Hadamard R3, R4", mac=tokens * layers * additions))
+        vectors = {RotationPart.R3: (H + K, E), RotationPart.R4: (1, F)}  # how many a token, how long
+        additions = sum(number * width * fast_hadamard_additions(width) for number, width in (vectors[part] for part in rotated))
+        operations.append(Operation(name=f"online Hadamard {', '.join(rotated)}", mac=tokens * layers * additions))
     if prefix:
         # exponentials, mixture and sum of P columns; the scores come from query spikes
         operations.append(Operation(name="exact prefix", mac=tokens * layers * H * prefix * (E + 2)))

@@ -35,10 +35,10 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from spikellm.coding.neuron import PhaseNeuron
+from spikellm.config.choices import RotationPart
 from spikellm.execution.modules import SteppedNeuron
 from spikellm.model.attention import SpikingAttention
-from spikellm.model.conversion import get_neuron, model_sites, set_neuron, site_groups
-from spikellm.model.modules import SpikingLinear
+from spikellm.model.conversion import get_neuron, model_sites, online_parts, set_neuron, site_groups
 from spikellm.model.sites import (
     ATTENTION,
     DOWN,
@@ -100,7 +100,7 @@ class Ledger:
     coded_prefix: int  # prefix positions whose keys and values pass neurons
     exact_prefix: int  # prefix positions beside the coded ones
     normalise_after: bool
-    rotated: bool
+    rotated: list[RotationPart]  # those that act online, R3 and R4
     shape: DecoderShape
 
     def to_json(self) -> dict[str, Any]:
@@ -109,7 +109,8 @@ class Ledger:
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Self:
         sites = [SiteSpikes(**site) for site in record["sites"]]
-        return cls(**record | {"sites": sites, "shape": DecoderShape(**record["shape"])})
+        rotated = [RotationPart(part) for part in record["rotated"]]
+        return cls(**record | {"sites": sites, "rotated": rotated, "shape": DecoderShape(**record["shape"])})
 
     @property
     def T(self) -> int:
@@ -173,9 +174,10 @@ def site_fan_out(model: PreTrainedModel, site: Site) -> int:
     layer: Any = decoder_layers(model)[site.layer or 0]
     if site.kind in READERS:
         return sum(layer.get_submodule(name).out_features for name in READERS[site.kind])
+    if site.kind.one_synapse:
+        return 1
     attention: SpikingAttention = layer.get_submodule(f"{ATTENTION}.{SPIKING_ATTENTION}")
-    known = {SiteKind.value: 1, SiteKind.activation: 1, SiteKind.softmax: attention.head_width + attention.normalise_after}
-    return known.get(site.kind, 0)
+    return attention.head_width + attention.normalise_after if site.kind is SiteKind.softmax else 0
 
 
 class AttentionWatch:
@@ -263,7 +265,6 @@ def count(model: PreTrainedModel, windows: Int[Tensor, "W L"]) -> Ledger:
             model.base_model(window[None].to(model.device), use_cache=False)
     layer: Any = decoder_layers(model)[0]
     attention: SpikingAttention = layer.get_submodule(f"{ATTENTION}.{SPIKING_ATTENTION}")
-    down: SpikingLinear = layer.get_submodule(DOWN)
     prefix = 0 if attention.prefix_key is None else attention.prefix_key.shape[1]
     return Ledger(
         sites=[site_spikes(site, counter) for site, counter in counters.items()],
@@ -273,7 +274,7 @@ def count(model: PreTrainedModel, windows: Int[Tensor, "W L"]) -> Ledger:
         coded_prefix=0 if attention.normalise_after else prefix,
         exact_prefix=prefix if attention.normalise_after else 0,
         normalise_after=attention.normalise_after,
-        rotated=down.rotation is not None,
+        rotated=online_parts(layer),
         shape=decoder_shape(model),
     )
 

@@ -10,6 +10,7 @@ import ast
 import hashlib
 import platform
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -18,29 +19,29 @@ from typing import Any
 PACKAGE = Path(__file__).parents[1]
 # No figure depends on them beyond the values that the keys hold.
 LEFT_OUT = ("config", "store")
-# Stage -> its version, raised by hand where workspace.py or stages.py change what it writes, and the modules that compute it.
-COMPUTED_BY: dict[str, tuple[int, tuple[str, ...]]] = {
-    "calibrate": (1, ("evaluation.networks", "calibration.calibrate", "evaluation.texts")),
-    "search": (1, ("search.methods",)),
-    "convert": (1, ("evaluation.networks", "model.checkpoint")),
-    "evaluate": (1, ("evaluation.networks", "evaluation.figures")),
-    "evaluate base2": (1, ("evaluation.networks", "evaluation.figures", "search.search")),
-    "evaluate stepped": (1, ("evaluation.networks", "evaluation.figures", "execution.memory", "execution.stepped")),
-    "evaluate ann": (1, ("model.load", "evaluation.figures")),
-    "spikes": (1, ("evaluation.networks", "spikes.ledger")),
-    "diagnose": (1, ("evaluation.networks", "evaluation.diagnostics", "evaluation.density_plots")),
-}
+JOB = ("run.stages",)  # all that a job computes by; looked up without importing it, which would cost torch
+
+
+@dataclass(frozen=True, slots=True)
+class Code:
+    """The code that computes a result, declared beside it."""
+
+    version: int  # raised by hand where the code that declares it (run/, evaluation/measured.py) changes what it writes
+    modules: tuple[str, ...]  # that compute, room.file
+
+    def key(self) -> dict[str, Any]:
+        """What the key of a result holds of the code."""
+        return {"version": self.version, "sha256": code_fingerprint(self.modules, PACKAGE)}
+
+
+def job_code() -> str:
+    """A fingerprint of everything that computes in a job, stages included."""
+    return code_fingerprint(JOB, PACKAGE)
 
 
 def versions() -> dict[str, str | None]:
     """Versions that a result depends on."""
     return {"python": platform.python_version()} | {name: _version(name) for name in ("torch", "transformers", "spikellm")}
-
-
-def code(stage: str) -> dict[str, Any]:
-    """What the key of a result holds of the code that computes it; `stage` of COMPUTED_BY."""
-    version, modules = COMPUTED_BY[stage]
-    return {"version": version, "sha256": code_fingerprint(modules, PACKAGE)}
 
 
 @cache

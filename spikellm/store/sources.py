@@ -17,7 +17,7 @@ from typing import Any
 from spikellm.config.boundary import blamed_on
 from spikellm.config.schema import Config, DatasetSource, InputError, ModelConfig, ModelSource, TextConfig
 from spikellm.store.artifacts import Digests, artifact_key, file_state, intact_json
-from spikellm.store.provenance import COMPUTED_BY, code
+from spikellm.store.provenance import job_code
 
 # Beside a model and plainly not read by transformers: descriptions, pictures, code, the formats of other libraries.
 UNREAD = {".md", ".pdf", ".png", ".jpg", ".jpeg", ".svg", ".py", ".gguf", ".pth", ".onnx", ".h5", ".msgpack", ".ot", ".lock"}
@@ -105,7 +105,7 @@ def job_inputs(config: Config, digests: Digests) -> dict[str, str | None]:
     wanted: dict[str, Callable[[], Any]] = {"model": partial(model_source, config.model, digests)}
     wanted |= {key: partial(text_source, text, digests) for key, text in texts.items()}
     wanted |= {key: partial(digests.of, path) for key, path in files.items()}
-    return {key: _key(content) for key, content in wanted.items()} | {"code": _key(lambda: {stage: code(stage) for stage in COMPUTED_BY})}
+    return {key: _key(content) for key, content in wanted.items()} | {"code": _key(job_code)}
 
 
 def _key(content: Callable[[], Any]) -> str | None:

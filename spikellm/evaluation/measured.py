@@ -1,0 +1,111 @@
+"""Which networks are measured: what each one's figures depend on, how it is built, how its perplexity is taken.
+
+snn          the fitted codes, folded or step by step
+base2        base-2 phase coding of the same T
+ann_prefix   the rotated model without neurons, behind the spiking networks' prefix
+ann          the model as it was pretrained
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from spikellm.calibration.calibrate import Calibration
+from spikellm.config.schema import Execution
+from spikellm.evaluation.figures import Network, folded_perplexity
+from spikellm.evaluation.networks import Networks
+from spikellm.evaluation.perplexity import readout_perplexities
+from spikellm.execution.memory import fitting_chunk
+from spikellm.execution.stepped import stepped
+from spikellm.model.sites import HEAD
+from spikellm.search.fit import CodeFit
+from spikellm.search.options import Options
+from spikellm.search.search import base2
+from spikellm.store.provenance import Code
+
+log = logging.getLogger(__name__)
+
+FOLDED = Code(1, ("evaluation.networks", "evaluation.figures"))
+STEPPED = Code(1, ("evaluation.networks", "evaluation.figures", "execution.memory", "execution.stepped"))
+BASE2 = Code(1, ("evaluation.networks", "evaluation.figures", "search.search"))
+PRETRAINED = Code(1, ("model.load", "evaluation.figures"))
+
+
+def measured_networks(
+    models: Networks,
+    options: Options,
+    keys: dict[str, Any],
+    calibration: Callable[[], Calibration],
+    fits: Callable[[], dict[str, CodeFit]],
+) -> list[Network]:
+    """The networks of a job, the spiking ones first: they share the converted model, which then makes room for the ANN.
+
+    Args:
+        models: builds them.
+        options: of the codes; T, execution.
+        keys: stand for `model`, `calibrate` and `search` in what figures depend on.
+        calibration, fits: called no earlier than a figure is missing.
+    """
+    device = {"device": models.hardware.device.value}
+    snn = options.snn
+    is_stepped = snn.execution is Execution.stepped
+
+    def prefix() -> list[int]:
+        return calibration().prefix_tokens
+
+    def spiking(codes: Callable[[], dict[str, CodeFit]]) -> PreTrainedModel:
+        return models.spiking({name: fit.table for name, fit in codes().items()}, prefix())
+
+    return [
+        Network(
+            name="snn",
+            inputs=device | {"code": (STEPPED if is_stepped else FOLDED).key(), "search": keys["search"], "execution": snn.execution.value},
+            build=partial(spiking, fits),
+            prefix_tokens=prefix,
+            measure=partial(stepped_perplexity, chunk=snn.step_chunk, max_gib=snn.max_memory_gib) if is_stepped else folded_perplexity,
+        ),
+        Network(
+            name="base2",
+            inputs=device | {"code": BASE2.key(), "calibrate": keys["calibrate"], "T": options.T},
+            build=partial(spiking, lambda: base2(calibration().statistics, options)),
+            prefix_tokens=prefix,
+        ),
+        Network(
+            name="ann_prefix",
+            inputs=device | {"code": FOLDED.key(), "calibrate": keys["calibrate"]},
+            build=lambda: models.transparent(prefix()),
+            prefix_tokens=prefix,
+        ),
+        Network(
+            name="ann",
+            inputs=device | {"code": PRETRAINED.key(), "model": keys["model"]},
+            build=models.ann,
+            prefix_tokens=list,
+        ),
+    ]
+
+
+def stepped_perplexity(
+    model: PreTrainedModel, windows: Int[Tensor, "W L"], label: str, *, chunk: int | None, max_gib: float | None
+) -> dict[str, Any]:
+    """Perplexity with spikes step by step in JSON types, and as `anytime` what the logits give after 1 .. T steps.
+
+    Args:
+        chunk: time steps per matrix product, at most; None: all.
+        max_gib: bound on weights and activations that lowers it; None: none [GiB].
+
+    Raises:
+        InputError: a single step does not fit into `max_gib`.
+    """
+    chunk = fitting_chunk(model, windows.shape[1], chunk=chunk, max_gib=max_gib)
+    log.info("stepped execution: %d time steps per matrix product", chunk)
+    with stepped(model, chunk=chunk):
+        readouts: Any = model.get_submodule(HEAD)
+        curve = readout_perplexities(model, windows, readouts=readouts.readouts, label=f"{label}, stepped")
+    return asdict(curve[-1]) | {"anytime": [point.value for point in curve]}

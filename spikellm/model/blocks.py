@@ -1,0 +1,83 @@
+"""A model as a row of blocks, and windows that go through it together: all of them through one block, then through the next.
+
+What a stage does to a block, or learns from it, is a function of that block; the stage is a loop over the row. Nothing of the other
+blocks has to be at hand then: not their observers (1.9 GB on LLaMA-3-8B's 32 layers), not their weights. What is held instead are the
+windows' hidden states, W L D numbers (0.5 GB there, for 16 windows of 2048 tokens).
+
+No figure depends on it: a window meets the same operations on the same numbers as in the model's own forward, from which the arguments
+of every layer (position embeddings, the mask of its type of attention) are taken.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from spikellm.model.sites import FINAL_NORM, LAYERS, Site, decoder_layers, sites
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Block:
+    """A decoder layer, or the final norm behind the last one."""
+
+    layer: int | None  # None: the final norm
+    module: nn.Module
+    sites: list[Site]  # nine, or one
+    arguments: dict[str, Any]  # of the module, beside the hidden state
+
+    def __call__(self, state: Float[Tensor, "1 L D"]) -> Float[Tensor, "1 L D"]:
+        """A window's hidden state behind the block; behind the last block it is what lm_head reads."""
+        return self.module(state, **self.arguments)
+
+
+@torch.no_grad()
+def enter(model: PreTrainedModel, windows: Int[Tensor, "W L"]) -> tuple[list[Float[Tensor, "1 L D"]], list[Block]]:
+    """The hidden state of every window before the first block, and the blocks in the order in which a token meets them.
+
+    Blocks take their modules as they are, neurons and observers included, but know one length of windows and no padding.
+    """
+    layers = decoder_layers(model)
+    with _passed_by(model) as (states, arguments):
+        for window in windows:
+            model.base_model(window[None].to(model.device), use_cache=False)
+    modules = dict(enumerate(layers)) | {None: model.get_submodule(FINAL_NORM)}
+    return states, [
+        Block(
+            layer=layer,
+            module=module,
+            sites=[site for site in sites(len(layers)) if site.layer == layer],
+            arguments={} if layer is None else arguments[layer],
+        )
+        for layer, module in modules.items()
+    ]
+
+
+@contextmanager
+def _passed_by(model: PreTrainedModel) -> Iterator[tuple[list[Tensor], list[dict[str, Any]]]]:
+    """Within: a forward passes the decoder layers by. What comes to the first is collected, and what every layer is called with."""
+    layers = decoder_layers(model)
+    states: list[Tensor] = []
+    arguments: list[dict[str, Any]] = [{} for _ in layers]
+
+    def twin(index: int, layer: nn.Module) -> nn.Module:
+        def forward(state: Tensor, **given: Any) -> Tensor:
+            arguments[index] = given
+            if index == 0:
+                states.append(state)
+            return state
+
+        same = copy(layer)  # models ask their layers for attributes
+        vars(same)["forward"] = forward
+        return same
+
+    model.set_submodule(LAYERS, nn.ModuleList(twin(index, layer) for index, layer in enumerate(layers)))
+    try:
+        yield states, arguments
+    finally:
+        model.set_submodule(LAYERS, layers)

@@ -1,0 +1,212 @@
+"""The whole way in one call: a pretrained transformers model becomes a spiking one, with a report.
+
+    check      everything that can be refused before a weight is touched
+    prepare    rotations R1 .. R4, a slot at every site         (`model/conversion.py`)
+    calibrate  prefix tokens, statistics of every site          (`calibration/calibrate.py`)
+    search     statistics to codes                              (`search/methods.py`)
+    fill       a neuron with its code in every slot             (`model/conversion.py`)
+
+`python main.py` goes the same way with each result an artefact (`run/fitting.py`), and finds the same codes to the last bit.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from spikellm.calibration.calibrate import calibrate, enough_pieces
+from spikellm.config.choices import Coding, DatasetSource, Groups, SearchMethod, SoftmaxNorm
+from spikellm.config.schema import HardwareConfig, InputError, PrefixConfig, SearchConfig, SpikingConfig, TextConfig
+from spikellm.evaluation.texts import cut, read_text, tokenise
+from spikellm.model import checkpoint
+from spikellm.model.attention import SpikingAttention
+from spikellm.model.conversion import fill, prepare
+from spikellm.model.intake import not_finite
+from spikellm.model.sites import check_architecture
+from spikellm.search.fit import CodeFit
+from spikellm.search.methods import find_codes, search_summary
+from spikellm.search.options import Options
+
+Choice = TypeVar("Choice", bound=Enum)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Conversion:
+    """A spiking model, and how well its codes fit; `print` shows it in a few lines."""
+
+    model: PreTrainedModel  # the one that was given, a neuron at every site
+    tokenizer: PreTrainedTokenizerBase | None  # where one was given
+    prefix_tokens: list[int]  # their keys and values stand before every sequence
+    fits: dict[str, CodeFit]  # by name of the site, in the order in which a token meets them
+    rotation: dict[str, Any]  # kind and seed
+
+    @property
+    def sites(self) -> list[str]:
+        """Names of the sites."""
+        return list(self.fits)
+
+    @property
+    def relative_error(self) -> float:
+        """Weighted squared error of the codes over that of sending nothing: mean of the sites, on text that decided nothing."""
+        return search_summary(self.fits)["relative_mse"]
+
+    @property
+    def worse_than_base2(self) -> list[str]:
+        """Sites that base 2 would have coded better, on text that decided nothing."""
+        return [name for name, fit in self.fits.items() if fit.worse_than_base2]
+
+    def save(self, folder: str | Path) -> None:
+        """Write model and tokenizer in transformers' format; `spikellm.load(folder)` reads them back."""
+        checkpoint.save(self.model, Path(folder), rotation=self.rotation)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder)
+
+    def __str__(self) -> str:
+        found = search_summary(self.fits)
+        T, (worst, fit) = next(iter(self.fits.values())).table.T, max(self.fits.items(), key=lambda item: item[1].relative_error)
+        return (
+            f"{type(self.model).__name__}, spiking: T={T}, {len(self.fits)} sites, prefix tokens {self.prefix_tokens}\n"
+            f"relative error {found['relative_mse']:.2e}, with base 2 {found['relative_mse_base2']:.2e}; "
+            f"{found['worse_than_base2']} sites were better off with base 2\n"
+            f"largest at {worst}: {fit.relative_error:.2e}"
+        )
+
+
+def convert(
+    model: PreTrainedModel,
+    tokenizer_or_windows: PreTrainedTokenizerBase | Tensor,
+    *,
+    T: int = 8,
+    grain: int | str = 2,
+    text: str | None = None,
+    window: int = 1024,
+    max_windows: int | None = 8,
+    coding: str = "phase",
+    max_spikes: int | None = None,
+    method: str = "evolution",
+    groups: str = "head",
+    spike_weight: float | None = None,
+    softmax_norm: str = "after",
+    prefix: bool = True,
+    rotation_seed: int | None = 0,
+    seed: int = 0,
+    query_block: int = 256,
+    compiled: bool = True,
+) -> Conversion:
+    """Turn a pretrained LLaMA, Mistral, Qwen2 or Qwen3 model into a spiking one, in place.
+
+    The model is changed: its weights are rotated, its modules replaced, it is in evaluation mode and its weights take no gradients. What is
+    wrong with the arguments is told before that. Whatever fails later (activations that overflow, memory) leaves it between the two:
+    load it again.
+
+    Args:
+        model: as `AutoModelForCausalLM.from_pretrained` gives it, in any floating dtype, on the CPU or on GPUs.
+        tokenizer_or_windows: the model's tokenizer, which then reads `text`; or token ids [W, L] to calibrate on, 8 windows of 1024, say.
+        T: time steps, 1 to 16.
+        grain: grains of a code, 1, 2, 3, at least two time steps each; "auto": as many as a neuron group needs.
+        text: to calibrate on, thousands of tokens in the model's own field; None: the language reference that CPython carries.
+        window, max_windows: the text is cut into windows of so many tokens, and so many of them are used.
+        coding: phase, phase_signed, rate, ttfs or few_spike.
+        max_spikes: of a neuron, with few_spike.
+        method: evolution, gradient (hours) or base2.
+        groups: head: one code an attention head, one for each sign at SiLU; site: one a site.
+        spike_weight: accuracy against spikes; None: 0, phase_signed 2.5.
+        softmax_norm: after: exponentials are coded; before: probabilities.
+        prefix: outlier tokens get exact keys and values before every sequence.
+        rotation_seed: of R1's signs; None: no rotation.
+        seed: of the search.
+        query_block: queries per block of attention [tokens].
+        compiled: neurons and the search run fused (torch.compile).
+
+        Their fields in `config/schema.py` say more.
+
+    Returns:
+        The spiking model and its codes with their errors.
+
+    Raises:
+        ValueError: a model that is spiking already, of another architecture, without weights or with weights that are no numbers; T and
+            grain that do not fit each other, an unknown choice; too little text, or tokens that the model does not have.
+    """
+    HardwareConfig(compile=compiled, query_block=query_block)  # refuses what is out of range
+    options = Options(
+        snn=SpikingConfig(
+            T=T,
+            grain=str(grain),
+            coding=_choice(Coding, "coding", coding),
+            max_spikes=max_spikes,
+            softmax_norm=_choice(SoftmaxNorm, "softmax_norm", softmax_norm),
+        ),
+        search=SearchConfig(
+            method=_choice(SearchMethod, "method", method),
+            groups=_choice(Groups, "groups", groups),
+            spike_weight=spike_weight,
+        ),
+        seed=seed,
+        compiled=compiled,
+    )
+    _check_model(model)
+    tokenizer = None if isinstance(tokenizer_or_windows, Tensor) else tokenizer_or_windows
+    if isinstance(tokenizer_or_windows, Tensor):
+        windows = tokenizer_or_windows
+        if text is not None:
+            raise InputError("text goes with a tokenizer, which cuts it into windows; leave it out beside windows")
+    else:
+        windows = _windows(tokenizer_or_windows, text, window, max_windows)
+    _check_windows(windows, model.config.vocab_size)
+    after = options.snn.softmax_norm is SoftmaxNorm.after
+    prepare(model.eval().requires_grad_(False), rotation_seed=rotation_seed, normalise_after=after, query_block=query_block)
+    try:
+        found = calibrate(model, windows, PrefixConfig(enabled=prefix))
+        fits = find_codes({name: site.to(model.device) for name, site in found.statistics.items()}, options)
+    except ValueError as error:
+        raise ValueError(f"{error}; the model is rotated by now and has no neurons: load it again") from error
+    fill(model, {name: fit.table for name, fit in fits.items()}, compiled=compiled)
+    rotation = {"kind": "none" if rotation_seed is None else "hadamard", "seed": rotation_seed}
+    return Conversion(model=model, tokenizer=tokenizer, prefix_tokens=found.prefix_tokens, fits=fits, rotation=rotation)
+
+
+def _choice(kind: type[Choice], key: str, value: str) -> Choice:
+    known: Mapping[str, Choice] = {each.value: each for each in kind}
+    if value not in known:
+        raise InputError(f"{key}={value!r}: unknown; there is {', '.join(known)}")
+    return known[value]
+
+
+def _windows(tokenizer: PreTrainedTokenizerBase, text: str | None, window: int, max_windows: int | None) -> Int[Tensor, "W L"]:
+    options = TextConfig(source=DatasetSource.pydocs, split="calibration", window=window, max_windows=max_windows)
+    tokens = tokenise(read_text(options, "text") if text is None else text, tokenizer, "text")
+    return cut(tokens, window=window, max_windows=max_windows, what="text", option="window")
+
+
+def _check_model(model: PreTrainedModel) -> None:
+    check_architecture(model)
+    kind = type(model).__name__
+    if any(isinstance(module, SpikingAttention) for module in model.modules()):
+        raise InputError(f"{kind}: has neurons or slots for them already; load the pretrained model again")
+    empty = [name for name, weight in model.named_parameters() if weight.is_meta]
+    if empty:
+        raise InputError(
+            f"{kind}: {len(empty)} weights are on the meta device ({empty[0]} first), never loaded or offloaded; "
+            "load the model with from_pretrained, onto devices that hold it"
+        )
+    other = [f"{name} ({weight.dtype})" for name, weight in model.named_parameters() if not weight.is_floating_point()]
+    if other:
+        raise InputError(f"{kind}: {len(other)} weights are no floating-point numbers ({other[0]} first); load it without quantization")
+    if found := not_finite(model):
+        raise InputError(f"{kind}: {found}; take bfloat16 or float32 for a wider range, or fetch the weights again")
+
+
+def _check_windows(windows: Tensor, vocabulary: int) -> None:
+    shape = tuple(windows.shape)
+    if windows.ndim != 2 or not windows.numel() or windows.is_floating_point() or windows.dtype is torch.bool:
+        raise InputError(f"windows of shape {shape}, {windows.dtype}: must be token ids [windows, tokens]; one row is ids[None]")
+    if (low := int(windows.min())) < 0 or (high := int(windows.max())) >= vocabulary:
+        wrong = low if low < 0 else high
+        raise InputError(f"windows: token {wrong} is not in the model's vocabulary (vocab_size={vocabulary}); take the model's tokenizer")
+    enough_pieces(windows, option="window")

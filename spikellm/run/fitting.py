@@ -1,0 +1,185 @@
+"""The stages on the way to a spiking model.
+
+calibrate   model, rotation, prefix, calibration text -> statistics of every site, prefix tokens
+search      statistics, T, grain                      -> one code per site
+convert     model, codes                              -> the spiking model (in memory; on disk with save_model=true)
+"""
+
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from spikellm.calibration.calibrate import Calibration, calibrate
+from spikellm.config.schema import Device, ImportV0, InputError, SearchMethod
+from spikellm.model import checkpoint
+from spikellm.run.stage import KeyedStage, StageOutcome
+from spikellm.run.workspace import Workspace
+from spikellm.search.fit import CodeFit, load_fits, save_fits
+from spikellm.search.methods import find_codes, search_summary, site_row
+from spikellm.search.options import Options
+from spikellm.search.published import configured_neurons, file_hash
+from spikellm.store.artifacts import read_json, write_json
+from spikellm.store.provenance import Code
+
+log = logging.getLogger(__name__)
+
+
+class Calibrate(KeyedStage):
+    """Statistics of every site, prefix tokens."""
+
+    name = "calibrate"
+    code = Code(1, ("evaluation.networks", "calibration.calibrate", "evaluation.texts"))
+
+    def inputs(self, work: Workspace) -> dict[str, Any]:
+        config = work.config
+        return {
+            "code": self.code.key(),
+            "model": work.model_source,
+            "rotation": plain(config.rotation),
+            "prefix": plain(config.prefix),
+            "softmax_norm": config.snn.softmax_norm.value,
+            "text": work.calibration_source,
+        }
+
+    def prepare(self, work: Workspace) -> None:
+        if not self.is_done(work):
+            log.debug("calibration: %d windows", len(work.calibration_windows))
+
+    def compute(self, work: Workspace, folder: Path) -> None:
+        config, windows, model = work.config, work.calibration_windows, work.models.transparent([])
+        try:
+            found = calibrate(model, windows, config.prefix)
+        except ValueError as error:
+            raise InputError(f"calibrate with model={config.model.name}, dataset={config.dataset.name}: {error}") from error
+        found.save(folder)
+
+    def found(self, work: Workspace) -> Calibration:
+        return Calibration.load(self.artefact(work).folder)
+
+    def run(self, work: Workspace) -> StageOutcome:
+        artefact = self.artefact(work)
+        found = Calibration.load(artefact.folder)
+        record = {"sites": len(found.statistics), "prefix_tokens": found.prefix_tokens, "rotation": work.rotation_record}
+        return StageOutcome(artefacts=[artefact], results=record)
+
+
+CALIBRATE = Calibrate()
+
+
+class Search(KeyedStage):
+    """One code per site."""
+
+    name = "search"
+    needs = (CALIBRATE,)
+    code = Code(1, ("search.methods",))
+
+    def inputs(self, work: Workspace) -> dict[str, Any]:
+        options, snn = work.options, work.config.snn
+        search = plain(options.search) | {"spike_weight": options.search.weight_of_spikes(snn.coding)}
+        if options.search.import_file is not None:  # what is in the file, not where it lies
+            search["import_file"] = file_hash(Path(options.search.import_file))
+        wanted = {"T": options.T, "grain": snn.grain, "min_grain_length": snn.min_grain_length, "coding": snn.coding.value}
+        return {
+            "code": self.code.key(),
+            "calibrate": CALIBRATE.key(work),
+            "snn": wanted | ({} if snn.max_spikes is None else {"max_spikes": snn.max_spikes}),
+            "search": search,
+            "seed": options.seed,
+        }
+
+    def prepare(self, work: Workspace) -> None:
+        options = work.options
+        for message in without_effect(options):
+            log.warning("%s", message)
+        if options.method == "imported" and not self.is_done(work):
+            configured_neurons(options)
+
+    def compute(self, work: Workspace, folder: Path) -> None:
+        device = "cpu" if work.config.hardware.device is Device.cpu else "cuda"
+        statistics = {name: site.to(device) for name, site in CALIBRATE.found(work).statistics.items()}
+        start = time.perf_counter()
+        fits = find_codes(statistics, work.options)
+        save_fits(folder / "codes.safetensors", fits)
+        write_json(folder / "search.json", {"seconds": round(time.perf_counter() - start, 3)} | search_summary(fits))
+
+    def found(self, work: Workspace) -> dict[str, CodeFit]:
+        return load_fits(self.artefact(work).folder / "codes.safetensors")
+
+    def run(self, work: Workspace) -> StageOutcome:
+        artefact = self.artefact(work)
+        codes = artefact.folder / "codes.safetensors"
+        rows = [site_row(name, fit) for name, fit in load_fits(codes).items()]
+        record = {"sites": len(rows), "search": read_json(artefact.folder / "search.json"), "codes": str(codes)}
+        return StageOutcome(artefacts=[artefact], results=record, tables={"sites.csv": rows})
+
+
+SEARCH = Search()
+
+
+class Convert(KeyedStage):
+    """The codes fit the model's sites; with save_model=true the spiking model on disk."""
+
+    name = "convert"
+    needs = (CALIBRATE, SEARCH)
+    code = Code(1, ("evaluation.networks", "model.checkpoint"))
+
+    def inputs(self, work: Workspace) -> dict[str, Any]:
+        return {"code": self.code.key(), "search": SEARCH.key(work), "save_model": work.config.save_model}
+
+    def compute(self, work: Workspace, folder: Path) -> None:
+        fits, places = SEARCH.found(work), CALIBRATE.found(work).statistics
+        if absent := sorted(set(fits) ^ set(places)):
+            raise ValueError(f"codes do not fit the model: {len(absent)} sites with a code or statistics alone, {absent[:3]}")
+        write_json(folder / "neurons.json", {name: {"groups": len(fit.tau), "T": fit.assignment.shape[-1]} for name, fit in fits.items()})
+        if work.config.save_model:
+            checkpoint.save(spiking(work), folder / "model", rotation=work.rotation_record)
+            if work.tokenizer is not None:
+                work.tokenizer.save_pretrained(folder / "model")
+
+    def run(self, work: Workspace) -> StageOutcome:
+        artefact = self.artefact(work)
+        saved = {"saved_model": str(artefact.folder / "model")} if work.config.save_model else {}
+        return StageOutcome(artefacts=[artefact], results=saved)
+
+
+CONVERT = Convert()
+
+
+def without_effect(options: Options) -> Iterator[str]:
+    """Options of the search that the configured method does not read, one message each."""
+    search, coding = options.search, f"snn.coding={options.snn.coding.value}"
+    other = None if search.method is SearchMethod.evolution else f"search.method={search.method.value}"
+    if options.method == "classic":
+        if options.snn.grain != "1":
+            yield f"grain={options.snn.grain} has no effect with {coding}, which has no grains"
+        if other:
+            yield f"{other} has no effect with {coding}"
+        return
+    if search.spike_weight and other:
+        yield f"search.spike_weight={search.spike_weight:g} has no effect with {other}"
+    if options.method == "imported":
+        if other:
+            yield f"{other} has no effect: the codes come from search.import_file"
+    elif search.import_v0 is not ImportV0.stored:
+        yield f"search.import_v0={search.import_v0.value} has no effect without search.import_file"
+
+
+def transparent(work: Workspace) -> PreTrainedModel:
+    """The rotated model with its prefix and without neurons."""
+    return work.models.transparent(CALIBRATE.found(work).prefix_tokens)
+
+
+def spiking(work: Workspace) -> PreTrainedModel:
+    """The spiking model with the codes that were found: prefix attached, a neuron at every site."""
+    tables = {name: fit.table for name, fit in SEARCH.found(work).items()}
+    return work.models.spiking(tables, CALIBRATE.found(work).prefix_tokens)
+
+
+def plain(node: Any) -> dict[str, Any]:
+    """A config node in JSON types."""
+    return {key: getattr(value, "value", value) for key, value in asdict(node).items()}

@@ -1,0 +1,121 @@
+"""The stages that measure networks.
+
+evaluate    models, evaluation texts, benchmarks      -> perplexities, zero-shot accuracies, spikes, energy
+diagnose    statistics, codes, evaluation text        -> distance to the Lloyd-Max bound, damage by kind of site, plots
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from spikellm.config.extras import require
+from spikellm.config.schema import Execution
+from spikellm.evaluation import diagnostics, figures
+from spikellm.evaluation.density_plots import write_density_plots
+from spikellm.evaluation.measured import measured_networks
+from spikellm.run.fitting import CALIBRATE, SEARCH, spiking, transparent
+from spikellm.run.stage import KeyedStage, Stage, StageOutcome
+from spikellm.run.workspace import Workspace
+from spikellm.spikes import accounts, ledger
+from spikellm.store.artifacts import read_json, write_json
+from spikellm.store.provenance import Code
+
+log = logging.getLogger(__name__)
+
+
+class Spikes(KeyedStage):
+    """`spikes` and `energy` of results.json, the rows of spikes.csv; a part of evaluate."""
+
+    name = "spikes"
+    needs = (CALIBRATE, SEARCH)
+    code = Code(1, ("evaluation.networks", "spikes.ledger"))
+
+    def inputs(self, work: Workspace) -> dict[str, Any]:
+        return folded_figures(work) | {"code": self.code.key(), "windows": work.config.spikes.windows}
+
+    def compute(self, work: Workspace, folder: Path) -> None:
+        windows = work.evaluation_windows[: work.config.spikes.windows]
+        write_json(folder / "ledger.json", ledger.count(spiking(work), windows).to_json())
+
+    def run(self, work: Workspace) -> StageOutcome:
+        artefact = self.artefact(work)
+        found, wanted = ledger.Ledger.from_json(read_json(artefact.folder / "ledger.json")), work.config.spikes.windows
+        if found.windows < wanted:
+            log.warning("spikes.windows=%d: the evaluation text has %d", wanted, found.windows)
+        records = {
+            "spikes": accounts.spikes_record(found),
+            "energy": accounts.energy_record(found, accounts.cost_table(work.config.energy)),
+        }
+        return StageOutcome(artefacts=[artefact], results=records, tables={"spikes.csv": accounts.spike_rows(found)})
+
+
+SPIKES = Spikes()
+
+
+class Evaluate(Stage):
+    """Spikes and energy of the spiking model; perplexities and accuracies of all networks, an artefact each."""
+
+    name = "evaluate"
+    needs = (CALIBRATE, SEARCH)
+
+    def networks(self, work: Workspace) -> list[figures.Network]:
+        keys = {"model": work.model_source, "calibrate": CALIBRATE.key(work), "search": SEARCH.key(work)}
+        return measured_networks(work.models, work.options, keys, lambda: CALIBRATE.found(work), lambda: SEARCH.found(work))
+
+    def prepare(self, work: Workspace) -> None:
+        snn = work.config.snn
+        for key in ("step_chunk", "max_memory_gib"):
+            if snn.execution is Execution.folded and (value := getattr(snn, key)) is not None:
+                log.warning("snn.%s=%s has no effect with snn.execution=folded", key, value)
+        figures.prepare(work.config.dataset, lambda: work.tokenizer, work.store, self.networks(work), work.benchmarks)
+
+    def run(self, work: Workspace) -> StageOutcome:
+        counted = SPIKES.run(work) if work.config.spikes.enabled else StageOutcome(artefacts=[], results={})
+        results, artefacts = figures.evaluate(work.config.dataset, lambda: work.tokenizer, work.store, self.networks(work), work.benchmarks)
+        return StageOutcome(artefacts=artefacts + counted.artefacts, results=results | counted.results, tables=counted.tables)
+
+
+EVALUATE = Evaluate()
+
+
+class Diagnose(KeyedStage):
+    """How far each code is above the Lloyd-Max bound, which sites do the damage, levels drawn on densities."""
+
+    name = "diagnose"
+    needs = (CALIBRATE, SEARCH)
+    code = Code(1, ("evaluation.networks", "evaluation.diagnostics", "evaluation.density_plots"))
+
+    def inputs(self, work: Workspace) -> dict[str, Any]:
+        return folded_figures(work) | {"code": self.code.key(), "windows": work.config.diagnostics.windows}
+
+    def prepare(self, work: Workspace) -> None:
+        require("stages=[diagnose]", "matplotlib")
+        if work.config.diagnostics.windows and not self.is_done(work):
+            log.debug("evaluation: %d windows", len(work.evaluation_windows))
+
+    def compute(self, work: Workspace, folder: Path) -> None:
+        fits, statistics, count = SEARCH.found(work), CALIBRATE.found(work).statistics, work.config.diagnostics.windows
+        record: dict[str, Any] = {"sites": diagnostics.site_rows(statistics, fits)}
+        write_density_plots(folder / "plots", statistics, fits)
+        if count:
+            windows, model = work.evaluation_windows[:count], transparent(work)
+            by_kind, by_site = diagnostics.damage(model, fits, windows, compiled=work.config.hardware.compile)
+            record["damage"] = {"perplexity_by_kind": by_kind, "perplexity_by_site": by_site}
+        write_json(folder / "diagnostics.json", record)
+
+    def run(self, work: Workspace) -> StageOutcome:
+        artefact = self.artefact(work)
+        record = read_json(artefact.folder / "diagnostics.json")
+        rows = record["sites"]
+        above = sorted(row["above_bound"] for row in rows if row["above_bound"] is not None)
+        found = record.get("damage", {}) | {"median_above_bound": above[len(above) // 2] if above else None}
+        plots = sorted((artefact.folder / "plots").glob("*.png"))
+        return StageOutcome(artefacts=[artefact], results={"diagnostics": found}, tables={"diagnostics.csv": rows}, plots=plots)
+
+
+DIAGNOSE = Diagnose()
+
+
+def folded_figures(work: Workspace) -> dict[str, Any]:
+    """What figures of the folded spiking model on the main evaluation text depend on."""
+    return {"search": SEARCH.key(work), "device": work.device, "text": work.evaluation_source}

@@ -1,0 +1,60 @@
+"""What every method of finding codes is told: nodes of the configuration, so that defaults and their checks have one home."""
+
+from dataclasses import dataclass, field
+
+from spikellm.config.schema import Coding, Config, SearchConfig, SpikingConfig
+from spikellm.kernels.encode import Digits
+from spikellm.model.sites import SiteKind
+
+MAX_GRAINS = 3  # of grain=auto
+CLASSIC = (Coding.rate, Coding.ttfs, Coding.few_spike)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """Each method reads what concerns it."""
+
+    snn: SpikingConfig  # T, grain, min_grain_length, coding, max_spikes
+    search: SearchConfig = field(default_factory=SearchConfig)
+    seed: int = 0  # the same seed and statistics give the same codes
+    compiled: bool = True  # fuse the evaluation of candidates
+
+    @classmethod
+    def of(cls, config: Config) -> "Options":
+        return cls(snn=config.snn, search=config.search, seed=config.seed, compiled=config.hardware.compile)
+
+    @property
+    def method(self) -> str:
+        """The configured one of METHODS."""
+        if self.snn.coding in CLASSIC:
+            return "classic"
+        return "imported" if self.search.import_file is not None else self.search.method.value
+
+    @property
+    def T(self) -> int:
+        """Time steps; further down the codes know their own."""
+        return self.snn.T
+
+    @property
+    def min_length(self) -> int:
+        """Phases of a grain, at least."""
+        return self.snn.min_grain_length
+
+    @property
+    def most_grains(self) -> int:
+        """Grains that a code may have; of grain=auto as many as are tried."""
+        return self.snn.grains or min(MAX_GRAINS, max(1, self.T // self.min_length))
+
+    @property
+    def digits(self) -> Digits:
+        """What the coding lets neurons send; the sides are those of a site's statistics."""
+        coding = self.snn.coding
+        return Digits(signed=coding is Coding.phase_signed, max_spikes=1 if coding is Coding.ttfs else self.snn.max_spikes)
+
+    def spike_weight(self, site: str) -> float:
+        """The log of the factor on the squared error at which one spike less a neuron is a fair exchange; 0: spikes cost nothing.
+
+        Where a spike reaches a single synapse, it costs nothing: the site keeps its accuracy.
+        """
+        kind = SiteKind.of(site)
+        return 0.0 if kind is not None and kind.one_synapse else self.search.weight_of_spikes(self.snn.coding)
