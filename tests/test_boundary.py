@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from spikellm.config import boundary
 from spikellm.config.boundary import blamed_on
-from spikellm.config.schema import InputError
+from spikellm.config.checks import InputError
 
 CURE = "give another file"
 

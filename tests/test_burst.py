@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from spikellm.calibration.statistics import FIT, SiteStatistics
 from spikellm.coding.neuron import PhaseTable, encode, fire
-from spikellm.config.schema import Execution
+from spikellm.config.choices import Execution
 from spikellm.evaluation.perplexity import perplexity
 from spikellm.evaluation.texts import token_windows
 from spikellm.run.stages import run_stages

@@ -7,8 +7,10 @@ import pytest
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
+from spikellm.config.checks import InputError
+from spikellm.config.choices import Coding, Device, ModelSource
 from spikellm.config.help import describe
-from spikellm.config.schema import MAX_T, SIGNED_SPIKE_WEIGHT, Coding, Config, Device, InputError, ModelSource
+from spikellm.config.schema import MAX_T, SIGNED_SPIKE_WEIGHT, Config
 from spikellm.run.command import command_line, compose_config, quote_values
 
 CONF = Path(__file__).resolve().parents[1] / "conf"

@@ -6,7 +6,9 @@ from pydoc_data.topics import topics
 
 import pytest
 
-from spikellm.config.schema import DatasetSource, InputError, TextConfig
+from spikellm.config.checks import InputError
+from spikellm.config.choices import DatasetSource
+from spikellm.config.dataset import TextConfig
 from spikellm.evaluation.texts import token_windows
 from spikellm.evaluation.zero_shot import read_rows
 from spikellm.search.published import file_hash

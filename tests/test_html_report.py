@@ -14,7 +14,7 @@ from test_config import configure
 from test_report import ZERO_SHOT, make, results, sites, sweep
 from test_stages import SMALL
 
-from spikellm.config.schema import InputError
+from spikellm.config.checks import InputError
 from spikellm.report import plots
 from spikellm.report.html import rebuild, write_report
 from spikellm.report.results import write_results

@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from spikellm.config.schema import Device, DType, HardwareConfig, InputError, ModelConfig, ModelSource
+from spikellm.config.checks import InputError
+from spikellm.config.choices import Device, DType, ModelSource
+from spikellm.config.schema import HardwareConfig, ModelConfig
 from spikellm.model import checkpoint
 from spikellm.model.conversion import fill, install
 from spikellm.model.load import load_model, load_tokenizer

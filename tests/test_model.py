@@ -4,7 +4,9 @@ import pytest
 import torch
 from conftest import SIZES, tiny_model
 
-from spikellm.config.schema import Device, DType, HardwareConfig, InputError, ModelConfig, ModelSource
+from spikellm.config.checks import InputError
+from spikellm.config.choices import Device, DType, ModelSource
+from spikellm.config.schema import HardwareConfig, ModelConfig
 from spikellm.model.load import empty_model, load_model, load_tokenizer
 from spikellm.store.artifacts import Digests
 from spikellm.store.sources import model_source

@@ -21,6 +21,8 @@ from spikellm.config.schema import HardwareConfig, PrefixConfig, RotationConfig,
 from spikellm.evaluation.texts import token_windows
 from spikellm.kernels.compiled import fused
 from spikellm.model.conversion import fill, prepare
+from spikellm.run.fitting import CALIBRATE, SEARCH
+from spikellm.run.fitting import spiking as of_the_command
 from spikellm.run.workspace import Workspace
 from spikellm.spikes import ledger
 
@@ -48,14 +50,14 @@ def test_one_call_makes_the_network_of_the_command(options, arguments, tmp_path,
     work = Workspace(configure(*SMALL, "search.method=evolution", "snn.T=4", "grain=1", *arguments, f"output_root={tmp_path}"))
     text = token_windows(work.config.dataset.calibration, "dataset.calibration", None)
     found = spikellm.convert(work.models.ann(), text, T=4, grain=1, compiled=False, **options)
-    fits = work.fits()[0]
+    fits = SEARCH.found(work)
     assert list(fits) == found.sites
     for name, fit in fits.items():
         for field in fields(fit):
             ours, theirs = getattr(found.fits[name], field.name), getattr(fit, field.name)
             assert torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs, (name, field.name)
-    assert found.prefix_tokens == work.calibration()[0].prefix_tokens
-    assert torch.equal(found.model(ids).logits, work.spiking()(ids).logits)
+    assert found.prefix_tokens == CALIBRATE.found(work).prefix_tokens
+    assert torch.equal(found.model(ids).logits, of_the_command(work)(ids).logits)
     assert found.relative_error == pytest.approx(sum(fit.relative_error for fit in fits.values()) / len(fits))
     assert found.worse_than_base2 == [name for name, fit in fits.items() if fit.worse_than_base2]
 

@@ -11,7 +11,8 @@ from conftest import asked
 from test_config import configure
 
 from spikellm.calibration.statistics import CHOOSE, FIT, REPORT, Observer
-from spikellm.config.schema import ImportV0, InputError
+from spikellm.config.checks import InputError
+from spikellm.config.choices import ImportV0
 from spikellm.search.published import imported, read_neurons
 
 NAMES = sorted(["layer.norm", "layer.softmax"])

@@ -17,7 +17,9 @@ from test_data import text_config
 from test_sweep import composed
 
 from spikellm.config.boundary import reason
-from spikellm.config.schema import Device, HardwareConfig, InputError, ModelConfig, ModelSource
+from spikellm.config.checks import InputError
+from spikellm.config.choices import Device, ModelSource
+from spikellm.config.schema import HardwareConfig, ModelConfig
 from spikellm.evaluation.perplexity import perplexity
 from spikellm.evaluation.texts import read_text
 from spikellm.model.load import context_warning, load_model, load_tokenizer

@@ -13,7 +13,9 @@ from test_config import configure
 from test_stages import SMALL, cached, run
 from test_zero_shot import BOS, byte_tokenizer
 
-from spikellm.config.schema import DatasetSource, ModelConfig, ModelSource, TextConfig
+from spikellm.config.choices import DatasetSource, ModelSource
+from spikellm.config.dataset import TextConfig
+from spikellm.config.schema import ModelConfig
 from spikellm.model.load import load_model, load_tokenizer, pinned
 from spikellm.store import sources
 from spikellm.store.artifacts import Digests

@@ -10,7 +10,9 @@ import torch
 from launch import die_inside, launch
 from test_config import configure
 
-from spikellm.config.schema import DEFAULT_STAGES, NETWORKS, STAGE_NAMES, InputError
+from spikellm.config.checks import InputError
+from spikellm.config.dataset import NETWORKS
+from spikellm.config.schema import DEFAULT_STAGES, STAGE_NAMES
 from spikellm.run.fitting import SEARCH
 from spikellm.run.measuring import DIAGNOSE, EVALUATE
 from spikellm.run.stages import STAGES, run_stages, with_needed

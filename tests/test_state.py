@@ -18,7 +18,8 @@ from test_stages import SMALL, artefacts, cached, run
 from test_zero_shot import byte_model, random_rows
 
 from spikellm.calibration import calibrate as calibration
-from spikellm.config.schema import InputError, register
+from spikellm.config.checks import InputError
+from spikellm.config.schema import register
 from spikellm.evaluation.texts import token_windows
 from spikellm.model.conversion import clear, fill, install
 from spikellm.model.load import load_model

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache
 
 from spikellm.coding.neuron import PhaseTable
-from spikellm.config.schema import InputError
+from spikellm.config.checks import InputError
 from spikellm.evaluation.perplexity import perplexity, readout_perplexities
 from spikellm.execution import attention as stepped_attention
 from spikellm.execution.memory import fitting_chunk, peak_bytes

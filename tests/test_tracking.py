@@ -13,7 +13,9 @@ from launch import launch
 from test_cli import SMALL
 from test_config import configure
 
-from spikellm.config.schema import InputError, Tracker, TrackingConfig, TrackingMode
+from spikellm.config.checks import InputError
+from spikellm.config.choices import Tracker, TrackingMode
+from spikellm.config.schema import TrackingConfig
 from spikellm.run.tracking import WandbTracking, numeric_leaves, run_id, tracked
 
 TREE = {"model": {"name": "tiny"}, "snn": {"T": 8, "grain": "2"}, "output_root": "/a", "tracking": {"kind": "wandb"}}

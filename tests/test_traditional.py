@@ -9,7 +9,7 @@ from conftest import asked, base2_table
 from spikellm.calibration.statistics import CHOOSE, FIT, REPORT, Observer, SiteStatistics
 from spikellm.coding.grains import uniform_rows
 from spikellm.coding.neuron import PhaseTable, encode, fire
-from spikellm.config.schema import Coding
+from spikellm.config.choices import Coding
 from spikellm.kernels.encode import Digits
 from spikellm.search.fit import load_fits, save_fits
 from spikellm.search.traditional import classic, variants

@@ -13,7 +13,8 @@ from test_config import configure
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from spikellm.config.schema import ZERO_SHOT_TASKS, InputError, ZeroShotConfig
+from spikellm.config.checks import InputError
+from spikellm.config.dataset import ZERO_SHOT_TASKS, ZeroShotConfig
 from spikellm.evaluation import zero_shot
 from spikellm.model.conversion import fill, install
 from spikellm.model.prefix import attach_prefix

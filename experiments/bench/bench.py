@@ -16,7 +16,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import spikellm
-from spikellm.config.schema import DatasetSource, Device, HardwareConfig, ModelConfig, ModelSource, TextConfig
+from spikellm.config.choices import DatasetSource, Device, ModelSource
+from spikellm.config.dataset import TextConfig
+from spikellm.config.schema import HardwareConfig, ModelConfig
 from spikellm.evaluation.perplexity import perplexity
 from spikellm.evaluation.texts import token_windows
 from spikellm.model.load import load_model, load_tokenizer

@@ -16,7 +16,7 @@ import stat
 from pathlib import Path
 from types import TracebackType
 
-from spikellm.config.schema import InputError
+from spikellm.config.checks import InputError
 
 PACKAGE = str(Path(__file__).parents[1])
 LONGEST = 240  # of a library's message, in one line [characters]

@@ -2,7 +2,7 @@
 
 from importlib.util import find_spec
 
-from spikellm.config.schema import InputError
+from spikellm.config.checks import InputError
 
 # library, as it is imported -> the extra that installs it
 EXTRA = {

@@ -14,9 +14,9 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from spikellm.config.checks import check
 from spikellm.config.choices import (
     Coding,
-    DatasetSource,
     Device,
     DType,
     EnergyTable,
@@ -31,28 +31,18 @@ from spikellm.config.choices import (
     Tracker,
     TrackingMode,
 )
+from spikellm.config.dataset import DatasetConfig
 from spikellm.config.help import field_help
 from spikellm.config.places import project_root
 
 STAGE_NAMES = ("calibrate", "search", "convert", "evaluate", "diagnose", "report")
 DEFAULT_STAGES = STAGE_NAMES[:4]  # a report is written at the end of a run and of a sweep anyway
-ZERO_SHOT_TASKS = ("winogrande", "arc_challenge", "arc_easy", "piqa", "hellaswag")
-NETWORKS = ("ann", "ann_prefix", "base2", "snn")  # pretrained; with the prefix of the next; base-2 phase coding, same T; fitted codes
 MAX_T = 16
 MAX_THREADS = 1024
 MAX_NAME = 100  # of a name that becomes part of a path; file systems take 255 bytes [characters]
 # search.spike_weight of signed digits: they have fewer spikes (a fifth, at T = 8) and smaller errors than digits 0 and 1, at T = 4 to 8.
 SIGNED_SPIKE_WEIGHT = 2.5
 MAX_COUNT, MAX_SEED = 2**31 - 1, 2**63 - 1  # torch takes 64-bit seeds
-
-
-class InputError(ValueError):
-    """Wrong input from the user: the message names the key, the value and the cure; the command prints it as one line."""
-
-
-def _check(condition: bool, key: str, value: Any, cure: str) -> None:
-    if not condition:
-        raise InputError(f"{key}={value}: {cure}")
 
 
 def path_part(name: Any) -> str:
@@ -72,7 +62,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         plain = self.name.isprintable() and not re.search(r"^\.|[/\\]", self.name) and 1 <= len(self.name) <= MAX_NAME
-        _check(plain, "model.name", repr(self.name), f"is part of a folder's name: 1 to {MAX_NAME} letters, no / or \\, no dot in front")
+        check(plain, "model.name", repr(self.name), f"is part of a folder's name: 1 to {MAX_NAME} letters, no / or \\, no dot in front")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -88,21 +78,19 @@ class SpikingConfig:
     softmax_norm: SoftmaxNorm = SoftmaxNorm.after  # where attention's softmax is normalised
 
     def __post_init__(self) -> None:
-        _check(1 <= self.T <= MAX_T, "snn.T", self.T, f"takes 1 to {MAX_T} time steps")
-        _check(self.step_chunk is None or self.step_chunk >= 1, "snn.step_chunk", self.step_chunk, "must be at least 1 or null")
-        _check(
-            self.max_memory_gib is None or self.max_memory_gib > 0, "snn.max_memory_gib", self.max_memory_gib, "must be positive or null"
-        )
-        _check(self.min_grain_length >= 1, "snn.min_grain_length", self.min_grain_length, "must be at least 1")
+        check(1 <= self.T <= MAX_T, "snn.T", self.T, f"takes 1 to {MAX_T} time steps")
+        check(self.step_chunk is None or self.step_chunk >= 1, "snn.step_chunk", self.step_chunk, "must be at least 1 or null")
+        check(self.max_memory_gib is None or self.max_memory_gib > 0, "snn.max_memory_gib", self.max_memory_gib, "must be positive or null")
+        check(self.min_grain_length >= 1, "snn.min_grain_length", self.min_grain_length, "must be at least 1")
         if self.coding is Coding.few_spike:
             given = "null" if self.max_spikes is None else self.max_spikes
-            _check(1 <= (self.max_spikes or 0) <= self.T, "snn.max_spikes", given, f"snn.coding=few_spike takes 1 to snn.T={self.T} spikes")
+            check(1 <= (self.max_spikes or 0) <= self.T, "snn.max_spikes", given, f"snn.coding=few_spike takes 1 to snn.T={self.T} spikes")
         else:
-            _check(self.max_spikes is None, "snn.max_spikes", self.max_spikes, "goes with snn.coding=few_spike; leave it out otherwise")
-        _check(self.grain == "auto" or (self.grain.isdigit() and int(self.grain) > 0), "grain", self.grain, "takes 1, 2, 3 or auto")
+            check(self.max_spikes is None, "snn.max_spikes", self.max_spikes, "goes with snn.coding=few_spike; leave it out otherwise")
+        check(self.grain == "auto" or (self.grain.isdigit() and int(self.grain) > 0), "grain", self.grain, "takes 1, 2, 3 or auto")
         if self.grain != "auto":
             needed = self.min_grain_length * int(self.grain)
-            _check(
+            check(
                 needed <= self.T, "snn.T", f"{self.T} with grain={self.grain}",
                 f"{self.grain} grains of at least {self.min_grain_length} phases need snn.T >= {needed}; "
                 "take more time steps or fewer grains",
@@ -121,7 +109,7 @@ class RotationConfig:
     seed: int = 0  # of R1's random signs
 
     def __post_init__(self) -> None:
-        _check(len(set(self.parts)) == len(self.parts), "rotation.parts", f"[{','.join(self.parts)}]", "one of them is there twice")
+        check(len(set(self.parts)) == len(self.parts), "rotation.parts", f"[{','.join(self.parts)}]", "one of them is there twice")
         self.parts.sort()
 
     @property
@@ -137,64 +125,8 @@ class PrefixConfig:
     max_tokens: int = 8  # prefix tokens, at most
 
     def __post_init__(self) -> None:
-        _check(self.eta > 1, "prefix.eta", self.eta, "must exceed 1")
-        _check(self.max_tokens >= 1, "prefix.max_tokens", self.max_tokens, "must be at least 1; prefix.enabled=false takes none")
-
-
-@dataclass(kw_only=True, slots=True)
-class TextConfig:
-    """Where a stream of tokens comes from and how it is cut into windows."""
-
-    source: DatasetSource = MISSING  # where the text comes from
-    path: str | None = None  # local file (source=text) or hub id (source=hub)
-    name: str | None = None  # configuration of the hub data set
-    split: str | None = None  # split of the hub data set; part of the topics for pydocs
-    field: str = "text"  # column of the hub data set that holds the text
-    skip_rows: int = 0  # first rows of the hub data set that are left out
-    max_rows: int | None = None  # rows read from the hub data set after these (streamed where set)
-    window: int = 2048  # length of a window [tokens]
-    max_windows: int | None = None  # windows used; null: all
-
-    def __post_init__(self) -> None:
-        _check(self.window >= 2, "dataset.*.window", self.window, "must be at least 2 tokens")
-        _check(self.max_windows is None or self.max_windows >= 1, "dataset.*.max_windows", self.max_windows, "must be at least 1 or null")
-        _check(self.skip_rows >= 0, "dataset.*.skip_rows", self.skip_rows, "must not be negative")
-
-
-def _check_names(key: str, names: list[str], known: tuple[str, ...]) -> None:
-    unknown = [name for name in names if name not in known]
-    _check(not unknown, key, f"[{','.join(unknown)}]", f"not known; known: {', '.join(known)}")
-    _check(len(set(names)) == len(names), key, f"[{','.join(names)}]", "one of them is there twice")
-
-
-@dataclass(kw_only=True, slots=True)
-class ZeroShotConfig:
-    """Multiple-choice accuracy without examples, through lm-eval."""
-
-    tasks: list[str] = field(default_factory=list)  # of winogrande, arc_challenge, arc_easy, piqa, hellaswag; none: no zero-shot
-    networks: list[str] = field(default_factory=lambda: ["ann", "snn"])  # of ann, ann_prefix, base2, snn
-    path: str | None = None  # folder with a TASK.jsonl for every task, in the fields of the hub's data sets; null: the hub
-    limit: int | None = None  # first rows of each task; null: all
-    batch_size: int = 8  # sequences a forward; not felt in the results
-
-    def __post_init__(self) -> None:
-        _check_names("dataset.zero_shot.tasks", self.tasks, ZERO_SHOT_TASKS)
-        _check_names("dataset.zero_shot.networks", self.networks, NETWORKS)
-        _check(self.limit is None or self.limit >= 1, "dataset.zero_shot.limit", self.limit, "must be at least 1 or null")
-        _check(self.batch_size >= 1, "dataset.zero_shot.batch_size", self.batch_size, "must be at least 1")
-
-
-@dataclass(kw_only=True, slots=True)
-class DatasetConfig:
-    name: str = MISSING  # short name, in results
-    calibration: TextConfig = MISSING
-    evaluation: TextConfig = MISSING
-    extra: dict[str, TextConfig] = field(default_factory=dict)  # further evaluation texts by name; the group `texts` has presets
-    zero_shot: ZeroShotConfig = field(default_factory=ZeroShotConfig)
-
-    def __post_init__(self) -> None:
-        for name in self.extra:
-            _check(re.fullmatch(r"[\w-]+", name) is not None, "dataset.extra", name, "names take letters, digits, _ and -")
+        check(self.eta > 1, "prefix.eta", self.eta, "must exceed 1")
+        check(self.max_tokens >= 1, "prefix.max_tokens", self.max_tokens, "must be at least 1; prefix.enabled=false takes none")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -205,9 +137,9 @@ class HardwareConfig:
     threads: int | None = None  # CPU threads; null: torch's choice
 
     def __post_init__(self) -> None:
-        _check(self.query_block >= 1, "hardware.query_block", self.query_block, "must be at least 1")
+        check(self.query_block >= 1, "hardware.query_block", self.query_block, "must be at least 1")
         allowed = self.threads is None or 1 <= self.threads <= MAX_THREADS
-        _check(allowed, "hardware.threads", self.threads, f"takes 1 to {MAX_THREADS}, or null")
+        check(allowed, "hardware.threads", self.threads, f"takes 1 to {MAX_THREADS}, or null")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -224,16 +156,16 @@ class SearchConfig:
     import_v0: ImportV0 = ImportV0.stored  # initial potentials of import_file
 
     def __post_init__(self) -> None:
-        _check(self.tolerance >= 0, "search.tolerance", self.tolerance, "must not be negative")
-        _check(
+        check(self.tolerance >= 0, "search.tolerance", self.tolerance, "must not be negative")
+        check(
             self.spike_weight is None or 0 <= self.spike_weight < 100,
             "search.spike_weight",
             self.spike_weight,
             "takes 0 (accuracy alone) to 100, or null",
         )
         for key in ("gradient_outer", "gradient_inner", "gradient_samples"):
-            _check(getattr(self, key) >= 1, f"search.{key}", getattr(self, key), "must be at least 1")
-        _check(self.gradient_rate > 0, "search.gradient_rate", self.gradient_rate, "must be positive")
+            check(getattr(self, key) >= 1, f"search.{key}", getattr(self, key), "must be at least 1")
+        check(self.gradient_rate > 0, "search.gradient_rate", self.gradient_rate, "must be positive")
 
     def weight_of_spikes(self, coding: Coding) -> float:
         """`spike_weight`, or what null stands for with a coding."""
@@ -246,7 +178,7 @@ class DiagnosticsConfig:
     windows: int = 1  # stage diagnose: evaluation windows for the loss by kind of site, about twenty forwards each; 0: none
 
     def __post_init__(self) -> None:
-        _check(self.windows >= 0, "diagnostics.windows", self.windows, "must not be negative; 0 leaves the measurement out")
+        check(self.windows >= 0, "diagnostics.windows", self.windows, "must not be negative; 0 leaves the measurement out")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -255,7 +187,7 @@ class SpikesConfig:
     windows: int = 1  # of the evaluation text, the first ones; each costs about two forwards
 
     def __post_init__(self) -> None:
-        _check(self.windows >= 1, "spikes.windows", self.windows, "must be at least 1; spikes.enabled=false counts none")
+        check(self.windows >= 1, "spikes.windows", self.windows, "must be at least 1; spikes.enabled=false counts none")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -269,9 +201,9 @@ class EnergyConfig:
         for key, value in (("energy.mac_pj", self.mac_pj), ("energy.ac_pj", self.ac_pj)):
             cure = "energy.table=custom needs a positive cost in pJ, as in energy.mac_pj=4.6 energy.ac_pj=0.9"
             if custom:
-                _check(value is not None and 0 < value < float("inf"), key, "null" if value is None else value, cure)
+                check(value is not None and 0 < value < float("inf"), key, "null" if value is None else value, cure)
             else:
-                _check(value is None, key, value, f"goes with energy.table=custom; energy.table={self.table.value} has its own")
+                check(value is None, key, value, f"goes with energy.table=custom; energy.table={self.table.value} has its own")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -335,21 +267,21 @@ class Config:
     def __post_init__(self) -> None:
         for key, value in _numbers(self):
             if isinstance(value, float):
-                _check(math.isfinite(value), key, value, "must be a finite number")
+                check(math.isfinite(value), key, value, "must be a finite number")
             elif key.endswith("seed"):
-                _check(abs(value) <= MAX_SEED, key, value, f"takes {-MAX_SEED} to {MAX_SEED}")
+                check(abs(value) <= MAX_SEED, key, value, f"takes {-MAX_SEED} to {MAX_SEED}")
             else:
-                _check(value >= 0 or key.startswith("model.options."), key, value, "must not be negative")
-                _check(abs(value) <= MAX_COUNT, key, value, f"is too large; at most {MAX_COUNT}")
+                check(value >= 0 or key.startswith("model.options."), key, value, "must not be negative")
+                check(abs(value) <= MAX_COUNT, key, value, f"is too large; at most {MAX_COUNT}")
         unknown = [stage for stage in self.stages if stage not in STAGE_NAMES]
-        _check(not unknown, "stages", unknown, f"known stages: {', '.join(STAGE_NAMES)}")
-        _check(bool(self.stages), "stages", self.stages, f"name at least one of {', '.join(STAGE_NAMES)}")
+        check(not unknown, "stages", unknown, f"known stages: {', '.join(STAGE_NAMES)}")
+        check(bool(self.stages), "stages", self.stages, f"name at least one of {', '.join(STAGE_NAMES)}")
         binary = self.snn.coding is Coding.phase
         given = f"{self.search.import_file} with snn.coding={self.snn.coding.value}"
-        _check(binary or self.search.import_file is None, "search.import_file", given, "such a file holds codes of snn.coding=phase")
+        check(binary or self.search.import_file is None, "search.import_file", given, "such a file holds codes of snn.coding=phase")
         given = f"gradient with snn.coding={self.snn.coding.value}"
-        _check(binary or self.search.method is not SearchMethod.gradient, "search.method", given, "it finds codes of snn.coding=phase")
-        _check(
+        check(binary or self.search.method is not SearchMethod.gradient, "search.method", given, "it finds codes of snn.coding=phase")
+        check(
             self.report.folder is None or self.stages == ["report"], "report.folder", self.report.folder,
             "stages=[report] rebuilds the report of an earlier run or sweep; other stages write into the run's own folder",
         )  # fmt: skip
@@ -374,7 +306,7 @@ def _refuse_unknown_keys(composed: DictConfig, prefix: str = "") -> None:
     known = [each.name for each in fields(owner)] if is_dataclass(owner) else None
     for key in map(str, composed):
         node = composed._get_node(key)
-        _check(known is None or key in known, f"{prefix}{key}", node, f"no such key; there is {', '.join(known or ())}")
+        check(known is None or key in known, f"{prefix}{key}", node, f"no such key; there is {', '.join(known or ())}")
         if isinstance(node, DictConfig) and not OmegaConf.is_missing(composed, key) and not OmegaConf.is_interpolation(composed, key):
             _refuse_unknown_keys(node, f"{prefix}{key}.")
 

@@ -18,8 +18,10 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from spikellm.config.checks import InputError
+from spikellm.config.choices import DatasetSource
+from spikellm.config.dataset import DatasetConfig, TextConfig, ZeroShotConfig
 from spikellm.config.extras import require
-from spikellm.config.schema import DatasetConfig, DatasetSource, InputError, TextConfig, ZeroShotConfig
 from spikellm.evaluation import texts, zero_shot
 from spikellm.evaluation.perplexity import perplexity
 from spikellm.store.artifacts import Artefact, ArtifactStore, read_json, write_json

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from spikellm.calibration.calibrate import Calibration
-from spikellm.config.schema import Execution
+from spikellm.config.choices import Execution
 from spikellm.evaluation.figures import Network, folded_perplexity
 from spikellm.evaluation.networks import Networks
 from spikellm.evaluation.perplexity import readout_perplexities

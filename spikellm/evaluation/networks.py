@@ -13,8 +13,9 @@ import torch
 from transformers import PreTrainedModel
 
 from spikellm.coding.neuron import PhaseTable
-from spikellm.config.choices import RotationKind, RotationPart
-from spikellm.config.schema import HardwareConfig, InputError, ModelConfig, RotationConfig, SoftmaxNorm
+from spikellm.config.checks import InputError
+from spikellm.config.choices import RotationKind, RotationPart, SoftmaxNorm
+from spikellm.config.schema import HardwareConfig, ModelConfig, RotationConfig
 from spikellm.kernels.hadamard import HAS_CUDA_KERNEL
 from spikellm.model import conversion
 from spikellm.model.load import load_model

@@ -10,8 +10,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from spikellm.config.boundary import blamed_on, read_file
+from spikellm.config.checks import InputError
+from spikellm.config.choices import DatasetSource
+from spikellm.config.dataset import TextConfig
 from spikellm.config.extras import require
-from spikellm.config.schema import DatasetSource, InputError, TextConfig
 
 # Of ten topics of the language reference, in alphabetical order, two are evaluated on.
 PYDOCS_PERIOD, PYDOCS_EVALUATION = 5, 4

@@ -30,7 +30,8 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spikellm.config.boundary import blamed_on, read_file
-from spikellm.config.schema import InputError, ZeroShotConfig
+from spikellm.config.checks import InputError
+from spikellm.config.dataset import ZeroShotConfig
 
 log = logging.getLogger(__name__)
 

@@ -2,7 +2,7 @@
 
 from transformers import PreTrainedModel
 
-from spikellm.config.schema import InputError
+from spikellm.config.checks import InputError
 from spikellm.execution.modules import neuron_of
 from spikellm.model.attention import SpikingAttention
 from spikellm.model.sites import ACTIVATION, ATTENTION, FINAL_NORM, LAYERS, SPIKING_ATTENTION

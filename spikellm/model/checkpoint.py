@@ -34,8 +34,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from spikellm.coding.neuron import PhaseNeuron, PhaseTable
 from spikellm.config.boundary import blamed_on, reason
+from spikellm.config.checks import InputError
 from spikellm.config.choices import RotationPart
-from spikellm.config.schema import InputError
 from spikellm.kernels.encode import Digits
 from spikellm.model.attention import SpikingAttention
 from spikellm.model.conversion import get_neuron, install, model_sites, online_parts, place, set_neuron

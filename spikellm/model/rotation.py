@@ -73,6 +73,7 @@ def rotate(model: PreTrainedModel, *, seed: int, parts: Collection[RotationPart]
         rotate_block(layer, parts, signs, head)
 
 
+@torch.no_grad()
 def rotate_ends(model: PreTrainedModel, signs: Float[Tensor, " D"] | None) -> None:
     """R1 (None: without it) in the embedding and in lm_head, the final norm folded into it."""
     read = _residual(signs)[0]
@@ -82,6 +83,7 @@ def rotate_ends(model: PreTrainedModel, signs: Float[Tensor, " D"] | None) -> No
     final_norm.weight.fill_(1.0)
 
 
+@torch.no_grad()
 def rotate_block(layer: nn.Module, parts: Collection[RotationPart], signs: Float[Tensor, " D"] | None, head_width: int) -> None:
     """R1 (signs of None: without it), R2 and R4 in the weights of one decoder layer, its norms folded into the Linears that they feed."""
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from spikellm.config.schema import Config, InputError
+from spikellm.config.checks import InputError
+from spikellm.config.schema import Config
 from spikellm.report import plots
 from spikellm.report.results import (
     FIGURES,

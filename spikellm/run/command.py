@@ -19,9 +19,10 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from spikellm.config.boundary import is_of_a_library, reason
+from spikellm.config.checks import InputError
 from spikellm.config.extras import EXTRA, require
 from spikellm.config.places import CONF
-from spikellm.config.schema import Config, InputError, instantiate, register
+from spikellm.config.schema import Config, instantiate, register
 
 NUMERIC_GROUPS = ("grain", "timesteps")
 # What is reported as one line with exit code 2; anything else is a defect and keeps its traceback.

@@ -15,7 +15,8 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from spikellm.calibration.calibrate import Calibration, calibrate
-from spikellm.config.schema import Device, ImportV0, InputError, SearchMethod
+from spikellm.config.checks import InputError
+from spikellm.config.choices import Device, ImportV0, SearchMethod
 from spikellm.model import checkpoint
 from spikellm.run.stage import KeyedStage, StageOutcome
 from spikellm.run.workspace import Workspace

@@ -8,8 +8,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from spikellm.config.choices import Execution
 from spikellm.config.extras import require
-from spikellm.config.schema import Execution
 from spikellm.evaluation import diagnostics, figures
 from spikellm.evaluation.density_plots import write_density_plots
 from spikellm.evaluation.measured import measured_networks

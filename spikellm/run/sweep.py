@@ -27,8 +27,8 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, open_dict, read_write
 
+from spikellm.config.checks import InputError
 from spikellm.config.extras import PICTURES, lack
-from spikellm.config.schema import InputError
 from spikellm.report.results import SWEEP, summary_rows, write_summary
 from spikellm.run.command import INPUT_ERRORS, command_line, explain
 from spikellm.store.artifacts import intact_json, write_json

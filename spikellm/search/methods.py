@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from spikellm.calibration.statistics import SiteStatistics
-from spikellm.config.schema import Groups
+from spikellm.config.choices import Groups
 from spikellm.search.fit import CodeFit
 from spikellm.search.options import Options
 from spikellm.search.published import imported

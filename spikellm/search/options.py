@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from spikellm.config.schema import Coding, Config, SearchConfig, SpikingConfig
+from spikellm.config.choices import Coding
+from spikellm.config.schema import Config, SearchConfig, SpikingConfig
 from spikellm.kernels.encode import Digits
 from spikellm.model.sites import SiteKind
 

@@ -24,7 +24,8 @@ from torch import Tensor
 from spikellm.calibration.statistics import SiteStatistics
 from spikellm.coding.codes import Codes
 from spikellm.config.boundary import read_file
-from spikellm.config.schema import ImportV0, InputError
+from spikellm.config.checks import InputError
+from spikellm.config.choices import ImportV0
 from spikellm.search.fit import CodeFit
 from spikellm.search.options import Options
 

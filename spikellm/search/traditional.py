@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from spikellm.calibration.statistics import SiteStatistics
 from spikellm.coding.grains import uniform_rows
 from spikellm.coding.neuron import PhaseTable
-from spikellm.config.schema import Coding
+from spikellm.config.choices import Coding
 from spikellm.kernels.compiled import fused
 from spikellm.kernels.encode import Digits, Rows
 from spikellm.search.evolution import CHUNK, squared_error

@@ -7,7 +7,8 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from spikellm.config.schema import EnergyConfig, EnergyTable
+from spikellm.config.choices import EnergyTable
+from spikellm.config.schema import EnergyConfig
 from spikellm.model.sites import SiteKind
 from spikellm.spikes.energy import (
     COST_TABLES,

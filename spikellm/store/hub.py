@@ -17,7 +17,8 @@ from queue import Empty, SimpleQueue
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
-from spikellm.config.schema import Config, DatasetSource, ModelSource
+from spikellm.config.choices import DatasetSource, ModelSource
+from spikellm.config.schema import Config
 
 log = logging.getLogger(__name__)
 
