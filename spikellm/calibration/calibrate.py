@@ -27,22 +27,19 @@ from transformers import PreTrainedModel
 
 from spikellm.calibration.statistics import CHOOSE, FIT, REPORT, Observer, SiteStatistics
 from spikellm.config.schema import PrefixConfig
+from spikellm.model.attention import attentions
 from spikellm.model.blocks import Block, enter
 from spikellm.model.conversion import get_neuron, set_neuron, site_groups
 from spikellm.model.prefix import attach_prefix, find_prefix_tokens, keep_what_helps
 from spikellm.model.sites import (
     ACTIVATION,
-    ATTENTION,
     DOWN,
     GROUP_AXIS,
-    LAYERS,
     MLP,
     MLP_NORM,
-    SPIKING_ATTENTION,
     UP,
     Site,
     SiteKind,
-    decoder_layers,
 )
 from spikellm.store.artifacts import read_json, write_json, write_tensors
 
@@ -141,14 +138,13 @@ def _prefix_tokens(model: PreTrainedModel, text: Int[Tensor, "W L"], prefix: Pre
 @contextmanager
 def _query_blocks(model: PreTrainedModel, size: int) -> Iterator[None]:
     """Within: attention takes its queries in blocks of `size`."""
-    attentions: list[Any] = [layer.get_submodule(f"{ATTENTION}.{SPIKING_ATTENTION}") for layer in decoder_layers(model)]
-    before = [attention.query_block for attention in attentions]
+    before = [attention.query_block for attention in attentions(model)]
     try:
-        for attention in attentions:
+        for attention in attentions(model):
             attention.query_block = size
         yield
     finally:
-        for attention, own in zip(attentions, before, strict=True):
+        for attention, own in zip(attentions(model), before, strict=True):
             attention.query_block = own
 
 
@@ -171,14 +167,13 @@ def observing(model: PreTrainedModel, block: Block) -> Iterator[dict[Site, Obser
 
 def _observer(model: PreTrainedModel, site: Site) -> Observer:
     softmax = site.kind is SiteKind.softmax
-    attention: Any = model.get_submodule(f"{LAYERS}.0.{ATTENTION}.{SPIKING_ATTENTION}")
     return Observer(
         site.name,
         groups=site_groups(model.config, site.kind),
         axis=GROUP_AXIS[site.kind],
         row_stride=SOFTMAX_ROW_STRIDE if softmax else 1,
         held=softmax or site.kind in WEIGHTED_BY_RESIDUAL,
-        summed=softmax and not attention.normalise_after,
+        summed=softmax and not attentions(model)[0].normalise_after,
         sides=2 if site.kind in TWO_SIDED else 1,
     )
 

@@ -4,8 +4,8 @@ from transformers import PreTrainedModel
 
 from spikellm.config.checks import InputError
 from spikellm.execution.modules import neuron_of
-from spikellm.model.attention import SpikingAttention
-from spikellm.model.sites import ACTIVATION, ATTENTION, FINAL_NORM, LAYERS, SPIKING_ATTENTION
+from spikellm.model.attention import attentions
+from spikellm.model.sites import ACTIVATION, FINAL_NORM, LAYERS
 
 # Logits are [tokens, V] in float32: 256 rows of LLaMA-3's vocabulary take 131 MB.
 LOGIT_ROWS = 256
@@ -16,8 +16,7 @@ def peak_bytes(model: PreTrainedModel, tokens: int, *, chunk: int) -> int:
 
     Counted are the tensors that live together in the widest places: the MLP, a block of attention, the logits.
     """
-    config, attention = model.config, model.get_submodule(f"{LAYERS}.0.{ATTENTION}.{SPIKING_ATTENTION}")
-    assert isinstance(attention, SpikingAttention)
+    config, attention = model.config, attentions(model)[0]
     T = neuron_of(attention, "query").table.T
     size = attention.dtype.itemsize
     prefix = 0 if attention.prefix_key is None else attention.prefix_key.shape[1]

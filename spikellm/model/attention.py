@@ -41,7 +41,7 @@ from spikellm.kernels.attention import (
 )
 from spikellm.kernels.compiled import fused
 from spikellm.model.modules import OnlineHadamard, wide
-from spikellm.model.sites import SPIKING_ATTENTION
+from spikellm.model.sites import ATTENTION, SPIKING_ATTENTION, decoder_layers
 
 IMPLEMENTATION = "spiking"
 # an additive mask hides a key from here on: callers write -inf, the least number of some dtype, -1e9 or -1e4
@@ -167,6 +167,12 @@ class SpikingAttention(nn.Module):
         weights, top = exponentials(scores, mask)
         weights = self.softmax(weights)
         return weights, weights.sum(-1, keepdim=True), top
+
+
+def attentions(model: nn.Module) -> list[SpikingAttention]:
+    """The spiking attentions of an installed model, layer by layer."""
+    found: list[Any] = [layer.get_submodule(f"{ATTENTION}.{SPIKING_ATTENTION}") for layer in decoder_layers(model)]
+    return found
 
 
 def spiking_attention(

@@ -37,11 +37,11 @@ from spikellm.config.boundary import blamed_on, reason
 from spikellm.config.checks import InputError
 from spikellm.config.choices import RotationPart
 from spikellm.kernels.encode import Digits
-from spikellm.model.attention import SpikingAttention
+from spikellm.model.attention import attentions
 from spikellm.model.conversion import get_neuron, install, model_sites, online_parts, place, set_neuron
 from spikellm.model.intake import unfilled
 from spikellm.model.modules import OnlineHadamard
-from spikellm.model.sites import ARCHITECTURES, ATTENTION, GROUP_AXIS, ROTARY, SPIKING_ATTENTION, SPIKING_TYPE, decoder_layers
+from spikellm.model.sites import ARCHITECTURES, GROUP_AXIS, ROTARY, SPIKING_TYPE, decoder_layers
 
 METHOD = "spikellm"
 SCHEMA = 3  # of `SpikingModelConfig`; raised when what is written no longer means the same
@@ -273,12 +273,6 @@ def _register(architecture: str) -> type[SpikingModel]:
 
 
 MODELS = {architecture: _register(architecture) for architecture in ARCHITECTURES}
-
-
-def attentions(model: PreTrainedModel) -> list[SpikingAttention]:
-    """The layers' spiking attentions."""
-    found: list[Any] = [layer.get_submodule(f"{ATTENTION}.{SPIKING_ATTENTION}") for layer in decoder_layers(model)]
-    return found
 
 
 def prefix_digest(model: PreTrainedModel) -> str | None:

@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import ceil
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
@@ -23,7 +22,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from spikellm.model.sites import ATTENTION, DOWN, SPIKING_ATTENTION, decoder_layers, sites
+from spikellm.model.attention import attentions
+from spikellm.model.sites import DOWN, decoder_layers, sites
 
 log = logging.getLogger(__name__)
 
@@ -132,8 +132,7 @@ def attach_prefix(model: PreTrainedModel, tokens: list[int]) -> None:
     rope = (getattr(model.config, "rope_parameters", None) or {}).get("rope_type")
     if tokens and rope in LENGTH_DEPENDENT_ROPE:
         raise ValueError(f"RoPE of type {rope!r} turns keys by the length of the sequence, a prefix has none; take prefix.enabled=false")
-    attentions: list[Any] = [layer.get_submodule(f"{ATTENTION}.{SPIKING_ATTENTION}") for layer in decoder_layers(model)]
-    for attention in attentions:
+    for attention in attentions(model):
         attention.clear_prefix()
     if not tokens:
         return
@@ -141,5 +140,5 @@ def attach_prefix(model: PreTrainedModel, tokens: list[int]) -> None:
     positions = torch.arange(-len(tokens), 0, device=model.device)[None]
     # as a tuple: transformers 5.24 renamed the output's field
     _, cache = model.base_model(ids, position_ids=positions, use_cache=True, return_dict=False)
-    for attention, entry in zip(attentions, cache.layers, strict=True):
+    for attention, entry in zip(attentions(model), cache.layers, strict=True):
         attention.set_prefix(entry.keys[0], entry.values[0])

@@ -37,7 +37,7 @@ from transformers import PreTrainedModel
 from spikellm.coding.neuron import PhaseNeuron
 from spikellm.config.choices import RotationPart
 from spikellm.execution.modules import SteppedNeuron
-from spikellm.model.attention import SpikingAttention
+from spikellm.model.attention import SpikingAttention, attentions
 from spikellm.model.conversion import get_neuron, model_sites, online_parts, set_neuron, site_groups
 from spikellm.model.sites import (
     ATTENTION,
@@ -236,8 +236,7 @@ def counting(model: PreTrainedModel) -> Iterator[tuple[dict[Site, SpikeCounter],
             neuron, axis=GROUP_AXIS[site.kind], columns=site_groups(model.config, site.kind), fan_out=site_fan_out(model, site)
         )
     watches = []
-    for index, layer in enumerate(decoder_layers(model)):
-        attention: Any = layer.get_submodule(f"{ATTENTION}.{SPIKING_ATTENTION}")
+    for index, attention in enumerate(attentions(model)):
         own = {site.kind: counter for site, counter in counters.items() if site.layer == index}
         watches.append(AttentionWatch(attention, own))
     for site, counter in counters.items():
@@ -264,7 +263,7 @@ def count(model: PreTrainedModel, windows: Int[Tensor, "W L"]) -> Ledger:
         for window in tqdm(windows, desc="count spikes", unit="window", disable=None):
             model.base_model(window[None].to(model.device), use_cache=False)
     layer: Any = decoder_layers(model)[0]
-    attention: SpikingAttention = layer.get_submodule(f"{ATTENTION}.{SPIKING_ATTENTION}")
+    attention = attentions(model)[0]
     prefix = 0 if attention.prefix_key is None else attention.prefix_key.shape[1]
     return Ledger(
         sites=[site_spikes(site, counter) for site, counter in counters.items()],
