@@ -57,16 +57,43 @@ def test_a_two_sided_neuron_is_an_on_and_an_off_neuron():
     for neuron in (PhaseNeuron(table, compiled=False), PhaseNeuron(table)):
         assert torch.allclose(neuron(x), wanted)
     train = fire(x[None, None], table)
-    assert train[:, 0, 0].T.tolist() == [[1, 1], [0, 1], [0, 0], [0, 0], [0, -1], [-1, -1], [-1, -1]]
+    on, off = train[0::2, 0, 0].T.tolist(), train[1::2, 0, 0].T.tolist()  # a wire each
+    assert on == [[1, 1], [0, 1], *[[0, 0]] * 5]
+    assert off == [*[[0, 0]] * 4, [0, -1], [-1, -1], [-1, -1]]
     assert torch.allclose(decode(train, table)[0, 0], wanted)
 
 
-def test_what_a_wire_could_not_tell_is_refused():
-    rows = {"theta": torch.ones(2, 1), "h": torch.ones(2, 1), "d": torch.ones(2, 1), "v0": torch.zeros(2)}
-    with pytest.raises(ValueError, match="not both"):
-        Digits(sides=2, signed=True)
-    with pytest.raises(ValueError, match="even number"):
-        PhaseTable(**{name: row[:1] for name, row in rows.items()}, digits=Digits(sides=2))
+def test_a_partition_that_the_rows_do_not_have_is_refused():
+    rows = {"theta": torch.ones(3, 1), "h": torch.ones(3, 1), "d": torch.ones(3, 1), "v0": torch.zeros(3)}
+    with pytest.raises(ValueError, match="2 populations cannot have 3 rows"):
+        PhaseTable(**rows, digits=Digits(sides=2))
+    three = Digits(intervals=3)
+    for cuts, complaint in (
+        (None, r"needs cuts \[2, 1\], got \[0, 1\]"),
+        (torch.ones(1, 1), r"needs cuts \[2, 1\]"),
+        (torch.tensor([[2.0], [1.0]]), "not ascending"),
+        (torch.tensor([[-1.0], [1.0]]), "negative"),
+        (torch.tensor([[1.0], [torch.nan]]), "NaN"),
+    ):
+        with pytest.raises(ValueError, match=complaint):
+            PhaseTable(**rows, digits=three, cuts=cuts)
+    with pytest.raises(ValueError, match="1 intervals needs cuts"):
+        PhaseTable(**rows, cuts=torch.ones(1, 3))
+
+
+def test_an_interval_has_a_table_of_its_own():
+    """Steps of 1 up to 3, of 4 above: the first digit of the upper table is the offset that puts its levels where they belong."""
+    theta, d = torch.tensor([[2.0, 1.0], [0.0, 2.0]]), torch.tensor([[2.0, 1.0], [6.0, 4.0]])
+    h = torch.tensor([[2.0, 1.0], [6.0, 4.0]])
+    table = PhaseTable(theta, h, d, torch.tensor([0.5, 0.0]), digits=Digits(intervals=2), cuts=torch.tensor([[4.0]]))
+    x = torch.tensor([0.0, 0.4, 1.2, -3.1, 4.0, 4.1, -7.0, 9.0, 1000.0])
+    wanted = torch.tensor([0.0, 0.0, 1.0, -3.0, 3.0, 6.0, -6.0, 10.0, 10.0])
+    for neuron in (PhaseNeuron(table, compiled=False), PhaseNeuron(table)):
+        assert torch.equal(neuron(x), wanted)
+    inner, outer = (fire(x[None, None], table)[wire::2, 0, 0].T.tolist() for wire in (0, 1))
+    assert inner == [[0, 0], [0, 0], [0, 1], [-1, -1], [1, 1], *[[0, 0]] * 4]
+    assert outer == [*[[0, 0]] * 5, [1, 0], [-1, 0], [1, 1], [1, 1]]
+    assert torch.equal(table.wires, torch.tensor([[2.0, 6.0, 1.0, 4.0]]))
 
 
 def test_digits_that_no_neuron_could_send_are_refused():
@@ -76,22 +103,53 @@ def test_digits_that_no_neuron_could_send_are_refused():
         Digits(sides=3)
 
 
-@pytest.mark.parametrize("digits", [Digits(), Digits(sides=2)], ids=str)
-def test_every_input_is_one_populations(digits):
-    x = torch.tensor([3.2, 0.0, -0.1, -5.0])
-    parts = digits.parts(x)
-    assert len(parts) == digits.populations
-    assert torch.equal(sum(parts), x)
-    assert sum((part != 0).int() for part in parts).tolist() == [1, 0, 1, 1]
+def random_table(digits: Digits, groups: int, T: int, generator: torch.Generator) -> PhaseTable:
+    theta, h, d = torch.rand(3, groups * digits.populations, T, generator=generator)
+    v0 = 0.2 * torch.randn(len(theta), generator=generator)
+    cuts = torch.rand(digits.intervals - 1, groups * digits.sides, generator=generator).cumsum(0) if digits.intervals > 1 else None
+    return PhaseTable(theta=theta, h=h, d=d, v0=v0, digits=digits, cuts=cuts)
 
 
-KINDS = [Digits(), Digits(sides=2), Digits(signed=True), Digits(max_spikes=2), Digits(max_spikes=2, signed=True)]
+KINDS = [
+    Digits(),
+    Digits(sides=2),
+    Digits(signed=True),
+    Digits(max_spikes=2),
+    Digits(max_spikes=2, signed=True),
+    Digits(intervals=2),
+    Digits(intervals=3, signed=True),
+    Digits(intervals=3, sides=2, signed=True),
+]
 
 
-@pytest.mark.parametrize("digits", [Digits(sides=2), Digits(max_spikes=2, signed=True)], ids=str)
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**31), st.sampled_from(KINDS))
+def test_every_input_is_one_populations(seed, digits):
+    """Each wire is silent outside of its piece of the line, and inside sends what a neuron with its table alone would."""
+    generator = torch.Generator().manual_seed(seed)
+    groups, T = 2, 3
+    table = random_table(digits, groups, T, generator)
+    x = 2 * torch.randn(1, groups, 40, generator=generator)
+    train = fire(x, table).unflatten(0, (T, digits.populations))
+    for group in range(groups):
+        for p, rows in enumerate(table.populations):
+            interval, side = divmod(p, digits.sides)
+            column = side * groups + group
+            low, high = 0.0, torch.inf
+            if table.cuts is not None:
+                low = table.cuts[interval - 1, column].item() if interval else 0.0
+                high = table.cuts[interval, column].item() if interval < digits.intervals - 1 else torch.inf
+            mine = (x[0, group].abs() > low) & (x[0, group].abs() <= high)
+            if digits.sides == 2:
+                mine &= (x[0, group] < 0) if side else (x[0, group] > 0)
+            alone = PhaseTable(*rows.at(slice(group, group + 1)), digits=Digits(signed=digits.signed, max_spikes=digits.max_spikes))
+            sent = fire(x[:, group : group + 1], alone)[:, 0, 0]
+            assert torch.equal(train[:, p, 0, group], sent * mine)
+
+
+@pytest.mark.parametrize("digits", KINDS[1:], ids=str)
 def test_the_fused_pass_equals_the_plain_one(digits):
-    theta, h, d = torch.rand(3, 4, 3, generator=torch.Generator().manual_seed(0))
-    table = PhaseTable(theta=theta, h=h, d=d, v0=torch.zeros(4), digits=digits)
+    table = random_table(digits, 2, 3, torch.Generator().manual_seed(0))
     x = torch.randn(3, table.groups, 50, generator=torch.Generator().manual_seed(1))
     assert torch.allclose(encode(x, table), encode(x, table, compiled=False), atol=1e-6)
 
@@ -100,7 +158,7 @@ def test_the_fused_pass_is_compiled_once_for_all_tables_and_bounds():
     torch._dynamo.reset()
     counted = torch._dynamo.utils.counters["stats"]
     compiled, seen = fused(encode_plain, "cpu"), []
-    for seed, digits in enumerate([Digits(max_spikes=2), Digits(max_spikes=3), Digits(max_spikes=4), Digits(max_spikes=2, sides=2)]):
+    for seed, digits in enumerate([Digits(max_spikes=2), Digits(max_spikes=3), Digits(max_spikes=4)]):
         generator = torch.Generator().manual_seed(seed)
         rows = Rows(*torch.rand(3, 5, 3, generator=generator), torch.rand(5, generator=generator))
         for size in (40 + seed, 70):
@@ -115,16 +173,14 @@ def test_the_fused_pass_is_compiled_once_for_all_tables_and_bounds():
 def test_encoding_is_the_decoded_train_and_counts_are_its_spikes(T, seed, digits):
     generator = torch.Generator().manual_seed(seed)
     groups = 2
-    rows = groups * digits.sides
-    theta, h, d = torch.rand(3, rows, T, generator=generator)
-    table = PhaseTable(theta=theta, h=h, d=d, v0=0.2 * torch.randn(rows, generator=generator), digits=digits)
+    table = random_table(digits, groups, T, generator)
     x = torch.randn(3, groups, 5, generator=generator)
     train = fire(x, table)
-    assert train.shape == (T, *x.shape)
+    assert train.shape == (T * digits.populations, *x.shape)
     assert set(train.unique().tolist()) <= {-1, 0, 1}
     assert torch.allclose(decode(train, table), encode(x, table, compiled=False), atol=1e-6)
     counted = count_spikes(x.movedim(1, 0), table, compiled=False)
-    assert torch.equal(counted, train.ne(0).sum(-1).movedim(1, 2))
+    assert torch.equal(counted, train.ne(0).sum(-1).unflatten(0, (T, -1)).sum(1).movedim(1, 2))
 
 
 def test_silu_gains_from_two_sides_and_everything_from_signed_digits():

@@ -161,7 +161,7 @@ def test_state_dict_round_trip_and_repr():
     assert set(neuron.state_dict()) == {"theta", "h", "d", "v0"}
     assert "T=3, groups=2" in repr(neuron)
     sides = PhaseNeuron(replace(neuron.table, digits=Digits(sides=2, max_spikes=4)))
-    assert repr(sides) == "PhaseNeuron(T=3, groups=1, Digits(signed=False, max_spikes=4, sides=2))"
+    assert repr(sides) == "PhaseNeuron(T=3, groups=1, Digits(signed=False, max_spikes=4, sides=2, intervals=1))"
 
 
 def test_an_empty_slot_is_transparent_and_holds_nothing():

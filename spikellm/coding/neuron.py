@@ -17,6 +17,8 @@ Ours:
 * Two sides: positive and negative inputs may have tables of their own, an ON and an OFF neuron as in the retina. SiLU's negative
   lobe ends at -0.28 and its positive one does not end: one amplitude for both wastes half of the negative spikes.
 * A bound on the number of spikes: a neuron rests after its k-th spike (k = 1: time to first spike).
+* Intervals: the range of |x| may be cut, and each piece c_k < |x| <= c_k+1 have a table of its own: fine steps where most values are,
+  coarse ones where few are. Whoever introduces grains as intervals of the range (Zheng et al.) means these.
 * Signed digits: z_t = -1 where v < -theta_t, so that the residual may go below zero and come back. The wire carries the same
   three values; 3^T digit strings instead of 2^T, or the same numbers with fewer spikes, as the non-adjacent form of integers.
 """
@@ -35,14 +37,15 @@ from spikellm.kernels.encode import BINARY, Digits, Rows, count_plain, encode_pl
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PhaseTable:
-    """One table per neuron group: thresholds, resets, output weights [R, T] and initial potentials [R], float32.
+    """One table per neuron group and population: thresholds, resets, output weights [R, T] and initial potentials [R], float32.
 
-    R = C groups (1 for a site with one table) times the populations of the digits: of two sides first the rows of non-negative
-    inputs, then those of negative ones. Units: those of the activation. checked: the rows were looked at before (a view of a
-    neuron's buffers): their values are not read again, for which a GPU would have to be waited for.
+    R = P C, of C groups (1 for a site with one table) and P populations of the digits, one population's rows after the other's. cuts
+    [K-1, sides C]: where the intervals 1 .. K-1 begin, ascending; an interval that begins beyond all inputs is not used. Units: those of
+    the activation. checked: the rows were looked at before (a view of a neuron's buffers): their values are not read again, for which
+    a GPU would have to be waited for.
 
     Raises:
-        ValueError: shapes that do not fit, rows that are empty, integer, NaN or infinite.
+        ValueError: shapes that do not fit, rows that are empty, integer, NaN or infinite, cuts out of order.
     """
 
     theta: Float[Tensor, "R T"]
@@ -51,6 +54,7 @@ class PhaseTable:
     v0: Float[Tensor, " R"]
     _: KW_ONLY
     digits: Digits = BINARY
+    cuts: Float[Tensor, "ends S"] | None = None
     checked: InitVar[bool] = False
 
     def __post_init__(self, checked: bool) -> None:
@@ -58,12 +62,19 @@ class PhaseTable:
             shapes = {name: tuple(rows.shape) for name, rows in self.rows._asdict().items()}
             raise ValueError(f"a phase table needs theta, h, d [R, T] and v0 [R], got {shapes}")
         if len(self.v0) % self.digits.populations:
-            raise ValueError(f"a two-sided phase table needs an even number of rows, got {len(self.v0)}")
-        for name, rows in self.rows._asdict().items():
+            raise ValueError(f"a phase table of {self.digits.populations} populations cannot have {len(self.v0)} rows")
+        wanted = (self.digits.intervals - 1, len(self.v0) // self.digits.intervals)
+        found = (0, wanted[1]) if self.cuts is None else tuple(self.cuts.shape)
+        if found != wanted or (self.cuts is not None and not wanted[0]):
+            raise ValueError(f"a phase table of {self.digits.intervals} intervals needs cuts {list(wanted)}, got {list(found)}")
+        for name, rows in (self.rows._asdict() | ({} if self.cuts is None else {"cuts": self.cuts})).items():
             if not rows.numel() or not rows.is_floating_point():
                 raise ValueError(f"a phase table's {name} is {rows.dtype} of shape {tuple(rows.shape)}: one row of floats at least")
             if not (checked or rows.is_meta or rows.isfinite().all()):
                 raise ValueError(f"a phase table's {name} has {(~rows.isfinite()).sum()} values of {rows.numel()} that are NaN or infinite")
+        if self.cuts is not None and not (checked or self.cuts.is_meta):
+            if (self.cuts < 0).any() or (self.cuts.diff(dim=0) < 0).any():
+                raise ValueError(f"a phase table's cuts are negative or not ascending: {self.cuts.tolist()}")
 
     @property
     def rows(self) -> Rows:
@@ -79,35 +90,37 @@ class PhaseTable:
 
     @property
     def populations(self) -> list[Rows]:
-        """The rows of each population, in the order of `Digits.parts`."""
-        if self.digits.populations == 1:  # 8 of 45 us of a neuron that reads few numbers
-            return [self.rows]
+        """The rows of each population."""
         parts = [rows.chunk(self.digits.populations) for rows in self.rows]
         return [Rows(*part) for part in zip(*parts, strict=True)]
 
+    @property
+    def wires(self) -> Float[Tensor, "C S"]:
+        """The output weights of a spike train: of its S = T P wires step by step and in each step population by population."""
+        return torch.stack([rows.d for rows in self.populations], -1).flatten(1)
+
     def map(self, change: Callable[[Tensor], Tensor]) -> Self:
-        """The same change of all rows, and the same digits."""
-        return type(self)(*self.rows.map(change), digits=self.digits)
+        """The same change of all rows, and of the cuts as [sides C, K-1]; the same digits."""
+        cuts = None if self.cuts is None else change(self.cuts.mT).mT
+        return type(self)(*self.rows.map(change), digits=self.digits, cuts=cuts)
 
     def to(self, *args, **kwargs) -> Self:
         return self.map(lambda rows: rows.to(*args, **kwargs))
 
-
-def _together(kernel: Callable[[Tensor, Rows, Digits], Tensor], x: Tensor, table: PhaseTable) -> Tensor:
-    """The sum over populations of what the kernel makes of their parts of x."""
-    found = [kernel(part, rows, table.digits) for part, rows in zip(table.digits.parts(x), table.populations, strict=True)]
-    return sum(found[1:], start=found[0])
+    def group(self, index: int) -> Self:
+        """The table of one group."""
+        return self.map(lambda rows: rows[index :: self.groups])
 
 
-def fire(x: Float[Tensor, "A C I"], table: PhaseTable, *, compiled: bool = False) -> Int8[Tensor, "T A C I"]:
-    """The spike train s z_t of every neuron, time first; arguments as in `encode`."""
+def fire(x: Float[Tensor, "A C I"], table: PhaseTable, *, compiled: bool = False) -> Int8[Tensor, "S A C I"]:
+    """The spike train s z_t of every neuron, on its S = T P wires (`PhaseTable.wires`); arguments as in `encode`."""
     kernel = fused(fire_plain, x.device.type) if compiled else fire_plain
-    return _together(lambda *population: torch.stack(kernel(*population)), x, table)
+    return torch.stack(kernel(x, table.rows, table.digits, table.cuts))
 
 
-def decode(spikes: Int8[Tensor, "T A C I"], table: PhaseTable) -> Float[Tensor, "A C I"]:
-    """The value of a spike train: sum over t of d_t s z_t."""
-    return _together(lambda train, rows, _: train * rows.d.T[:, None, :, None], spikes, table).sum(0)
+def decode(spikes: Int8[Tensor, "S A C I"], table: PhaseTable) -> Float[Tensor, "A C I"]:
+    """The value of a spike train: sum over wires of d s z."""
+    return (spikes * table.wires.T[:, None, :, None]).sum(0)
 
 
 def encode(x: Float[Tensor, "A C I"], table: PhaseTable, *, compiled: bool = True) -> Float[Tensor, "A C I"]:
@@ -116,14 +129,16 @@ def encode(x: Float[Tensor, "A C I"], table: PhaseTable, *, compiled: bool = Tru
     Args:
         x: inputs, the group axis in the middle: A outer, C groups (1 or as many as the table has), I inner.
         table: on x's device.
-        compiled: one fused pass (first call per T compiles for some seconds) or T plain ones.
+        compiled: one fused pass (first call per T and partition compiles for some seconds) or T plain ones.
     """
-    return _together(fused(encode_plain, x.device.type) if compiled else encode_plain, x, table)
+    kernel = fused(encode_plain, x.device.type) if compiled else encode_plain
+    return kernel(x, table.rows, table.digits, table.cuts)
 
 
 def count_spikes(x: Float[Tensor, "C I J"], table: PhaseTable, *, compiled: bool = True) -> Int64[Tensor, "T C I"]:
     """Spikes that the inputs fire at every step, summed over J: what a train would be counted for, in one pass and no memory."""
-    return _together(fused(count_plain, x.device.type) if compiled else count_plain, x, table)
+    kernel = fused(count_plain, x.device.type) if compiled else count_plain
+    return kernel(x, table.rows, table.digits, table.cuts)
 
 
 class Slot(nn.Module):
@@ -160,18 +175,20 @@ class PhaseNeuron(Slot):
     h: Tensor
     d: Tensor
     v0: Tensor
+    cuts: Tensor | None
 
     def __init__(self, table: PhaseTable, *, axis: int = -1, compiled: bool = True) -> None:
         super().__init__()
         for name, rows in table.rows._asdict().items():
             self.register_buffer(name, rows.detach().clone())
+        self.register_buffer("cuts", None if table.cuts is None else table.cuts.detach().clone())
         self.digits = table.digits
         self.axis = axis
         self.compiled = compiled
 
     @property
     def table(self) -> PhaseTable:
-        return PhaseTable(self.theta, self.h, self.d, self.v0, digits=self.digits, checked=True)
+        return PhaseTable(self.theta, self.h, self.d, self.v0, digits=self.digits, cuts=self.cuts, checked=True)
 
     def grouped(self, x: Tensor) -> Float[Tensor, "A C I"]:
         """x as [A, C, I] with one index of the middle axis per group."""

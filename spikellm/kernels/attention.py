@@ -38,12 +38,12 @@ def exponentials(scores: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return (scores - top).exp(), top
 
 
-def coded_exponentials(scores: Tensor, mask: Tensor, rows: Rows, digits: Digits) -> tuple[Tensor, Tensor, Tensor]:
-    """`exponentials` sent through one population of neurons (rows per head, or one for all), their row sums, and m."""
+def coded_exponentials(scores: Tensor, mask: Tensor, rows: Rows, digits: Digits, cuts: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """`exponentials` sent through neurons (a table per head, or one for all), their row sums, and m."""
     weights, top = exponentials(scores, mask)
     B, H, L, S = weights.shape
-    groups = len(rows.v0)
-    coded = encode_plain(weights.view(B * H // groups, groups, L * S), rows, digits).view(B, H, L, S)
+    groups = len(rows.v0) // digits.populations
+    coded = encode_plain(weights.view(B * H // groups, groups, L * S), rows, digits, cuts).view(B, H, L, S)
     return coded, coded.sum(-1, keepdim=True), top
 
 

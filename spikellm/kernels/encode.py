@@ -12,34 +12,31 @@ from torch import Tensor
 class Digits:
     """Which digits a neuron may send, and the partition of the real line: which population of neurons codes which inputs.
 
-    Every population has a table of its own; x is sent by one of them, the others read 0 and are silent, so that the output is the sum
-    of theirs. One side: |x| is coded and the sign goes on the wire. Two sides: ON neurons code x >= 0, OFF neurons x < 0, and the sign
-    on the wire tells which. Intervals of |x| would cut the sides further: they belong in `populations` and `parts`.
+    The line is cut by sign into sides and by |x| into intervals. Every piece has a population of its own, with a table and a wire: x is
+    sent by one of them, the others are silent, so that the output is the sum of theirs. |x| is coded and the sign goes on the wire.
+    Populations are numbered interval by interval from zero outwards, and in each the ON neurons (x >= 0) before the OFF neurons.
 
     Raises:
-        ValueError: digits that no neuron could send, or no wire tell apart.
+        ValueError: digits that no neuron could send, or no such partition.
     """
 
     signed: bool = False  # digits may be negative
     max_spikes: int | None = None  # a neuron rests after so many; None: no bound
     sides: int = 1  # 2: a table for each sign of the input
+    intervals: int = 1  # K: a table for each interval of |x|
 
     def __post_init__(self) -> None:
         if self.sides not in (1, 2):
             raise ValueError(f"sides={self.sides}: digits have one side, or one for each sign of the input")
-        if self.sides == 2 and self.signed:
-            raise ValueError("digits are two-sided or signed, not both: a digit's sign would not tell the side")
+        if self.intervals < 1:
+            raise ValueError(f"intervals={self.intervals}: the range of |x| is one interval at least")
         if self.max_spikes is not None and self.max_spikes < 1:
             raise ValueError(f"max_spikes={self.max_spikes}: a neuron must be allowed at least one spike")
 
     @property
     def populations(self) -> int:
-        """Tables of a group of neurons."""
-        return self.sides
-
-    def parts(self, x: Tensor) -> tuple[Tensor, ...]:
-        """What each population reads; of spikes, what each has sent."""
-        return (x,) if self.sides == 1 else (x.clamp_min(0), x.clamp_max(0))
+        """P, tables of a group of neurons."""
+        return self.sides * self.intervals
 
 
 BINARY = Digits()  # 0 and 1, the sign of x on the wire
@@ -76,40 +73,74 @@ def emit(v: Tensor, theta: Tensor, fired: Tensor, digits: Digits) -> tuple[Tenso
     return z, fired + z.abs()
 
 
-def fire_plain(x: Tensor, rows: Rows, digits: Digits) -> list[Tensor]:
-    """The spikes s z_t of one population, one tensor [A, C, I] a step; x [A, C, I], rows of C groups. The specification."""
+def owners(x: Tensor, magnitude: Tensor, cuts: Tensor | None, digits: Digits) -> Tensor | None:
+    """The number of the population that sends each input, in the magnitude's dtype (integers do not vectorise); None: there is one.
+
+    cuts: lower ends of the intervals 1 .. K-1, [K-1, sides C] and axes to broadcast against x.
+    """
+    side = (x < 0).to(magnitude.dtype) if digits.sides == 2 else None
+    if cuts is None:
+        return side
+    ends = cuts.unflatten(1, (digits.sides, -1))
+    interval = torch.zeros_like(magnitude)
+    for k in range(digits.intervals - 1):
+        end = ends[k, 0] if side is None else torch.where(side > 0, ends[k, 1], ends[k, 0])
+        interval = interval + (magnitude > end).to(magnitude.dtype)
+    return interval if side is None else 2 * interval + side
+
+
+def own(row: Tensor, owner: Tensor | None, digits: Digits) -> Tensor:
+    """Of a row of all populations [P C, ..] what each input's own has."""
+    if owner is None:
+        return row
+    each = row.unflatten(0, (digits.populations, -1))
+    found = each[0]
+    for p in range(1, digits.populations):
+        found = torch.where(owner == p, each[p], found)
+    return found
+
+
+def fire_plain(x: Tensor, rows: Rows, digits: Digits, cuts: Tensor | None = None) -> list[Tensor]:
+    """The spikes s z_t, a tensor [A, C, I] for every step and in it for every population; x [A, C, I], rows of P C. The specification."""
     theta, h, _, v0 = rows
-    v = x.abs().to(theta.dtype) + v0[:, None]
+    magnitude = x.abs().to(theta.dtype)
+    owner = owners(x, magnitude, None if cuts is None else cuts[..., None], digits)
+    v = magnitude + own(v0[:, None], owner, digits)
     sign, fired = x.sign().to(theta.dtype), torch.zeros_like(v)
     spikes = []
     for t in range(theta.shape[1]):
-        z, fired = emit(v, theta[:, t, None], fired, digits)
-        v = v - h[:, t, None] * z
-        spikes.append((sign * z).to(torch.int8))
+        z, fired = emit(v, own(theta[:, t, None], owner, digits), fired, digits)
+        v = v - own(h[:, t, None], owner, digits) * z
+        sent = (sign * z).to(torch.int8)
+        spikes += [sent] if owner is None else [sent * (owner == p) for p in range(digits.populations)]
     return spikes
 
 
-def encode_plain(x: Tensor, rows: Rows, digits: Digits) -> Tensor:
-    """decode(fire(x)) without the train; x [A, C, I], rows of C groups. The specification."""
+def encode_plain(x: Tensor, rows: Rows, digits: Digits, cuts: Tensor | None = None) -> Tensor:
+    """decode(fire(x)) without the train; x [A, C, I], rows of P C. The specification."""
     theta, h, d, v0 = rows
-    v = x.abs().to(theta.dtype) + v0[:, None]
+    magnitude = x.abs().to(theta.dtype)
+    owner = owners(x, magnitude, None if cuts is None else cuts[..., None], digits)
+    v = magnitude + own(v0[:, None], owner, digits)
     y, fired = torch.zeros_like(v), torch.zeros_like(v)
     for t in range(theta.shape[1]):
-        z, fired = emit(v, theta[:, t, None], fired, digits)
-        v = v - h[:, t, None] * z
-        y = y + d[:, t, None] * z
+        z, fired = emit(v, own(theta[:, t, None], owner, digits), fired, digits)
+        v = v - own(h[:, t, None], owner, digits) * z
+        y = y + own(d[:, t, None], owner, digits) * z
     # a neuron whose input is exactly 0 has no sign to send, whatever v0 makes it do
     return (y * x.sign().to(y.dtype)).to(torch.promote_types(x.dtype, y.dtype))
 
 
-def count_plain(x: Tensor, rows: Rows, digits: Digits) -> Tensor:
-    """abs(fire(x)) summed over the last axis, without the train: x [C, I, J] -> [T, C, I]."""
+def count_plain(x: Tensor, rows: Rows, digits: Digits, cuts: Tensor | None = None) -> Tensor:
+    """abs(fire(x)) of all populations summed over the last axis, without the train: x [C, I, J] -> [T, C, I]."""
     theta, h, _, v0 = rows
-    v = x.abs().to(theta.dtype) + v0[:, None, None]
+    magnitude = x.abs().to(theta.dtype)
+    owner = owners(x, magnitude, None if cuts is None else cuts[..., None, None], digits)
+    v = magnitude + own(v0[:, None, None], owner, digits)
     awake, fired = x != 0, torch.zeros_like(v)
     counts = []
     for t in range(theta.shape[1]):
-        z, fired = emit(v, theta[:, t, None, None], fired, digits)
-        v = v - h[:, t, None, None] * z
+        z, fired = emit(v, own(theta[:, t, None, None], owner, digits), fired, digits)
+        v = v - own(h[:, t, None, None], owner, digits) * z
         counts.append(((z != 0) & awake).sum(-1))
     return torch.stack(counts)

@@ -162,8 +162,7 @@ class SpikingAttention(nn.Module):
         """e^ [B, H, l, s], its row sums and the rows' largest scores [B, H, l, 1]; one pass if the neuron is compiled."""
         if isinstance(self.softmax, PhaseNeuron) and self.softmax.compiled:
             table = self.softmax.table
-            positive = table.populations[0]  # as all exponentials are
-            return fused(coded_exponentials, scores.device.type)(scores, mask, positive, table.digits)
+            return fused(coded_exponentials, scores.device.type)(scores, mask, table.rows, table.digits, table.cuts)
         weights, top = exponentials(scores, mask)
         weights = self.softmax(weights)
         return weights, weights.sum(-1, keepdim=True), top
