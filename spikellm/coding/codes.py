@@ -1,13 +1,16 @@
 """Parameters of many codes at once, and the tables that they spell: what searches move and imports read."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from spikellm.coding.grains import phase_amplitudes
-from spikellm.kernels.encode import Rows
+from spikellm.coding.neuron import PhaseTable
+from spikellm.kernels.encode import Digits, Rows
 
 FIXED = 3  # parameters that do not multiply with the number of grains
 
@@ -56,8 +59,68 @@ class Codes:
         parts = [torch.cat([part, part[..., -1:].expand(*part.shape[:-1], G - part.shape[-1])], -1) for part in self.bases()]
         return Codes(values=torch.cat([self.values[..., :FIXED], *parts], -1), assignment=self.assignment)
 
-    def at(self, index: tuple[Tensor, ...] | slice) -> "Codes":
+    def at(self, index: Any) -> "Codes":
         return Codes(values=self.values[index], assignment=self.assignment[index])
+
+
+BEYOND = torch.finfo(torch.float32).max  # where an interval begins that is not used
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class IntervalCodes:
+    """A code for each of K intervals of |x|, and where the intervals 1 .. K-1 begin, ascending [units of x]."""
+
+    codes: Codes  # [K, *n]
+    cuts: Float[Tensor, "ends *n"]  # [K-1, *n]
+
+    @classmethod
+    def single(cls, codes: Codes) -> "IntervalCodes":
+        """One interval."""
+        return cls(codes=codes.at(None), cuts=codes.tau[None][:0])
+
+    @property
+    def K(self) -> int:
+        return len(self.codes.values)
+
+    @property
+    def used(self) -> Bool[Tensor, "K *n"]:
+        """Whether an interval is."""
+        return torch.cat([torch.ones_like(self.codes.tau[:1], dtype=torch.bool), self.cuts < BEYOND])
+
+    def table(self, digits: Digits) -> PhaseTable:
+        """The table of groups n = C, or sides C, of which the digits are; unused intervals are silent."""
+        rows = self.codes.spell()
+        silent = ~self.used
+        rows = rows.map(lambda row: row.masked_fill(silent if row.ndim == silent.ndim else silent[..., None], 0).flatten(0, 1))
+        return PhaseTable(*rows, digits=replace(digits, intervals=self.K), cuts=self.cuts if self.K > 1 else None)
+
+    def padded(self, K: int) -> "IntervalCodes":
+        """The same codes with K intervals, the last of them unused."""
+        more = K - self.K
+        repeated = self.codes.at([*range(self.K), *[self.K - 1] * more])
+        beyond = torch.full_like(self.codes.tau[:1], BEYOND).expand(more, *self.cuts.shape[1:])
+        return IntervalCodes(codes=repeated, cuts=torch.cat([self.cuts, beyond]))
+
+    def widened(self, G: int) -> "IntervalCodes":
+        """The same codes in the parameter space of G grains."""
+        return IntervalCodes(codes=self.codes.widened(G), cuts=self.cuts)
+
+    @classmethod
+    def stack(cls, every: Sequence["IntervalCodes"]) -> "IntervalCodes":
+        """Many codes of as many intervals, side by side in the first axis of n."""
+        values = torch.stack([each.codes.values for each in every], 1)
+        assignment = torch.stack([each.codes.assignment for each in every], 1)
+        return cls(codes=Codes(values=values, assignment=assignment), cuts=torch.stack([each.cuts for each in every], 1))
+
+    def at(self, index: tuple[Tensor, ...] | slice) -> "IntervalCodes":
+        """Those of some groups."""
+        inside = index if isinstance(index, tuple) else (index,)
+        return IntervalCodes(codes=self.codes.at((slice(None), *inside)), cuts=self.cuts[:, *inside])
+
+    def trimmed(self) -> "IntervalCodes":
+        """Without the intervals that no group uses."""
+        K = int(self.used.flatten(1).any(1).sum())
+        return IntervalCodes(codes=self.codes.at(slice(K)), cuts=self.cuts[: K - 1])
 
 
 def base2_codes(tau: Float[Tensor, " N"], T: int, G: int = 1) -> Codes:

@@ -72,9 +72,10 @@ class PhaseTable:
                 raise ValueError(f"a phase table's {name} is {rows.dtype} of shape {tuple(rows.shape)}: one row of floats at least")
             if not (checked or rows.is_meta or rows.isfinite().all()):
                 raise ValueError(f"a phase table's {name} has {(~rows.isfinite()).sum()} values of {rows.numel()} that are NaN or infinite")
-        if self.cuts is not None and not (checked or self.cuts.is_meta):
-            if (self.cuts < 0).any() or (self.cuts.diff(dim=0) < 0).any():
-                raise ValueError(f"a phase table's cuts are negative or not ascending: {self.cuts.tolist()}")
+        if self.cuts is None or checked or self.cuts.is_meta:
+            return
+        if (self.cuts < 0).any() or (self.cuts.diff(dim=0) < 0).any():
+            raise ValueError(f"a phase table's cuts are negative or not ascending: {self.cuts.tolist()}")
 
     @property
     def rows(self) -> Rows:

@@ -38,6 +38,7 @@ from spikellm.config.places import project_root
 STAGE_NAMES = ("calibrate", "search", "convert", "evaluate", "diagnose", "report")
 DEFAULT_STAGES = STAGE_NAMES[:4]  # a report is written at the end of a run and of a sweep anyway
 MAX_T = 16
+MAX_INTERVALS = 8  # of snn.intervals
 MAX_THREADS = 1024
 MAX_NAME = 100  # of a name that becomes part of a path; file systems take 255 bytes [characters]
 # search.spike_weight of signed digits: they have fewer spikes (a fifth, at T = 8) and smaller errors than digits 0 and 1, at T = 4 to 8.
@@ -71,6 +72,7 @@ class SpikingConfig:
     grain: str = MISSING  # number of grains G: 1, 2, 3, .. or auto; set by the group `grain`
     min_grain_length: int = 2  # phases in a grain, at least [steps]
     coding: Coding = Coding.phase  # what a spike stands for
+    intervals: str = "1"  # intervals of the range of |x| with a table and a wire each: 1, 2, 3, .. or auto; coding=phase, phase_signed only
     max_spikes: int | None = None  # spikes of a neuron, at most; coding=few_spike only
     execution: Execution = Execution.folded  # how the network is run
     step_chunk: int | None = None  # time steps per matrix product, at most; null: all T; execution=stepped only [steps]
@@ -88,6 +90,8 @@ class SpikingConfig:
         else:
             check(self.max_spikes is None, "snn.max_spikes", self.max_spikes, "goes with snn.coding=few_spike; leave it out otherwise")
         check(self.grain == "auto" or (self.grain.isdigit() and int(self.grain) > 0), "grain", self.grain, "takes 1, 2, 3 or auto")
+        fits = self.intervals == "auto" or (self.intervals.isdigit() and 1 <= int(self.intervals) <= MAX_INTERVALS)
+        check(fits, "snn.intervals", self.intervals, f"takes 1 to {MAX_INTERVALS} or auto")
         if self.grain != "auto":
             needed = self.min_grain_length * int(self.grain)
             check(
@@ -100,6 +104,11 @@ class SpikingConfig:
     def grains(self) -> int | None:
         """`grain` as a number; None: auto."""
         return None if self.grain == "auto" else int(self.grain)
+
+    @property
+    def interval_count(self) -> int | None:
+        """`intervals` as a number; None: auto."""
+        return None if self.intervals == "auto" else int(self.intervals)
 
 
 @dataclass(kw_only=True, slots=True)

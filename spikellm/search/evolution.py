@@ -148,28 +148,40 @@ def evolve(
     objective: Objective, population: Codes, maximum: Tensor, generations: int, generator: torch.Generator
 ) -> tuple[Codes, Float[Tensor, " N"]]:
     """Differential evolution; the best member of every group and its objective."""
-    N, K, P = population.values.shape
-    device, T = maximum.device, population.assignment.shape[-1]
+    limits = bounds(population, maximum, signed=objective.digits.signed)
+    found = objective(population)
+    for _ in range(generations):
+        candidates = propose(population, found, limits, generator)
+        error = objective(candidates)
+        population, found = candidates.where(error <= found, population), torch.minimum(error, found)
+    index = (torch.arange(len(maximum), device=maximum.device), found.argmin(1))
+    return population.at(index), found[index]
+
+
+def bounds(population: Codes, maximum: Float[Tensor, " N"], *, signed: bool) -> tuple[Float[Tensor, "N 1 P"], Float[Tensor, "N 1 P"]]:
+    """The least and largest parameters that members may have."""
+    N, _, P = population.values.shape
+    T, device = population.assignment.shape[-1], maximum.device
     low, high = torch.full((N, 1, P), LOWEST_BASE, device=device), torch.full((N, 1, P), HIGHEST_BASE, device=device)
     low[..., 0], high[..., 0] = maximum.log()[:, None] - LOG_TAU_BELOW, maximum.log()[:, None] + LOG_TAU_ABOVE
     low[..., 1], high[..., 1] = LOWEST_V0, 2.0**T
-    low[..., 2], high[..., 2] = LOWEST_RHO if objective.digits.signed else 0.0, 0.0
+    low[..., 2], high[..., 2] = LOWEST_RHO if signed else 0.0, 0.0
+    return low, high
+
+
+def propose(population: Codes, found: Float[Tensor, "N K"], limits: tuple[Tensor, Tensor], generator: torch.Generator) -> Codes:
+    """A trial for every member of populations [N, K] whose objectives are `found`."""
+    N, K, P = population.values.shape
+    device = found.device
     group = torch.arange(N, device=device)[:, None]
-    found = objective(population)
-    for _ in range(generations):
-        uniform = torch.rand(N, K, P + 6, generator=generator).to(device)
-        pick, dice = uniform[..., P : P + 3], uniform[..., P + 3 :]
-        best = found.argsort(1).gather(1, (pick[..., 0] * max(2, K // 8)).long())
-        one, two = (pick[..., index].mul(K).long() for index in (1, 2))
-        values = population.values
-        scale = 0.2 + 0.7 * dice[..., :1]
-        trial = values + scale * (values[group, best] - values + values[group, one] - values[group, two])
-        crossed = uniform[..., :P] < torch.where(dice[..., 1:2] < 0.5, 0.9, 0.4)
-        trial = torch.where(crossed, trial, values).clamp(low, high)
-        follow = dice[..., 2:] < 0.25  # now and then a member takes over the assignment of its model
-        assignment = torch.where(follow, population.assignment[group, best], population.assignment)
-        candidates = Codes(values=trial, assignment=assignment)
-        error = objective(candidates)
-        population, found = candidates.where(error <= found, population), torch.minimum(error, found)
-    index = (group[:, 0], found.argmin(1))
-    return population.at(index), found[index]
+    uniform = torch.rand(N, K, P + 6, generator=generator).to(device)
+    pick, dice = uniform[..., P : P + 3], uniform[..., P + 3 :]
+    best = found.argsort(1).gather(1, (pick[..., 0] * max(2, K // 8)).long())
+    one, two = (pick[..., index].mul(K).long() for index in (1, 2))
+    values = population.values
+    scale = 0.2 + 0.7 * dice[..., :1]
+    trial = values + scale * (values[group, best] - values + values[group, one] - values[group, two])
+    crossed = uniform[..., :P] < torch.where(dice[..., 1:2] < 0.5, 0.9, 0.4)
+    trial = torch.where(crossed, trial, values).clamp(*limits)
+    follow = dice[..., 2:] < 0.25  # now and then a member takes over the assignment of its model
+    return Codes(values=trial, assignment=torch.where(follow, population.assignment[group, best], population.assignment))

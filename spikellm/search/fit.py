@@ -21,10 +21,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from spikellm.calibration.statistics import CHOOSE, REPORT, SiteStatistics
-from spikellm.coding.codes import Codes, base2_codes
-from spikellm.coding.neuron import PhaseTable
-from spikellm.kernels.encode import BINARY, Digits, Rows, fire_plain
-from spikellm.search.evolution import squared_error
+from spikellm.coding.codes import IntervalCodes, base2_codes
+from spikellm.coding.neuron import PhaseTable, encode, fire
+from spikellm.kernels.encode import BINARY, Digits
 from spikellm.store.artifacts import write_tensors
 
 SUBDIVISION = 4  # points per bin where errors are reported: a bin at the top is wider than a step at T = 10
@@ -32,24 +31,24 @@ SUBDIVISION = 4  # points per bin where errors are reported: a bin at the top is
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class CodeFit:
-    """The code of one site, per neuron group [C, ..].
+    """The code of one site: of its C neuron groups (of two sides first those of x >= 0, then those of x < 0) and R = K C tables.
 
-    Bases are padded to the same number of grains by the last grain's. objective is the search's, on the fitting part. On the reporting
-    part: error and error_base2, weighted squared errors (base 2 with one tau for the site); cost and cost_base2, with what the mean
-    error counts; power, the weighted mean square; firing_rate = spikes / (neurons x T) and share, the site's neurons in a group.
-    fallback: base 2 was kept; digits: of the neurons (`PhaseTable`; of two sides the first half of the rows codes x >= 0, the
-    second x < 0).
+    Tables stand interval by interval, as in `PhaseTable`, with their parameters beside them; bases are padded to the same number of
+    grains by the last grain's. objective is the search's, on the fitting part. On the reporting part: error and error_base2, weighted
+    squared errors (base 2 with one tau for the site); cost and cost_base2, with what the mean error counts; power, the weighted mean
+    square; firing_rate = spikes / (neurons x T) and share, the site's neurons in a group. fallback: base 2 was kept; digits and cuts:
+    `PhaseTable`'s.
     """
 
-    tau: Float[Tensor, " C"]
-    v0: Float[Tensor, " C"]
-    assignment: Int[Tensor, "C T"]
-    base_d: Float[Tensor, "C G"]
-    base_h: Float[Tensor, "C G"]
-    base_theta: Float[Tensor, "C G"]
-    theta: Float[Tensor, "C T"]
-    h: Float[Tensor, "C T"]
-    d: Float[Tensor, "C T"]
+    tau: Float[Tensor, " R"]
+    v0: Float[Tensor, " R"]
+    assignment: Int[Tensor, "R T"]
+    base_d: Float[Tensor, "R G"]
+    base_h: Float[Tensor, "R G"]
+    base_theta: Float[Tensor, "R G"]
+    theta: Float[Tensor, "R T"]
+    h: Float[Tensor, "R T"]
+    d: Float[Tensor, "R T"]
     objective: Float[Tensor, " C"]
     error: Float[Tensor, " C"]
     error_base2: Float[Tensor, " C"]
@@ -59,17 +58,23 @@ class CodeFit:
     firing_rate: Float[Tensor, " C"]
     share: Float[Tensor, " C"]
     fallback: Bool[Tensor, " C"]
-    rho: Float[Tensor, " C"]
+    rho: Float[Tensor, " R"]
     digits: Digits
+    cuts: Float[Tensor, "ends C"] | None = None
 
     @property
     def table(self) -> PhaseTable:
-        return PhaseTable(self.theta, self.h, self.d, self.v0, digits=self.digits)
+        return PhaseTable(self.theta, self.h, self.d, self.v0, digits=self.digits, cuts=self.cuts)
 
     @property
-    def grain(self) -> Int[Tensor, " C"]:
-        """Grains that each group uses."""
-        return self.assignment.amax(-1) + 1
+    def grain(self) -> Int[Tensor, " R"]:
+        """Grains of each table; 0 where it is not used."""
+        return (self.assignment.amax(-1) + 1) * self.d.any(-1)
+
+    @property
+    def intervals(self) -> Int[Tensor, " C"]:
+        """Intervals that each group uses."""
+        return self.d.any(-1).unflatten(0, (self.digits.intervals, -1)).sum(0)
 
     @property
     def relative_error(self) -> float:
@@ -94,7 +99,7 @@ class CodeFit:
     def assess(
         cls,
         statistics: SiteStatistics,
-        rounds: Sequence[tuple[Codes, Float[Tensor, " C"]]],
+        rounds: Sequence[tuple[IntervalCodes, Float[Tensor, " C"]]],
         *,
         tolerance: float = 0.0,
         fall_back: bool = True,
@@ -105,18 +110,18 @@ class CodeFit:
 
         Args:
             statistics: of the site.
-            rounds: codes found and their objectives, those of fewer grains first.
+            rounds: codes found, all in one space of parameters, and their objectives; the simplest first.
             tolerance: the first codes are taken whose cost is at most (1 + tolerance) times the least of all.
             fall_back: False never takes base 2.
-            digits: of the neurons, but for the sides: these are the statistics'.
+            digits: of the neurons, but for the partition: sides are the statistics', intervals the codes'.
             spike_weight: see `Options.spike_weight`.
         """
-        T, G = rounds[0][0].assignment.shape[-1], rounds[0][0].G
+        T, G, K = rounds[0][0].codes.assignment.shape[-1], rounds[0][0].codes.G, max(code.K for code, _ in rounds)
         known = statistics.known_maximum
         site = torch.where(known.amax() > 0, known.amax(), 1.0).expand_as(known)
-        per_site, per_group = base2_codes(site, T, G), base2_codes(torch.where(known > 0, known, site), T, G)
+        per_site, per_group = (IntervalCodes.single(base2_codes(each, T, G)) for each in (site, torch.where(known > 0, known, site)))
         codes = [per_site, per_group, *(code for code, _ in rounds)]
-        costs = torch.stack([_cost(statistics, code, digits, spike_weight=spike_weight) for code in codes])
+        costs = torch.stack([_cost(statistics, code.table(digits), spike_weight=spike_weight) for code in codes])
         number = (costs[2:] <= (1 + tolerance) * costs[2:].amin(0)).int().argmax(0)
         found = number + 2
         if fall_back:
@@ -124,20 +129,19 @@ class CodeFit:
             options = torch.stack([torch.zeros_like(found), torch.ones_like(found), found])
             found = options.gather(0, costs.gather(0, options).argmin(0)[None])[0]
         every = torch.arange(len(known), device=known.device)
-        values, assignments = (torch.stack(part) for part in zip(*((code.values, code.assignment) for code in codes), strict=True))
-        chosen = Codes(values=values, assignment=assignments).at((found, every))
-        base_d, base_h, base_theta = (part.exp2() for part in chosen.bases())
+        chosen = IntervalCodes.stack([code.padded(K) for code in codes]).at((found, every)).trimmed()
+        base_d, base_h, base_theta = (part.exp2().flatten(0, 1) for part in chosen.codes.bases())
         return cls.reported(
             statistics,
-            PhaseTable(*chosen.spell(), digits=replace(digits, sides=statistics.sides)),
-            tau=chosen.tau,
-            assignment=chosen.assignment,
+            chosen.table(replace(digits, sides=statistics.sides)),
+            tau=chosen.codes.tau.flatten(),
+            assignment=chosen.codes.assignment.flatten(0, 1),
             base_d=base_d,
             base_h=base_h,
             base_theta=base_theta,
             objective=torch.stack([objective for _, objective in rounds])[number, every],
             fallback=found < 2,
-            rho=chosen.rho,
+            rho=chosen.codes.rho.flatten(),
         )
 
     @classmethod
@@ -148,20 +152,26 @@ class CodeFit:
         x, weight, count = part_points(statistics, REPORT)
         neurons = count.sum(-1) + statistics.zeros[REPORT]
         bias = bias_weight(statistics, weight, count / neurons.clamp_min(1)[:, None])
-        own = table.rows, table.digits
-        base2 = base2_codes(site, table.T).spell(), replace(table.digits, max_spikes=None)
+        own = by_group(table)
+        base2 = PhaseTable(*base2_codes(site, table.T).spell())
         return cls(
             **parameters,
             **table.rows._asdict(),
-            error=weighted_error(x, weight, *own),
-            error_base2=weighted_error(x, weight, *base2),
-            cost=weighted_error(x, weight, *own, bias),
-            cost_base2=weighted_error(x, weight, *base2, bias),
+            error=weighted_error(x, weight, own),
+            error_base2=weighted_error(x, weight, base2),
+            cost=weighted_error(x, weight, own, bias),
+            cost_base2=weighted_error(x, weight, base2, bias),
             power=(weight * x.square()).sum(-1),
-            firing_rate=spikes_per_neuron(x, count, neurons, *own) / table.T,
+            firing_rate=spikes_per_neuron(x, count, neurons, own) / table.T,
             share=neurons / neurons.sum().clamp_min(1),
             digits=table.digits,
+            cuts=table.cuts,
         )
+
+
+def by_group(table: PhaseTable) -> PhaseTable:
+    """The table for magnitudes, groups of two sides being groups like any other: statistics know no sign."""
+    return PhaseTable(*table.rows, digits=replace(table.digits, sides=1), cuts=table.cuts, checked=True)
 
 
 def _ratio(part: Tensor, whole: Tensor) -> float:
@@ -190,35 +200,34 @@ def bias_weight(statistics: SiteStatistics, weight: Float[Tensor, "C points"], s
     return (statistics.row_neurons or 0.0) * share.sum(-1, keepdim=True) / weight.sum(-1, keepdim=True).clamp_min(1e-30)
 
 
-def _cost(statistics: SiteStatistics, codes: Codes, digits: Digits, *, spike_weight: float) -> Float[Tensor, " C"]:
+def _cost(statistics: SiteStatistics, table: PhaseTable, *, spike_weight: float) -> Float[Tensor, " C"]:
     """What the choice is made by: the search's objective, on the choosing part (in one scale for all codes)."""
     x, weight, count = part_points(statistics, CHOOSE)
     neurons = count.sum(-1) + statistics.zeros[CHOOSE]
     bias = bias_weight(statistics, weight, count / neurons.clamp_min(1)[:, None])
-    rows = codes.spell()
-    error = weighted_error(x, weight, rows, digits, bias)
+    error = weighted_error(x, weight, table, bias)
     if not spike_weight:
         return error
-    return error * (spike_weight * spikes_per_neuron(x, count, neurons, rows, digits)).exp()
+    return error * (spike_weight * spikes_per_neuron(x, count, neurons, table)).exp()
 
 
 def weighted_error(
     x: Float[Tensor, "C points"],
     weight: Float[Tensor, "C points"],
-    rows: Rows,
-    digits: Digits,
+    table: PhaseTable,
     bias_weight: Float[Tensor, "C 1"] | None = None,
 ) -> Float[Tensor, " C"]:
-    """Squared error of one code per group."""
-    return squared_error(x[:, None], weight[:, None], rows.at((slice(None), None)), digits, bias_weight=bias_weight)[:, 0]
+    """Squared error of one code per group on points x >= 0."""
+    off = encode(x[None], table, compiled=False)[0] - x
+    error = (weight * off.square()).sum(-1)
+    return error if bias_weight is None else error + bias_weight[:, 0] * (weight * off).sum(-1).square()
 
 
 def spikes_per_neuron(
-    x: Float[Tensor, "C points"], count: Float[Tensor, "C points"], neurons: Float[Tensor, " C"], rows: Rows, digits: Digits
+    x: Float[Tensor, "C points"], count: Float[Tensor, "C points"], neurons: Float[Tensor, " C"], table: PhaseTable
 ) -> Float[Tensor, " C"]:
     """Mean spikes of a neuron, 0 .. T, where `count` of `neurons` have input x > 0; one code a group."""
-    train = fire_plain(x[None], rows, digits)
-    spikes = torch.stack(train).abs().sum(0)[0]
+    spikes = fire(x[None], table).abs().sum(0)[0]
     return (count * spikes).sum(-1) / neurons.clamp_min(1)
 
 

@@ -8,6 +8,7 @@ from spikellm.kernels.encode import Digits
 from spikellm.model.sites import SiteKind
 
 MAX_GRAINS = 3  # of grain=auto
+MAX_INTERVALS = 3  # of snn.intervals=auto
 CLASSIC = (Coding.rate, Coding.ttfs, Coding.few_spike)
 
 
@@ -47,8 +48,13 @@ class Options:
         return self.snn.grains or min(MAX_GRAINS, max(1, self.T // self.min_length))
 
     @property
+    def most_intervals(self) -> int:
+        """Intervals that a code may have; of snn.intervals=auto as many as are tried."""
+        return self.snn.interval_count or MAX_INTERVALS
+
+    @property
     def digits(self) -> Digits:
-        """What the coding lets neurons send; the sides are those of a site's statistics."""
+        """What the coding lets neurons send; the partition is the statistics' and the codes'."""
         coding = self.snn.coding
         return Digits(signed=coding is Coding.phase_signed, max_spikes=1 if coding is Coding.ttfs else self.snn.max_spikes)
 

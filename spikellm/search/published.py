@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from spikellm.calibration.statistics import SiteStatistics
-from spikellm.coding.codes import Codes
+from spikellm.coding.codes import Codes, IntervalCodes
 from spikellm.config.boundary import read_file
 from spikellm.config.checks import InputError
 from spikellm.config.choices import ImportV0
@@ -151,5 +151,5 @@ def imported(statistics: Mapping[str, SiteStatistics], options: Options) -> dict
         merged = site.merged()  # the files have one code per site
         device = merged.counts.device
         code = Codes(values=codes[name].values.to(device), assignment=codes[name].assignment.to(device))
-        fits[name] = CodeFit.assess(merged, [(code, torch.full((1,), torch.nan, device=device))], fall_back=False)
+        fits[name] = CodeFit.assess(merged, [(IntervalCodes.single(code), torch.full((1,), torch.nan, device=device))], fall_back=False)
     return fits

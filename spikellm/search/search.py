@@ -23,7 +23,10 @@ one number more, the ratio of thresholds to resets. With a spike weight lambda t
 spikes of a neuron: lambda is the relative rise of the error at which one spike less a neuron is a fair exchange.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -31,44 +34,59 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from spikellm.calibration.statistics import FIT, SiteStatistics
-from spikellm.coding.codes import Codes, base2_codes
+from spikellm.coding.codes import IntervalCodes, base2_codes
 from spikellm.kernels.compiled import fused
 from spikellm.kernels.encode import BINARY, Digits
 from spikellm.search.evolution import Objective, evolve_grains, squared_error
 from spikellm.search.fit import CodeFit, bias_weight
 from spikellm.search.gradient import descend_grains, draw_samples
+from spikellm.search.intervals import Segments, evolve_intervals, segment_sums
 from spikellm.search.options import Options
 
 
 def evolution(statistics: Mapping[str, SiteStatistics], options: Options) -> dict[str, CodeFit]:
-    """Fit a table to every neuron group of every site, all together.
+    """Fit tables to every neuron group of every site, all together.
 
     Args:
         statistics: by site name; all on one device.
-        options: T; grain, at most (auto: per group the coarsest within search.tolerance of the least cost on the choosing part);
-            min_grain_length; coding, phase or phase_signed; search.spike_weight; seed.
+        options: T; grain and snn.intervals, at most (auto: per group the fewest within search.tolerance of the least cost on the choosing
+            part); min_grain_length; coding, phase or phase_signed; search.spike_weight; seed.
     """
-    digits = options.digits
-    kernel = fused(squared_error, next(iter(statistics.values())).counts.device.type) if options.compiled else squared_error
-    if digits.signed:  # a digit's sign does not tell the side
+    digits, most = options.digits, options.most_intervals
+    if digits.signed:  # one table for both signs loses nothing where a digit may be negative
         statistics = {name: site.merged() if site.sides == 2 else site for name, site in statistics.items()}
-    bits = 1.6 * options.T if digits.signed else options.T  # log2 of the number of levels
-    number = min(2048, max(256, 2 ** round(bits + 2)))  # four points a level, up to 512 levels
-    points = {name: weighted_points(site, number) for name, site in statistics.items()}
-    x, weight, share = (torch.cat(part)[:, None] for part in zip(*points.values(), strict=True))
-    spike_weights, spike_weight = {name: options.spike_weight(name) for name in statistics}, None
-    if any(spike_weights.values()):
-        each = [spike_weights[name] for name, site in statistics.items() for _ in range(site.counts.shape[1])]
-        spike_weight = share * torch.tensor(each, device=share.device)[:, None, None]
+    points = density_points(statistics, options, 1)
+    weights = {name: options.spike_weight(name) for name in statistics}
+    spike_weight = torch.tensor([weights[name] for name, site in statistics.items() for _ in range(site.counts.shape[1])])
+    spike_weight = spike_weight.to(points.x.device)
     maximum = group_maxima(statistics)
     bias = None
     if any(site.row_neurons for site in statistics.values()):
-        bias = torch.cat([bias_weight(site, *points[name][1:]) for name, site in statistics.items()])
-    objective = Objective(x=x, weight=weight, kernel=kernel, digits=digits, spike_weight=spike_weight, bias_weight=bias)
-    with tqdm(total=options.most_grains, desc="search", unit="grain", disable=None) as bar:
-        rounds = evolve_grains(objective, maximum, options, lambda _: bar.update())
-    rounds, tolerance = rounds[-1:] if options.snn.grains else rounds, options.search.tolerance
-    return assess_all(statistics, rounds, tolerance=tolerance, digits=digits, spike_weights=spike_weights)
+        bias = points.bias(statistics)
+    objective = Objective(
+        x=points.x[:, None],
+        weight=points.weight[:, None],
+        kernel=kernel_of(squared_error, points.x, options),
+        digits=digits,
+        spike_weight=points.share[:, None] * spike_weight[:, None, None] if spike_weight.any() else None,
+        bias_weight=bias,
+    )
+    with tqdm(total=options.most_grains * most, desc="search", unit="grain", disable=None) as bar:
+        found = evolve_grains(objective, maximum, options, lambda _: bar.update())
+        rounds = [(IntervalCodes.single(codes), error) for codes, error in (found[-1:] if options.snn.grains else found)]
+        for K in range(2, most + 1):
+            points = density_points(statistics, options, K)
+            kernel = kernel_of(segment_sums, points.x, options)
+            segments = Segments(x=points.x, weight=points.weight, share=points.share, kernel=kernel, digits=digits)
+            more = evolve_intervals(segments, maximum, rounds[-1][0], options, spike_weight, bar.update)
+            rounds += more[-1:] if options.snn.grains else more
+    automatic = options.snn.grains is None or options.snn.interval_count is None
+    return assess_all(statistics, rounds, tolerance=options.search.tolerance if automatic else 0.0, digits=digits, spike_weights=weights)
+
+
+def kernel_of(function: Callable[..., Any], like: Tensor, options: Options) -> Callable[..., Any]:
+    """The function, compiled if the options say so."""
+    return fused(function, like.device.type) if options.compiled else function
 
 
 def gradient(statistics: Mapping[str, SiteStatistics], options: Options) -> dict[str, CodeFit]:
@@ -87,7 +105,7 @@ def gradient(statistics: Mapping[str, SiteStatistics], options: Options) -> dict
     with tqdm(total=total, desc="search", unit="round", disable=None) as bar:
         for G in searches:
             codes, found = descend_grains(samples, maximum, options, G=G, progress=bar.update)
-            rounds.append((codes.widened(most), found))
+            rounds.append((IntervalCodes.single(codes.widened(most)), found))
     return assess_all(statistics, rounds, tolerance=options.search.tolerance)
 
 
@@ -99,13 +117,13 @@ def group_maxima(statistics: Mapping[str, SiteStatistics]) -> Float[Tensor, " N"
 
 def assess_all(
     statistics: Mapping[str, SiteStatistics],
-    rounds: Sequence[tuple[Codes, Float[Tensor, " N"]]],
+    rounds: Sequence[tuple[IntervalCodes, Float[Tensor, " N"]]],
     *,
     tolerance: float,
     digits: Digits = BINARY,
     spike_weights: Mapping[str, float] | None = None,
 ) -> dict[str, CodeFit]:
-    """Codes and objectives of all groups in a row, in rounds of more and more grains, as one fit per site."""
+    """Codes and objectives of all groups in a row, the simplest first, as one fit per site."""
     fits, start = {}, 0
     for name, site in statistics.items():
         rows = slice(start, start + site.counts.shape[1])
@@ -122,8 +140,34 @@ def base2(statistics: Mapping[str, SiteStatistics], options: Options) -> dict[st
     for name, site in statistics.items():
         merged = site.merged()
         maximum = group_maxima({name: merged})
-        fits[name] = CodeFit.assess(merged, [(base2_codes(maximum, options.T), torch.full_like(maximum, torch.nan))])
+        fits[name] = CodeFit.assess(merged, [(IntervalCodes.single(base2_codes(maximum, options.T)), torch.full_like(maximum, torch.nan))])
     return fits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Points:
+    """The densities of all groups in points: positions, error weights, shares of a group's neurons."""
+
+    x: Float[Tensor, "N points"]
+    weight: Float[Tensor, "N points"]
+    share: Float[Tensor, "N points"]
+
+    def bias(self, statistics: Mapping[str, SiteStatistics]) -> Float[Tensor, "N 1"]:
+        """See `fit.bias_weight`."""
+        found, start = [], 0
+        for site in statistics.values():
+            rows = slice(start, start + site.counts.shape[1])
+            start = rows.stop
+            found.append(bias_weight(site, self.weight[rows], self.share[rows]))
+        return torch.cat(found)
+
+
+def density_points(statistics: Mapping[str, SiteStatistics], options: Options, K: int) -> Points:
+    """Enough points for codes of K intervals: four a level, up to 512 levels."""
+    bits = (math.log2(3) if options.digits.signed else 1) * options.T + math.log2(K)
+    number = min(2048, max(256, 2 ** round(bits + 2)))
+    x, weight, share = (torch.cat(part) for part in zip(*(weighted_points(site, number) for site in statistics.values()), strict=True))
+    return Points(x=x, weight=weight, share=share)
 
 
 def weighted_points(

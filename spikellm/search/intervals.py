@@ -1,0 +1,238 @@
+"""Codes of several intervals: cuts and tables found together, by evolution of one kind of code per interval.
+
+The range of |x| is cut into K intervals, each coded by a population with a table of its own (`kernels/encode.Digits`). For tables
+1 .. K and cuts c_1 <= .. <= c_K-1 the error is a sum over intervals,
+
+    E = sum over k of  E_k(c_k) - E_k(c_k-1)        E_k(c): error of table k on the points up to c
+
+so that, whatever tables there are to choose from, the best of each and the best cuts follow exactly from their running sums, by dynamic
+programming. Evolution (`evolution.py`) has K populations here, and what a member is worth is the least error of a whole code with this
+table in its place, the best partners and the best cuts. Nobody fixes a cut: it lies where the tables meet. While they evolve, cuts are
+taken from EDGES places that divide the points of a group evenly; in the end from all points.
+
+With a spike weight lambda the objective E exp(lambda n) is no sum. Near the best code, of error E*, its logarithm rises by
+dE / E* + lambda dn: members compete by E + lambda E* n.
+
+Ours. Ranges of an activation as grains of a code: Zheng et al., ICLR 2026, in their introduction; their code has grains of phases alone.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from spikellm.coding.codes import FIXED, Codes, IntervalCodes
+from spikellm.coding.grains import assignments
+from spikellm.kernels.encode import Digits, Rows, emit
+from spikellm.search.evolution import CHUNK, GENERATIONS, SIGNED_GENERATIONS, bounds, first_population, propose
+from spikellm.search.options import Options
+
+LN2 = math.log(2)
+EDGES = 64  # where an interval may end while tables evolve
+PRICE_UPDATES = 5  # generations between two looks at E*
+
+
+def segment_sums(x: Tensor, weight: Tensor, share: Tensor, rows: Rows, digits: Digits) -> tuple[Tensor, Tensor]:
+    """Sums of weight (y - x)^2 and of share * spikes over each segment [N, K, Q].
+
+    x, weight, share [N, 1, Q, points] of N groups in Q segments, K codes each: rows [N, K, T], v0 [N, K].
+    """
+    theta, h, d, v0 = rows
+    v = x + v0[..., None, None]
+    y, fired, spikes = torch.zeros_like(v), torch.zeros_like(v), torch.zeros_like(v)
+    for t in range(theta.shape[-1]):
+        z, fired = emit(v, theta[..., t, None, None], fired, digits)
+        v = v - h[..., t, None, None] * z
+        y = y + d[..., t, None, None] * z
+        spikes = spikes + z.abs()
+    return (weight * (y - x).square()).sum(-1), (share * spikes).sum(-1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Segments:
+    """Points of N groups, ascending, and what codes cost on them up to each edge; `kernel` is `segment_sums`, fused or plain."""
+
+    x: Float[Tensor, "N points"]
+    weight: Float[Tensor, "N points"]
+    share: Float[Tensor, "N points"]
+    kernel: Callable[..., tuple[Tensor, Tensor]]
+    digits: Digits
+
+    def running(self, codes: Codes, segments: int) -> Float[Tensor, "2 N M Q1"]:
+        """Errors and spikes of codes [N, K] on the points before each edge, the first edge before all points."""
+        rows = codes.spell()
+        x, weight, share = (each.unflatten(1, (segments, -1))[:, None] for each in (self.x, self.weight, self.share))
+        groups = max(1, CHUNK // (codes.values.shape[1] * self.x.shape[1]))
+        found = []
+        for start in range(0, len(x), groups):
+            part = slice(start, start + groups)
+            found.append(torch.stack(self.kernel(x[part], weight[part], share[part], rows.at(part), self.digits)))
+        return torch.nn.functional.pad(torch.cat(found, 1).cumsum(-1), (1, 0))
+
+    def ends(self, edge: Int[Tensor, "ends N"], segments: int) -> Float[Tensor, "ends N"]:
+        """Where the points before an edge end and those behind it begin: in the middle [units of x]."""
+        size, highest = self.x.shape[1] // segments, self.x.amax(1, keepdim=True)
+        below = torch.nn.functional.pad(self.x.cummax(1).values, (1, 0))[:, ::size]
+        used = torch.where(self.weight > 0, self.x, torch.inf)
+        above = torch.cat([used.flip(1).cummin(1).values.flip(1), highest], 1)[:, ::size].minimum(highest)
+        return ((below + above) / 2).gather(1, edge.mT).mT
+
+
+def through(before: Float[Tensor, "N Q1"], sums: Float[Tensor, "N M Q1"]) -> Float[Tensor, "N M Q1"]:
+    """Least costs of the points before each edge when every member in turn takes over from `before`, wherever is best."""
+    return (before[:, None] - sums).cummin(-1).values + sums
+
+
+def prefix(sums: list[Float[Tensor, "N M Q1"]], like: Float[Tensor, "N M Q1"]) -> Float[Tensor, "N Q1"]:
+    """Least costs of the points before each edge with the best of some populations, whose members' running costs these are."""
+    found = torch.full_like(like[:, 0], torch.inf)
+    found[:, 0] = 0
+    for each in sums:
+        found = through(found, each).amin(1)
+    return found
+
+
+def suffix(sums: list[Float[Tensor, "N M Q1"]], like: Float[Tensor, "N M Q1"]) -> Float[Tensor, "N Q1"]:
+    """Least costs of the points behind each edge."""
+    return prefix([(each[..., -1:] - each).flip(-1) for each in reversed(sums)], like).flip(-1)
+
+
+def best_chain(sums: list[Float[Tensor, "N M Q1"]]) -> tuple[Int[Tensor, "K N"], Int[Tensor, "ends N"]]:
+    """Of every population the member, and the K-1 edges, of the whole code of least cost."""
+    edge = torch.full((len(sums[0]),), sums[0].shape[-1] - 1, device=sums[0].device)
+    members, edges = [], []
+    for k in range(len(sums) - 1, -1, -1):
+        lowest, where = (prefix(sums[:k], sums[k])[:, None] - sums[k]).cummin(-1)
+        at = edge[:, None, None].expand(-1, sums[k].shape[1], 1)
+        member = (lowest + sums[k]).gather(-1, at)[..., 0].argmin(1)
+        members.append(member)
+        edge = where.gather(1, member[:, None, None].expand(-1, 1, where.shape[-1]))[:, 0].gather(1, edge[:, None])[:, 0]
+        edges.append(edge)
+    return torch.stack(members[::-1]), torch.stack(edges[::-1])[1:]
+
+
+def evolve_intervals(
+    segments: Segments,
+    maximum: Float[Tensor, " N"],
+    previous: IntervalCodes,
+    options: Options,
+    spike_weight: Float[Tensor, " N"],
+    progress: Callable[[], None] = lambda: None,
+) -> list[tuple[IntervalCodes, Float[Tensor, " N"]]]:
+    """Codes of one interval more than `previous`, of 1, 2, .. G grains, and their objectives.
+
+    Args:
+        segments: points; their number is a multiple of EDGES.
+        maximum: of |x| in each group [units of x].
+        previous: the best codes of one interval less; [K-1, N].
+        options: T, most_grains (G), min_length, seed.
+        spike_weight: lambda of each group.
+        progress: called after each round.
+    """
+    T, G, signed = options.T, options.most_grains, segments.digits.signed
+    K = previous.K + 1
+    generator = torch.Generator().manual_seed(options.seed + K)
+    models = [previous.codes.at(max(k - 1, 0)) for k in range(K)]
+    rounds = []
+    for grains in range(1, G + 1):
+        cuts = assignments(T, grains, min_length=options.min_length).to(maximum.device)
+        populations = [first_population(model, maximum, cuts, generator, signed=signed) for model in models]
+        populations = [
+            spread(population, maximum, place=k, K=K, signed=signed, generator=generator) for k, population in enumerate(populations)
+        ]
+        generations = (SIGNED_GENERATIONS if signed else GENERATIONS)[min(grains, 3) - 1]
+        found, objective = _evolve(segments, populations, maximum, generations, generator, spike_weight)
+        models = [found.codes.at(k) for k in range(K)]
+        rounds.append((found.widened(G), objective))
+        progress()
+    return rounds
+
+
+def spread(population: Codes, maximum: Float[Tensor, " N"], *, place: int, K: int, signed: bool, generator: torch.Generator) -> Codes:
+    """A first population, made for the whole range, for the interval number `place` of K.
+
+    Below the highest interval amplitudes are lowered by up to six octaves. Above the lowest one half of the members that were
+    drawn at random start from an offset: a first digit in the middle of some interval (a, b], or with binary digits at a, and
+    digits of base 3, or 2, for what is left.
+    """
+    values = population.values.clone()
+    (N, members, _), T = values.shape, population.assignment.shape[-1]
+    device, half = values.device, 1 + members // 2
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator).to(device)
+
+    if place < K - 1:
+        values[:, 1:, 0] -= 6 * LN2 * uniform(N, members - 1)
+    if place > 0:
+        mine = slice(half, None, 2) if place < K - 1 else slice(half, None)
+        number = values[:, mine].shape[1]
+        b = maximum[:, None] * (-3 * LN2 * (place < K - 1) * uniform(N, number)).exp()
+        a = b * (-LN2 * (0.3 + 3.7 * uniform(N, number))).exp()
+        base = 3.0 if signed else 2.0
+        first, second = (a + b) / 2 if signed else a, (b - a) / base
+        digits = torch.stack([first, *(second * base**-t for t in range(T - 1))], -1)
+        # an amplitude from which the first digit and what follows it can be reached by bases above 1
+        tau = torch.maximum(second * base**2, 1.1 * first)
+        starts = torch.stack(
+            [(population.assignment[:, mine] == grain).int().argmax(-1) for grain in range((values.shape[-1] - FIXED) // 3)], -1
+        )
+        bases = (tau[..., None] / digits.gather(-1, starts)).log2() / (starts + 1)
+        values[:, mine, 0] = tau.log()
+        values[:, mine, FIXED:] = bases.repeat(1, 1, 3) + 0.05 * torch.randn(N, number, 3 * bases.shape[-1], generator=generator).to(device)
+    return Codes(values=values, assignment=population.assignment)
+
+
+def _evolve(
+    segments: Segments,
+    populations: list[Codes],
+    maximum: Float[Tensor, " N"],
+    generations: int,
+    generator: torch.Generator,
+    spike_weight: Float[Tensor, " N"],
+) -> tuple[IntervalCodes, Float[Tensor, " N"]]:
+    """The best whole code and its objective E exp(lambda n)."""
+    limits = bounds(populations[0], maximum, signed=segments.digits.signed)
+    kept = [segments.running(population, EDGES) for population in populations]
+    price = torch.zeros_like(spike_weight)[:, None, None]
+    for generation in range(generations):
+        if generation % PRICE_UPDATES == 0 and spike_weight.any():
+            price = (spike_weight * totals(kept, *best_chain(_priced(kept, price)))[0])[:, None, None]
+        for k in range(len(populations)):
+            every = _priced(kept, price)
+            before, behind = prefix(every[:k], every[k])[:, None], suffix(every[k + 1 :], every[k])[:, None]
+            found = (through(before[:, 0], every[k]) + behind).amin(-1)
+            trial = propose(populations[k], found, limits, generator)
+            running = segments.running(trial, EDGES)
+            better = (through(before[:, 0], *_priced([running], price)) + behind).amin(-1) <= found
+            populations[k] = trial.where(better, populations[k])
+            kept[k] = torch.where(better[..., None], running, kept[k])
+    members, _ = best_chain(_priced(kept, price))
+    row = torch.arange(len(maximum), device=maximum.device)
+    chosen = [population.at((row, member)) for population, member in zip(populations, members, strict=True)]
+    # the tables meet anywhere, not only at the edges
+    points = segments.x.shape[1]
+    final = [segments.running(codes.at((slice(None), None)), points) for codes in chosen]
+    members, edges = best_chain(_priced(final, price))
+    error, spikes = totals(final, members, edges)
+    codes = Codes(values=torch.stack([each.values for each in chosen]), assignment=torch.stack([each.assignment for each in chosen]))
+    return IntervalCodes(codes=codes, cuts=segments.ends(edges, points)), error * (spike_weight * spikes).exp()
+
+
+def _priced(running: list[Float[Tensor, "2 N M Q1"]], price: Float[Tensor, "N 1 1"]) -> list[Float[Tensor, "N M Q1"]]:
+    return [errors + price * spikes for errors, spikes in running]
+
+
+def totals(
+    running: list[Float[Tensor, "2 N M Q1"]], members: Int[Tensor, "K N"], edges: Int[Tensor, "ends N"]
+) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
+    """Error and spikes of whole codes."""
+    last = torch.full_like(members[:1], running[0].shape[-1] - 1)
+    bounds = torch.cat([torch.zeros_like(last), edges, last])
+    row = torch.arange(members.shape[1], device=members.device)
+    cells = zip(running, members, bounds[:-1], bounds[1:], strict=True)
+    found = torch.stack([each[:, row, member, stop] - each[:, row, member, start] for each, member, start, stop in cells]).sum(0)
+    return found[0], found[1]
