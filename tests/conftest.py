@@ -88,10 +88,11 @@ def base2_tables(model, T: int = 6) -> dict[str, PhaseTable]:
     return {site.name: base2_table(1.0 if site.kind is SiteKind.softmax else 4.0, T) for site in model_sites(model)}
 
 
-def asked(T: int, G: int | None = 1, *, coding="phase", max_spikes=None, min_length=2, seed=0, **search) -> Options:
+def asked(T: int, G: int | None = 1, *, coding="phase", max_spikes=None, min_length=2, intervals=1, seed=0, **search) -> Options:
     """Options of codes, G=None being grain=auto; spikes cost nothing unless `spike_weight` says so, nothing is compiled."""
     grain = "auto" if G is None else str(G)
-    snn = SpikingConfig(T=T, grain=grain, coding=Coding(coding), max_spikes=max_spikes, min_grain_length=min_length)
+    shape = {"coding": Coding(coding), "max_spikes": max_spikes, "min_grain_length": min_length, "intervals": str(intervals)}
+    snn = SpikingConfig(T=T, grain=grain, **shape)
     return Options(snn=snn, search=SearchConfig(**{"spike_weight": 0.0} | search), seed=seed, compiled=False)
 
 

@@ -8,7 +8,7 @@ from conftest import asked, tiny_model
 
 from spikellm.calibration.calibrate import calibrate
 from spikellm.calibration.statistics import CHOOSE, FIT, REPORT, Observer, SiteStatistics
-from spikellm.coding.codes import FIXED, base2_codes
+from spikellm.coding.codes import FIXED, IntervalCodes, base2_codes
 from spikellm.coding.grains import assignments
 from spikellm.coding.neuron import PhaseNeuron
 from spikellm.config.schema import PrefixConfig
@@ -134,7 +134,7 @@ def test_unseen_data_decides_between_grains():
     site = observe(normal(0), normal(1), normal(2))
     good, bad = base2_codes(group_maxima({"": site}), T), base2_codes(torch.full((1,), 0.1), T)
     for rounds, tolerance, wanted in (([good, bad], 0.0, 0), ([bad, good], 0.0, 1), ([bad, good], 1e9, 0)):
-        scored = [(code, torch.tensor([1.0 - number])) for number, code in enumerate(rounds)]
+        scored = [(IntervalCodes.single(code), torch.tensor([1.0 - number])) for number, code in enumerate(rounds)]
         fit = CodeFit.assess(site, scored, tolerance=tolerance, fall_back=False)
         assert torch.equal(fit.tau, rounds[wanted].tau)
         assert fit.objective.item() == 1.0 - wanted

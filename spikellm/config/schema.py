@@ -92,6 +92,9 @@ class SpikingConfig:
         check(self.grain == "auto" or (self.grain.isdigit() and int(self.grain) > 0), "grain", self.grain, "takes 1, 2, 3 or auto")
         fits = self.intervals == "auto" or (self.intervals.isdigit() and 1 <= int(self.intervals) <= MAX_INTERVALS)
         check(fits, "snn.intervals", self.intervals, f"takes 1 to {MAX_INTERVALS} or auto")
+        phases = self.coding in (Coding.phase, Coding.phase_signed)
+        cure = f"intervals are of phase codes: leave it out, or take snn.coding=phase or phase_signed instead of {self.coding.value}"
+        check(phases or self.intervals == "1", "snn.intervals", self.intervals, cure)
         if self.grain != "auto":
             needed = self.min_grain_length * int(self.grain)
             check(

@@ -77,14 +77,20 @@ class Search(KeyedStage):
 
     name = "search"
     needs = (CALIBRATE,)
-    code = Code(1, ("search.methods",))
+    code = Code(2, ("search.methods",))
 
     def inputs(self, work: Workspace) -> dict[str, Any]:
         options, snn = work.options, work.config.snn
         search = plain(options.search) | {"spike_weight": options.search.weight_of_spikes(snn.coding)}
         if options.search.import_file is not None:  # what is in the file, not where it lies
             search["import_file"] = file_hash(Path(options.search.import_file))
-        wanted = {"T": options.T, "grain": snn.grain, "min_grain_length": snn.min_grain_length, "coding": snn.coding.value}
+        wanted = {
+            "T": options.T,
+            "grain": snn.grain,
+            "min_grain_length": snn.min_grain_length,
+            "coding": snn.coding.value,
+            "intervals": snn.intervals,
+        }
         return {
             "code": self.code.key(),
             "calibrate": CALIBRATE.key(work),
@@ -161,6 +167,8 @@ def without_effect(options: Options) -> Iterator[str]:
         if other:
             yield f"{other} has no effect with {coding}"
         return
+    if options.snn.intervals != "1" and options.method != "evolution":
+        yield f"snn.intervals={options.snn.intervals} has no effect with {other or 'search.import_file'}: there it is one interval"
     if search.spike_weight and other:
         yield f"search.spike_weight={search.spike_weight:g} has no effect with {other}"
     if options.method == "imported":

@@ -16,7 +16,6 @@ dE / E* + lambda dn: members compete by E + lambda E* n.
 Ours. Ranges of an activation as grains of a code: Zheng et al., ICLR 2026, in their introduction; their code has grains of phases alone.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -30,8 +29,8 @@ from spikellm.kernels.encode import Digits, Rows, emit
 from spikellm.search.evolution import CHUNK, GENERATIONS, SIGNED_GENERATIONS, bounds, first_population, propose
 from spikellm.search.options import Options
 
-LN2 = math.log(2)
 EDGES = 64  # where an interval may end while tables evolve
+JITTER = 0.12  # of the first intervals' ends, as a share of all points
 PRICE_UPDATES = 5  # generations between two looks at E*
 
 
@@ -135,54 +134,60 @@ def evolve_intervals(
     T, G, signed = options.T, options.most_grains, segments.digits.signed
     K = previous.K + 1
     generator = torch.Generator().manual_seed(options.seed + K)
-    models = [previous.codes.at(max(k - 1, 0)) for k in range(K)]
+    # each interval starts from one of the code before: the lowest from the lowest, the others from the next one outwards
+    sources = [min(k, K - 2) for k in range(K)]
+    models, reach = [previous.codes.at(k) for k in sources], torch.cat([previous.cuts, maximum[None]])[sources]
     rounds = []
     for grains in range(1, G + 1):
         cuts = assignments(T, grains, min_length=options.min_length).to(maximum.device)
-        populations = [first_population(model, maximum, cuts, generator, signed=signed) for model in models]
-        populations = [
-            spread(population, maximum, place=k, K=K, signed=signed, generator=generator) for k, population in enumerate(populations)
-        ]
+        populations = []
+        for k, model in enumerate(models):
+            population = first_population(model, maximum, cuts, generator, signed=signed)
+            populations.append(spread(population, segments, reach[k], place=k, K=K, generator=generator))
         generations = (SIGNED_GENERATIONS if signed else GENERATIONS)[min(grains, 3) - 1]
         found, objective = _evolve(segments, populations, maximum, generations, generator, spike_weight)
-        models = [found.codes.at(k) for k in range(K)]
+        models, reach = [found.codes.at(k) for k in range(K)], torch.cat([found.cuts, maximum[None]])
         rounds.append((found.widened(G), objective))
         progress()
     return rounds
 
 
-def spread(population: Codes, maximum: Float[Tensor, " N"], *, place: int, K: int, signed: bool, generator: torch.Generator) -> Codes:
-    """A first population, made for the whole range, for the interval number `place` of K.
+def spread(population: Codes, segments: Segments, reach: Float[Tensor, " N"], *, place: int, K: int, generator: torch.Generator) -> Codes:
+    """A first population for the interval number `place` of K, from one whose members code inputs up to `reach`.
 
-    Below the highest interval amplitudes are lowered by up to six octaves. Above the lowest one half of the members that were
-    drawn at random start from an offset: a first digit in the middle of some interval (a, b], or with binary digits at a, and
-    digits of base 3, or 2, for what is left.
+    Each member gets an interval (a, b] somewhere about its place; points lie as levels should, so that K intervals of as many points
+    are a fair guess. Below the highest interval amplitudes are scaled to b. Above the lowest one half of the members that were drawn
+    at random start from an offset: a first digit in the middle of (a, b], or with binary digits at a, and digits of base 3, or 2, for
+    what is left.
     """
     values = population.values.clone()
-    (N, members, _), T = values.shape, population.assignment.shape[-1]
-    device, half = values.device, 1 + members // 2
+    (N, members, P), T = values.shape, population.assignment.shape[-1]
+    device, half, signed = values.device, 1 + members // 2, segments.digits.signed
+    ascending = segments.x.cummax(1).values
+    last = ascending.shape[1] - 1
 
-    def uniform(*shape: int) -> Tensor:
-        return torch.rand(*shape, generator=generator).to(device)
+    def around(share: float) -> Tensor:
+        """Points about that share of all."""
+        at = (share + JITTER * torch.randn(N, members, generator=generator)).clamp(0.05, 1) * last
+        return ascending.gather(1, at.long().to(device)).clamp_min(1e-30)
 
+    b = around((place + 1) / K) if place < K - 1 else reach[:, None].expand(N, members)
     if place < K - 1:
-        values[:, 1:, 0] -= 6 * LN2 * uniform(N, members - 1)
+        values[:, 1:, 0] += (b / reach[:, None].clamp_min(1e-30)).log()[:, 1:]
     if place > 0:
-        mine = slice(half, None, 2) if place < K - 1 else slice(half, None)
-        number = values[:, mine].shape[1]
-        b = maximum[:, None] * (-3 * LN2 * (place < K - 1) * uniform(N, number)).exp()
-        a = b * (-LN2 * (0.3 + 3.7 * uniform(N, number))).exp()
+        a = torch.minimum(around(place / K), 0.9 * b)[:, half:]
+        b = b[:, half:]
         base = 3.0 if signed else 2.0
         first, second = (a + b) / 2 if signed else a, (b - a) / base
         digits = torch.stack([first, *(second * base**-t for t in range(T - 1))], -1)
         # an amplitude from which the first digit and what follows it can be reached by bases above 1
         tau = torch.maximum(second * base**2, 1.1 * first)
-        starts = torch.stack(
-            [(population.assignment[:, mine] == grain).int().argmax(-1) for grain in range((values.shape[-1] - FIXED) // 3)], -1
-        )
+        grains = (P - FIXED) // 3
+        starts = torch.stack([(population.assignment[:, half:] == grain).int().argmax(-1) for grain in range(grains)], -1)
         bases = (tau[..., None] / digits.gather(-1, starts)).log2() / (starts + 1)
-        values[:, mine, 0] = tau.log()
-        values[:, mine, FIXED:] = bases.repeat(1, 1, 3) + 0.05 * torch.randn(N, number, 3 * bases.shape[-1], generator=generator).to(device)
+        values[:, half:, 0] = tau.log()
+        noise = 0.05 * torch.randn(N, members - half, 3 * grains, generator=generator).to(device)
+        values[:, half:, FIXED:] = bases.repeat(1, 1, 3) + noise
     return Codes(values=values, assignment=population.assignment)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from spikellm.calibration.statistics import SiteStatistics
+from spikellm.coding.codes import BEYOND
 from spikellm.config.choices import Groups
 from spikellm.search.fit import CodeFit
 from spikellm.search.options import Options
@@ -38,17 +39,20 @@ def search_summary(fits: dict[str, CodeFit]) -> dict[str, Any]:
         "relative_mse": sum(fit.relative_error for fit in every) / len(every),
         "relative_mse_base2": sum(fit.relative_error_base2 for fit in every) / len(every),
         "worse_than_base2": sum(fit.worse_than_base2 for fit in every),
-        "groups": sum(len(fit.tau) for fit in every),
+        "groups": sum(len(fit.error) for fit in every),
         "groups_by_grain": torch.cat([fit.grain for fit in every]).bincount()[1:].tolist(),
+        "groups_by_intervals": torch.cat([fit.intervals for fit in every]).bincount()[1:].tolist(),
         "groups_at_base2": sum(int(fit.fallback.sum()) for fit in every),
     }
 
 
 def site_row(name: str, fit: CodeFit) -> dict[str, Any]:
-    """One line of sites.csv; lists have one entry per neuron group."""
+    """One line of sites.csv; lists have an entry for each table, of all neuron groups interval by interval; cuts, a list an interval."""
     return {
         "name": name,
         "tau": fit.tau.tolist(),
+        "intervals": fit.intervals.tolist(),
+        "cuts": [[value if value < BEYOND else None for value in row] for row in fit.cuts.tolist()] if fit.cuts is not None else [],
         "grain": fit.grain.tolist(),
         "assignment": fit.assignment.tolist(),
         "base_d": fit.base_d.tolist(),

@@ -53,8 +53,6 @@ def evolution(statistics: Mapping[str, SiteStatistics], options: Options) -> dic
             part); min_grain_length; coding, phase or phase_signed; search.spike_weight; seed.
     """
     digits, most = options.digits, options.most_intervals
-    if digits.signed:  # one table for both signs loses nothing where a digit may be negative
-        statistics = {name: site.merged() if site.sides == 2 else site for name, site in statistics.items()}
     points = density_points(statistics, options, 1)
     weights = {name: options.spike_weight(name) for name in statistics}
     spike_weight = torch.tensor([weights[name] for name, site in statistics.items() for _ in range(site.counts.shape[1])])
