@@ -16,6 +16,8 @@ from jaxtyping import install_import_hook
 
 install_import_hook("spikellm", "typecheck.check")
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -24,6 +26,7 @@ from spikellm.coding.grains import base2_amplitudes, default_v0
 from spikellm.coding.neuron import PhaseTable
 from spikellm.config.choices import Coding
 from spikellm.config.schema import SearchConfig, SpikingConfig
+from spikellm.kernels.encode import Digits, Rows
 from spikellm.search.options import Options
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -86,6 +89,49 @@ def base2_tables(model, T: int = 6) -> dict[str, PhaseTable]:
     from spikellm.model.sites import SiteKind
 
     return {site.name: base2_table(1.0 if site.kind is SiteKind.softmax else 4.0, T) for site in model_sites(model)}
+
+
+PARTITIONS = (
+    Digits(intervals=2),
+    Digits(intervals=3, signed=True),
+    Digits(sides=2, signed=True),
+    Digits(),
+    Digits(intervals=2, sides=2, max_spikes=2),
+    Digits(intervals=3, sides=2, signed=True),
+    Digits(signed=True),
+)
+
+
+def partitioned_table(tau: list[float], T: int, digits: Digits, *, seed: int = 0, unused: bool = False) -> PhaseTable:
+    """A random table for every population and every amplitude's group; unused: the first group has no use for its last interval."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = Rows(*(part.repeat(digits.populations, *[1] * (part.ndim - 1)) for part in base2_table(tau, T).rows))
+    rows = rows.map(lambda part: part * (0.6 + 0.6 * torch.rand(part.shape, generator=generator)))
+    if digits.intervals == 1:
+        return PhaseTable(*rows, digits=digits)
+    fractions = torch.rand(digits.intervals - 1, digits.sides * len(tau), generator=generator).cumsum(0) / digits.intervals
+    cuts = fractions * torch.tensor(tau).repeat(digits.sides)
+    if unused:
+        cuts[-1, :: len(tau)] = torch.finfo(torch.float32).max
+        last = digits.sides * (digits.intervals - 1) * len(tau)
+        rows.d[last :: len(tau)] = 0
+    return PhaseTable(*rows, digits=digits, cuts=cuts)
+
+
+def partitioned_tables(model, T: int, *, shift: int = 0, heads: bool = False, unused: bool = False) -> dict[str, PhaseTable]:
+    """Site by site another of PARTITIONS; heads: a table for each of them; unused: see `partitioned_table`."""
+    from spikellm.model.conversion import model_sites, site_groups
+    from spikellm.model.sites import SiteKind
+
+    found = {}
+    for index, site in enumerate(model_sites(model)):
+        groups = site_groups(model.config, site.kind) if heads else 1
+        tau = [(1.0 if site.kind is SiteKind.softmax else 4.0) * (1 + 0.1 * group) for group in range(groups)]
+        digits = PARTITIONS[(index + shift) % len(PARTITIONS)]
+        if site.kind is SiteKind.softmax:
+            digits = replace(digits, signed=False)
+        found[site.name] = partitioned_table(tau, T, digits, seed=index, unused=unused)
+    return found
 
 
 def asked(T: int, G: int | None = 1, *, coding="phase", max_spikes=None, min_length=2, intervals=1, seed=0, **search) -> Options:

@@ -24,14 +24,25 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def mixed_tables(model) -> dict[str, PhaseTable]:
-    """Of every kind of table some: per head, two-sided, signed, bounded; every other site of another T."""
+    """Of every kind of table some: per head, two-sided, signed, bounded, of two or three intervals; every other site of another T."""
     tables = {}
     for index, site in enumerate(model_sites(model)):
         heads = {SiteKind.query: 4, SiteKind.softmax: 4, SiteKind.key: 2, SiteKind.value: 2, SiteKind.attention_output: 4}.get(site.kind, 1)
         tau = [(1.0 if site.kind is SiteKind.softmax else 4.0) * (1 + head / 7 + index / 50) for head in range(heads)]
-        flags = [{}, {"max_spikes": 1 + index % 4}, {"signed": site.kind is not SiteKind.softmax}, {"sides": 2}][index % 4]
-        digits = Digits(**flags)
-        tables[site.name] = replace(base2_table(tau * digits.sides, 5 + index % 2), digits=digits)
+        signed = site.kind is not SiteKind.softmax
+        kinds = [
+            {},
+            {"max_spikes": 1 + index % 4},
+            {"signed": signed},
+            {"sides": 2},
+            {"signed": signed, "sides": 2, "intervals": 3},
+            {"intervals": 2},
+        ]
+        digits = Digits(**kinds[index % len(kinds)])
+        table = base2_table(tau * digits.populations, 5 + index % 2)
+        ends = torch.tensor([0.1, 0.3][: digits.intervals - 1])
+        cuts = ends[:, None] * torch.tensor(tau * digits.sides) if len(ends) else None
+        tables[site.name] = replace(table, digits=digits, cuts=cuts)
     return tables
 
 
@@ -71,6 +82,10 @@ def test_mixed_tables_come_back_bit_for_bit_in_every_dtype(dtype, rotated, after
         before, after = get_neuron(model, site), get_neuron(again, site)
         assert (before.digits, before.axis) == (after.digits, after.axis)
         assert before.theta.dtype == after.theta.dtype
+        assert (before.cuts is None) == (after.cuts is None) == (before.digits.intervals == 1)
+        if before.cuts is not None:
+            assert torch.equal(before.cuts, after.cuts)
+            assert before.cuts.dtype == after.cuts.dtype
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
@@ -174,6 +189,7 @@ def damaged(saved, tmp_path):
 
 
 THETA = "model.layers.1.mlp.act_fn.neuron.theta"
+NORM = "model.norm.neuron.cuts"
 SILU = "model.layers.1.mlp.silu_Identity.input"
 
 
@@ -191,7 +207,16 @@ def nan(rows):
     return rows
 
 
+CUTS = THETA.replace("theta", "cuts")
+
 SPOILT = {
+    "cuts out of order": (put(CUTS, lambda cuts: cuts.flip(0).contiguous()), f"{SILU}.* not ascending"),
+    "negative cuts": (put(CUTS, torch.neg), f"{SILU}.* negative"),
+    "a cut is NaN": (put(CUTS, nan), f"{SILU}.* NaN"),
+    "a cut moved by one bit": (put(CUTS, lambda cuts: torch.nextafter(cuts, cuts + 1)), SILU),
+    "a cut too few": (put(CUTS, lambda cuts: cuts[1:].contiguous()), f"{SILU}|{CUTS}"),
+    "no cuts": (lambda found: found.pop(CUTS), f"{SILU}|{CUTS}"),
+    "cuts of one interval": (lambda found: found.update({NORM: found[CUTS].clone()}), NORM),
     "one NaN": (put(THETA, nan), SILU),
     "infinite": (put(THETA, lambda rows: rows * torch.inf), SILU),
     "all zero": (put(THETA.replace("theta", "d"), torch.zeros_like), SILU),
@@ -223,6 +248,7 @@ FLAGS = {
     "prefix_length": lambda found: found.update(prefix_length=1),
     "max_spikes of a site": lambda found: found["sites"][SILU]["digits"].update(max_spikes=1),
     "signed of a site": lambda found: found["sites"][SILU]["digits"].update(signed=True, sides=1),
+    "intervals of a site": lambda found: found["sites"][SILU]["digits"].update(intervals=2),
     "T of a site": lambda found: found["sites"][SILU].update(T=3),
     "groups of a site": lambda found: found["sites"][SILU].update(groups=2),
     "a site less": lambda found: found["sites"].pop(SILU),
@@ -248,6 +274,9 @@ def test_a_flag_that_was_changed_is_refused(flag, damaged):
         (lambda found: found["sites"].update({SILU: 3}), f"{SILU}: is no table"),
         (lambda found: found["sites"][SILU].update(digits=2), f"{SILU}.digits: is no table"),
         (lambda found: found["sites"][SILU]["digits"].update(max_spikes=0), f"{SILU}.digits: .*max_spikes=0: .*again$"),
+        (lambda found: found.update(schema=3), "schema=3.*convert again"),
+        (lambda found: found["sites"][SILU]["digits"].update(intervals=0), f"{SILU}.digits: .*intervals=0: .*again$"),
+        (lambda found: found["sites"][SILU]["digits"].pop("intervals"), f"{SILU}.digits: 'intervals' is missing"),
         (lambda found: found["sites"][SILU]["digits"].update(max_spikes="2"), f"{SILU}.digits: .*again$"),
     ],
 )

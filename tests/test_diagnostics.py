@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from conftest import asked, observed, tiny_model
+from conftest import PARTITIONS, asked, observed, partitioned_table, tiny_model
 from torch import nn
 
-from spikellm.coding.neuron import PhaseTable
+from spikellm.coding.neuron import PhaseTable, encode
 from spikellm.evaluation.density_plots import write_density_plots
 from spikellm.evaluation.diagnostics import damage, lloyd_max, site_levels, site_rows, spelled_levels
 from spikellm.evaluation.perplexity import perplexity
+from spikellm.kernels.encode import Digits
 from spikellm.model.conversion import get_neuron, install, model_sites
 from spikellm.model.sites import SiteKind
 from spikellm.search.search import base2, evolution
@@ -123,6 +124,34 @@ def test_digit_strings_of_one_value_are_one_level():
     table = PhaseTable(theta=torch.tensor([[3.0, 0.1, 2.0]]), h=torch.ones(1, 3), d=torch.ones(1, 3), v0=torch.zeros(1))
     assert spelled_levels(table, 0, most=9).tolist() == [0.0, 1.0, 2.0, 3.0]
     assert spelled_levels(table, 0, most=3) is None
+
+
+def test_each_interval_has_the_levels_that_its_inputs_bring_about():
+    """Steps of 1 from 0, of 4 from 6; the digits 1 1 of the inner table need x > 2.5, the 1 0 of it x > 1.5."""
+    theta, d = torch.tensor([[2.0, 1.0], [0.0, 2.0]]), torch.tensor([[2.0, 1.0], [6.0, 4.0]])
+
+    def table(cut: float) -> PhaseTable:
+        return PhaseTable(theta, d, d, torch.tensor([0.5, 0.0]), digits=Digits(intervals=2), cuts=torch.tensor([[cut]]))
+
+    for cut, wanted in ((4.0, [0, 1, 2, 3, 6, 10]), (2.5, [0, 1, 2, 6, 10]), (1.5, [0, 1, 6, 10]), (9.0, [0, 1, 2, 3, 10])):
+        assert spelled_levels(table(cut), 0, most=9).tolist() == wanted
+        assert site_levels(table(cut), 0, torch.linspace(0.001, 20, 40_000)).tolist() == wanted
+    assert spelled_levels(table(4.0), 0, most=5) is None
+    # beyond all inputs: not in use
+    assert spelled_levels(table(torch.finfo(torch.float32).max), 0, most=9).tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("digits", [digits for digits in PARTITIONS if digits.intervals > 1], ids=str)
+def test_levels_of_every_group_and_side_are_what_a_fine_sweep_sends(digits):
+    """Of its own side, which is coded as |x|."""
+    table = partitioned_table([3.0, 4.0], 3, digits)
+    x = torch.linspace(0, 12, 1_000_001)[1:]
+    for row in range(digits.sides * 2):
+        side, group = divmod(row, 2)
+        sent = encode((-x if side else x)[None, None], table.group(group), compiled=False).abs().unique()
+        spelled = spelled_levels(table, row, most=999)
+        assert len(spelled) == len(sent.mul(1e5).round().unique())
+        assert torch.allclose(spelled.abs().sort().values, sent[sent.diff(prepend=sent[:1] - 1) > 1e-5], atol=1e-5)
 
 
 def test_levels_of_base_2_are_its_multiples():

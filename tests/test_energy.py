@@ -8,6 +8,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from spikellm.model.rotation import R3, R4
+from spikellm.spikes.accounts import dense_operations
 from spikellm.spikes.energy import (
     COST_TABLES,
     CostTable,
@@ -21,7 +22,7 @@ from spikellm.spikes.energy import (
     softmax_quotients,
     spiking_operations,
 )
-from spikellm.spikes.ledger import decoder_shape
+from spikellm.spikes.ledger import Ledger, SiteSpikes, decoder_shape
 
 
 def macs(operations: list[Operation]) -> int:
@@ -43,10 +44,12 @@ def test_the_papers_llama3_8b_on_the_meta_device():
     pairs = shape.layers * tokens**2
     matrices = matrix_products(shape, tokens=tokens, pairs=pairs)
     pointwise = pointwise_operations(shape, tokens=tokens, pairs=pairs)
+    # one table a site: q, k, v; o_proj, down_proj; gate, up; SiLU; queries, keys and mixtures of 32 heads; logits
+    receivers = 32 * (4096 + 2 * 1024 + 2 * 4096 + 2 * 14336 + 14336 + 3 * 4096) + 128256
     dense = [
         *pointwise,
         softmax_quotients(shape, tokens=tokens, pairs=pairs, after=False),
-        *spiking_operations(shape, T=T, tokens=tokens, neurons=0, spikes=0, linear_groups=1, gates=1, rotated=[R3, R4], prefix=0),
+        *spiking_operations(shape, T=T, tokens=tokens, receivers=receivers, comparisons=0, spikes=0, rotated=[R3, R4], prefix=0),
     ]
     assert macs(matrices) == pytest.approx(3912.08e9, rel=1e-3)
     assert macs(matrices + pointwise) == pytest.approx(3912.08e9, rel=1e-3)
@@ -128,15 +131,54 @@ def test_at_the_break_even_rate_both_cost_the_same(rival):
     assert getattr(then, f"break_even_firing_rate{suffix}") == pytest.approx(rate)
 
 
-def test_an_on_and_an_off_neuron_are_two_that_compare_and_gate_in_turn():
-    shape = DecoderShape(layers=3, D=4, F=8, H=2, K=1, E=2, V=10)
-    common = {"T": 5, "tokens": 7, "spikes": 0, "linear_groups": 1, "rotated": (), "prefix": 0}
-    one, two = (
-        {each.name: each for each in spiking_operations(shape, neurons=100 + gates * 7 * 3 * 8, gates=gates, **common)} for gates in (1, 2)
-    )
-    gained = {name: (two[name].mac - one[name].mac, two[name].ac - one[name].ac) for name in one}
-    steps = 7 * 3 * 8 * 5  # tokens, layers, F, T
-    assert gained == {"output weights d_t": (steps, 0), "neurons: comparison a step, reset a spike": (0, steps)}
+# Hand-counted: one layer, one token, T = 2; (site, neurons, populations of each group, their intervals), two heads and one key head.
+SMALL = DecoderShape(layers=1, D=4, F=8, H=2, K=1, E=3, V=10)
+ONE = [
+    ("attention_input", 4, [1], [1]), ("query", 6, [1, 1], [1, 1]), ("key", 3, [1], [1]), ("value", 3, [1], [1]),
+    ("softmax", 2, [1, 1], [1, 1]), ("attention_output", 6, [1, 1], [1, 1]), ("mlp_input", 4, [1], [1]), ("activation", 8, [1], [1]),
+    ("mlp_product", 8, [1], [1]), ("head_input", 4, [1], [1]),
+]  # fmt: skip
+MANY = [
+    ("attention_input", 4, [2], [2]), ("query", 6, [1, 3], [1, 3]), ("key", 3, [2], [2]), ("value", 3, [3], [3]),
+    ("softmax", 2, [2, 1], [2, 1]), ("attention_output", 6, [2, 3], [2, 3]), ("mlp_input", 4, [3], [3]), ("activation", 8, [4], [2]),
+    ("mlp_product", 8, [3], [3]), ("head_input", 4, [2], [2]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("sites", "receivers", "comparisons"),
+    [
+        # q, k, v 4 x 3; q, k, mixture 2 x 3 each; o_proj 4 for each of two tables; gate and up 16; SiLU 8; down_proj 4; logits 10
+        (ONE, 12 + 6 + 6 + 6 + 8 + 16 + 8 + 4 + 10, 2 * (4 + 6 + 3 + 3 + 2 + 6 + 4 + 8 + 8 + 4)),
+        (
+            MANY,
+            2 * 12 + (1 + 3) * 3 + 2 * 6 + (2 + 1) * 3 + (2 + 3) * 4 + 3 * 16 + 4 * 8 + 3 * 4 + 2 * 10,
+            # T comparisons a population, then those of |x| with the cuts
+            2 * (2 * 4 + (1 + 3) * 3 + 2 * 3 + 3 * 3 + (2 + 1) + (2 + 3) * 3 + 3 * 4 + 4 * 8 + 3 * 8 + 2 * 4)
+            + (4 + 2 * 3 + 3 + 2 * 3 + 1 + (1 + 2) * 3 + 2 * 4 + 8 + 2 * 8 + 4),
+        ),
+    ],
+    ids=["one table", "populations"],
+)
+def test_every_population_compares_and_is_weighted_by_hand(sites, receivers, comparisons):
+    T, spikes = 2, 5
+    found = Ledger(
+        sites=[
+            SiteSpikes(
+                name=kind, kind=kind, layer=None if kind == "head_input" else 0, populations=populations, intervals=intervals,
+                spikes=[[spikes if kind == "query" else 0], [0]], sops=[[0], [0]], neurons=[neurons], synapses=[neurons],
+            )
+            for kind, neurons, populations, intervals in sites
+        ],
+        tokens=1, windows=1, pairs=1, coded_prefix=0, exact_prefix=0, normalise_after=True, rotated=[], shape=SMALL,
+    )  # fmt: skip
+    dense = {each.name: each for each in dense_operations(found)}
+    assert dense["output weights d_t"].mac == T * receivers
+    assert dense["neurons: comparison a step, reset a spike"].ac == comparisons + spikes
+    # the wires fire side by side
+    assert found.latency_steps == T * 8
+    # a neuron is one, whatever its populations
+    assert found.neurons == 48
 
 
 def test_a_network_whose_dense_part_costs_more_than_the_ann_never_breaks_even():

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import base2_table, base2_tables, tiny_model
+from conftest import PARTITIONS, base2_table, base2_tables, partitioned_table, partitioned_tables, tiny_model
 
 from spikellm.coding.neuron import PhaseNeuron, PhaseTable, Slot, count_spikes, fire
 from spikellm.kernels.encode import Digits
@@ -20,11 +20,19 @@ from spikellm.spikes.counter import SpikeCounter, train_counts
 T = 5
 
 
-def converted(name: str = "llama", *, after: bool, prefix: tuple[int, ...] = (), tables=None, max_spikes: int | None = None, **options):
+def converted(
+    name: str = "llama",
+    *,
+    after: bool,
+    prefix: tuple[int, ...] = (),
+    max_spikes: int | None = None,
+    shift: int | None = None,
+    **options,
+):
     model = tiny_model(name, **options)
     prepare(model, rotation_seed=0, normalise_after=after, query_block=4)
     attach_prefix(model, list(prefix))
-    tables = tables or base2_tables(model, T)
+    tables = base2_tables(model, T) if shift is None else partitioned_tables(model, T, shift=shift, heads=shift == 2)
     if max_spikes:
         tables = {key: replace(each, digits=Digits(max_spikes=max_spikes)) for key, each in tables.items()}
     fill(model, tables, compiled=False)
@@ -33,12 +41,18 @@ def converted(name: str = "llama", *, after: bool, prefix: tuple[int, ...] = (),
 
 def spikes_by_hand(value: float, table: PhaseTable, group: int) -> list[int]:
     """The time steps at which one neuron fires, in float32 arithmetic as the membrane's."""
-    potential = torch.tensor(value).abs() + table.v0[group]
+    digits, magnitude = table.digits, torch.tensor(value).abs()
+    side = digits.sides == 2 and value < 0
+    ends = [] if table.cuts is None else table.cuts[:, side * table.groups + group].tolist()
+    interval = sum(magnitude > end for end in ends)
+    row = (interval * digits.sides + side) * table.groups + group
+    potential = magnitude + table.v0[row]
     times: list[int] = []
     for t in range(table.T):
-        full = table.digits.max_spikes is not None and len(times) == table.digits.max_spikes
-        if value != 0 and potential > table.theta[group, t] and not full:
-            potential = potential - table.h[group, t]
+        full = digits.max_spikes is not None and len(times) == digits.max_spikes
+        digit = 1 if potential > table.theta[row, t] else -1 if digits.signed and potential < -table.theta[row, t] else 0
+        if value != 0 and digit and not full:
+            potential = potential - digit * table.h[row, t]
             times.append(t)
     return times
 
@@ -85,12 +99,12 @@ INSIDE = (SiteKind.query, SiteKind.key, SiteKind.value, SiteKind.softmax)
 
 
 def trains_of(model, ids) -> dict[SiteKind, torch.Tensor]:
-    """The spike trains [T, heads, rows, channels] of the neurons in the only layer's attention, of one sequence."""
+    """The spike trains [S, heads, rows, channels] of the neurons in the only layer's attention, of one sequence."""
     found: dict[SiteKind, list[torch.Tensor]] = {kind: [] for kind in INSIDE}
 
     def keep(kind):
         def look(neuron, inputs, _output):
-            found[kind].append(fire(neuron.grouped(inputs[0]), neuron.table).view(T, *inputs[0].shape)[:, 0])
+            found[kind].append(fire(neuron.grouped(inputs[0]), neuron.table).view(-1, *inputs[0].shape)[:, 0])
 
         return look
 
@@ -136,34 +150,43 @@ def perform(model, trains, seen: list[list[bool]], constants: torch.Tensor, *, a
     mixtures = torch.zeros(H, L, E + after, **wide)
     values[..., E:] = 1
 
+    def spikes(kind: SiteKind, t: int) -> list[tuple[float, tuple[int, int, int]]]:
+        """(the wire's weight with the spike's sign, place) of every spike of a step, population by population."""
+        table, populations = tables[kind], tables[kind].digits.populations
+        found = []
+        for p in range(populations):
+            for head, row, channel, sign in places(trains[kind][t * populations + p].tolist()):
+                d = table.d[p * table.groups + head * table.groups // heads[kind], t].double().item()
+                found.append((sign * d, (head, row, channel)))
+        return found
+
     def add(kind: SiteKind, t: int, head: int, total: torch.Tensor, index: tuple[int, ...], number: float) -> None:
-        d = tables[kind].d[head * tables[kind].groups // heads[kind], t].double()
-        total[index] += d * number
+        total[index] += number
         additions[kind][t, head] += 1
 
     for t in range(T):
         # keys first: they meet what queries have sent before this step
-        for head, key, e, sign in places(trains[SiteKind.key][t].tolist()):
+        for d, (head, key, e) in spikes(SiteKind.key, t):
             for reader in range(head * H // K, (head + 1) * H // K):
                 for query in range(L):
                     if seen[query][key]:
-                        add(SiteKind.key, t, head, scores, (reader, query, key), sign * x[reader, query, e].item())
-            add(SiteKind.key, t, head, y, (head, key, e), sign)
-        for head, query, e, sign in places(trains[SiteKind.query][t].tolist()):
+                        add(SiteKind.key, t, head, scores, (reader, query, key), d * x[reader, query, e].item())
+            add(SiteKind.key, t, head, y, (head, key, e), d)
+        for d, (head, query, e) in spikes(SiteKind.query, t):
             for key in range(S):
                 if seen[query][key]:
-                    add(SiteKind.query, t, head, scores, (head, query, key), sign * y[head * K // H, key, e].item())
+                    add(SiteKind.query, t, head, scores, (head, query, key), d * y[head * K // H, key, e].item())
             for column in range(constants.shape[1]):
-                add(SiteKind.query, t, head, exact, (head, query, column), sign * constants[head * K // H, column, e].item())
-            add(SiteKind.query, t, head, x, (head, query, e), sign)
+                add(SiteKind.query, t, head, exact, (head, query, column), d * constants[head * K // H, column, e].item())
+            add(SiteKind.query, t, head, x, (head, query, e), d)
     for t in range(T):
-        for head, key, e, sign in places(trains[SiteKind.value][t].tolist()):
-            add(SiteKind.value, t, head, values, (head, key, e), sign)
+        for d, (head, key, e) in spikes(SiteKind.value, t):
+            add(SiteKind.value, t, head, values, (head, key, e), d)
     for t in range(T):
-        for head, query, key, sign in places(trains[SiteKind.softmax][t].tolist()):
+        for d, (head, query, key) in spikes(SiteKind.softmax, t):
             assert seen[query][key]
             for e in range(E + after):
-                add(SiteKind.softmax, t, head, mixtures, (head, query, e), sign * values[head * K // H, key, e].item())
+                add(SiteKind.softmax, t, head, mixtures, (head, query, e), d * values[head * K // H, key, e].item())
     return additions, scores, exact, mixtures
 
 
@@ -171,16 +194,20 @@ def by_operators(model, trains, *, after: bool) -> tuple[torch.Tensor, torch.Ten
     """Queries as coded, and the same scores and mixtures as stepped execution computes them (`kernels/temporal.py`), summed over time."""
     neurons = {site.kind: get_neuron(model, site) for site in model_sites(model)}
     H, K = (trains[kind].shape[1] for kind in (SiteKind.query, SiteKind.key))
-    d = {kind: step_weights(neurons[kind].table.d.double(), trains[kind].shape[1])[:, :, None, None] for kind in trains}
+    d = {kind: step_weights(neurons[kind].table.wires.double(), trains[kind].shape[1])[:, :, None, None] for kind in trains}
+    wires = {kind: neuron.digits.populations for kind, neuron in neurons.items()}
     key, values = (trains[kind].repeat_interleave(H // K, 1) for kind in (SiteKind.key, SiteKind.value))
-    scores = sum(spike_pairs(trains[SiteKind.query], key, d[SiteKind.query], d[SiteKind.key].repeat_interleave(H // K, 1)))
+    pair = wires[SiteKind.query], wires[SiteKind.key]
+    scores = sum(
+        spike_pairs(trains[SiteKind.query], key, d[SiteKind.query], d[SiteKind.key].repeat_interleave(H // K, 1), populations=pair)
+    )
     summed = (values * d[SiteKind.value].repeat_interleave(H // K, 1)).sum(0)
     if after:
         summed = torch.cat([summed, torch.ones_like(summed[..., :1])], -1)
     return (
         (trains[SiteKind.query] * d[SiteKind.query]).sum(0),
         scores,
-        sum(spike_mixture(trains[SiteKind.softmax], summed, d[SiteKind.softmax])),
+        sum(spike_mixture(trains[SiteKind.softmax], summed, d[SiteKind.softmax], populations=wires[SiteKind.softmax])),
     )
 
 
@@ -190,6 +217,8 @@ CASES = {
     "before, prefix": ("llama", {"after": False, "prefix": (7, 1)}, {}),
     "sliding window": ("mistral", {"after": True, "sliding_window": 3}, {"window": 3}),
     "two spikes": ("qwen3", {"after": True, "max_spikes": 2}, {}),
+    "populations": ("llama", {"after": True, "prefix": (7, 1), "shift": 0}, {}),
+    "populations of every head": ("qwen3", {"after": False, "prefix": (7, 1), "shift": 2}, {}),
 }
 SMALL = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 48, "head_dim": 8, "vocab_size": 64}
 
@@ -242,12 +271,8 @@ class Marked(torch.autograd.Function):
 
 
 class Marker(Slot):
-    def __init__(self, trains: int) -> None:
-        super().__init__()
-        self.trains = trains
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return Marked.apply(x, self.trains)
+        return Marked.apply(x, 1)
 
 
 def longest(node, known: dict) -> int:
@@ -261,7 +286,10 @@ def longest(node, known: dict) -> int:
 
 @pytest.mark.parametrize(("name", "after", "two_sided"), [("llama", True, False), ("llama", False, True), ("qwen3", True, True)])
 def test_latency_is_the_longest_way_through_the_networks_own_graph(name, after, two_sided):
-    """T steps for every train that one layer of neurons sends before the next can: found in the graph of a forward of the model."""
+    """T steps for every layer of neurons that fires before the next can: found in the graph of a forward of the model.
+
+    ON and OFF neurons fire side by side.
+    """
     model = tiny_model(name, num_hidden_layers=3)
     install(model, rotated=(), normalise_after=after)
     tables = base2_tables(model, T)
@@ -273,11 +301,11 @@ def test_latency_is_the_longest_way_through_the_networks_own_graph(name, after, 
     ids = torch.arange(2, 8)[None]
     found = ledger.count(model, ids)
     for site in model_sites(model):
-        set_neuron(model, site, Marker(get_neuron(model, site).digits.sides))
+        set_neuron(model, site, Marker())
     model.get_input_embeddings().weight.requires_grad_(True)
     trains = longest(model(ids).logits.grad_fn, {})
     assert found.latency_steps == T * trains
-    assert trains == (8 if two_sided else 7) * 3 + 1
+    assert trains == 7 * 3 + 1
     assert accounts.spikes_record(found)["latency_steps"] == found.latency_steps
     comparing = sum(sum(site.neurons) for site in found.sites) + two_sided * 3 * 6 * model.config.intermediate_size
     (neurons,) = (each for each in accounts.dense_operations(found) if each.name.startswith("neurons"))
@@ -322,6 +350,24 @@ def test_codes_and_trains_count_the_same(groups):
     for name in ("spikes", "sops", "neurons", "synapses"):
         assert torch.equal(getattr(folded, name), getattr(stepped, name)), name
     assert folded.spikes.sum() == train.count_nonzero() > 0
+
+
+@pytest.mark.parametrize("digits", PARTITIONS, ids=str)
+def test_populations_count_together_step_by_step(digits):
+    x = 4 * torch.randn(2, 3, 12, generator=torch.Generator().manual_seed(0))
+    neuron = PhaseNeuron(partitioned_table([3.0, 4.0], T, digits), axis=-1, compiled=False)
+    folded, stepped = (SpikeCounter(neuron, axis=-1, columns=4, fan_out=10) for _ in range(2))
+    folded.add_values(x)
+    stepped.add_train(fire(neuron.grouped(x), neuron.table).view(-1, *x.shape))
+    wanted = torch.zeros(T, 4, dtype=torch.int64)
+    for place, value in enumerate(x.movedim(-1, 0).flatten().tolist()):
+        channel = place // 6
+        for t in spikes_by_hand(value, neuron.table, channel // 6):
+            wanted[t, channel // 3] += 1
+    for counter in (folded, stepped):
+        assert torch.equal(counter.spikes, wanted)
+        assert torch.equal(counter.sops, 10 * wanted)
+        assert counter.neurons.tolist() == [18] * 4
 
 
 def test_firing_rate_of_hand_traces():

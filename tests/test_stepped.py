@@ -8,11 +8,11 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import TINY, base2_table, base2_tables, norm_ratio, tiny_model
+from conftest import TINY, base2_table, base2_tables, norm_ratio, partitioned_tables, tiny_model
 from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache
 
-from spikellm.coding.neuron import PhaseTable
+from spikellm.coding.neuron import PhaseNeuron, PhaseTable
 from spikellm.config.checks import InputError
 from spikellm.evaluation.perplexity import perplexity, readout_perplexities
 from spikellm.execution import attention as stepped_attention
@@ -21,7 +21,7 @@ from spikellm.execution.modules import SteppedHead, SteppedLinear, SteppedNeuron
 from spikellm.execution.stepped import stepped
 from spikellm.kernels.encode import Digits
 from spikellm.model import attention
-from spikellm.model.conversion import fill, get_neuron, install, model_sites, prepare
+from spikellm.model.conversion import fill, get_neuron, install, model_sites, prepare, set_neuron
 from spikellm.model.modules import SpikingRMSNorm
 from spikellm.model.prefix import attach_prefix
 from spikellm.model.sites import SiteKind
@@ -308,6 +308,74 @@ def test_every_kind_of_digits_and_the_same_ledger_to_the_spike(digits, normalise
         assert ledger.count(model, ids) == counted
     assert ledger.count(model, ids) == counted
     assert counted.spikes > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "normalise_after", "shift", "heads", "chunk"),
+    [
+        ("llama-biases", True, 0, True, 2),
+        ("llama-biases", False, 1, False, 3),
+        ("qwen3", True, 2, False, None),
+        ("qwen3", False, 3, True, 1),
+        ("mistral", True, 4, True, None),
+        ("mistral", False, 5, False, 4),
+    ],
+)
+def test_populations_fire_side_by_side_and_add_up_to_the_folded_network(name, normalise_after, shift, heads, chunk, ids):
+    """Another partition at every site, random tables, one of them not in use."""
+    T = 4
+    model = spiking(name, normalise_after=normalise_after)
+    found = partitioned_tables(model, T, shift=shift, heads=heads, unused=shift % 2 == 1)
+    fill(model, found, compiled=False)
+    query, key = (found[f"model.layers.0.self_attn.{part}_Identity.input"].digits for part in "qk")
+    assert query.populations != key.populations
+    folded, counted = model(ids).logits, ledger.count(model, ids)
+    parts = [f"model.layers.{layer}.{part}" for layer in range(2) for part in ("self_attn", "mlp", "mlp.gate_proj", "self_attn.o_proj")]
+    wanted = captured(model, ids, parts)
+    with stepped(model, chunk=chunk):
+        for site in model_sites(model):
+            neuron = get_neuron(model, site)
+            neuron.register_forward_hook(partial(one_wire_at_a_time, neuron.digits.populations))
+        assert norm_ratio(model(ids).logits, folded) <= 1e-9
+        assert ledger.count(model, ids) == counted
+        hidden = model.base_model(ids).last_hidden_state
+        readouts = [logits.clone() for logits in model.get_submodule("lm_head").readouts(hidden)]
+        steps = captured(model, ids, parts)
+    assert len(readouts) == T
+    assert norm_ratio(readouts[-1], folded) <= 1e-9
+    for path in parts:
+        assert len(steps[path]) == T * len(ids), path
+        assert norm_ratio(unbatch(steps[path], T).sum(0), wanted[path]) <= 1e-9, path
+    kinds = {site.kind: sum(sum(row) for row in site.spikes) for site in counted.sites}
+    assert all(kinds.values())
+
+
+def one_wire_at_a_time(populations, _neuron, inputs, train):
+    """Spikes, and of each neuron's wires at most one that ever carries any."""
+    assert train.dtype == torch.int8
+    assert is_spikes(train)
+    assert train.shape == (4 * populations, *inputs[0].shape)
+    assert (train.unflatten(0, (4, populations)).ne(0).any(0).sum(0) <= 1).all()
+
+
+@pytest.mark.parametrize("normalise_after", [True, False], ids=["after", "before"])
+def test_every_product_of_populations_has_spikes_on_one_side(normalise_after, ids):
+    model = spiking(normalise_after=normalise_after, rotated=False, prefix=())
+    fill(model, partitioned_tables(model, 4), compiled=False)
+    with stepped(model), Products() as products:
+        model(ids)
+    assert products.dense <= 1  # RoPE's angles
+
+
+def test_populations_need_memory_for_their_wires():
+    model = spiking(T=4)
+    fill(model, base2_tables(model, 4), compiled=False)
+    one = peak_bytes(model, 512, chunk=4)
+    for site in model_sites(model):  # 512 tokens, float64: the MLP is widest, and SiLU's wires come with their currents
+        if site.kind is SiteKind.activation:
+            fill_one = PhaseTable(*base2_table([4.0] * 4, 4).rows, digits=Digits(sides=2, intervals=2), cuts=torch.ones(1, 2))
+            set_neuron(model, site, PhaseNeuron(fill_one.to(torch.float64), compiled=False))
+    assert peak_bytes(model, 512, chunk=4) - one == 512 * 144 * 12 * (8 + 2)
 
 
 @pytest.mark.parametrize("normalise_after", [True, False], ids=["after", "before"])

@@ -59,6 +59,46 @@ def test_a_linear_adds_up_to_the_folded_one(T, groups, chunk, biased, seed):
         assert_close(currents[: t + 1].sum(0), linear(values[: t + 1].sum(0), weight, bias))
 
 
+def test_a_trace_of_two_populations_by_hand():
+    """Wires of weights 4 | 10 and 1 | 5: a neuron of the first population sends 4 + 1, one of the second 10 - 5."""
+    spikes = torch.tensor([[[1, 0]], [[0, 1]], [[1, 0]], [[0, -1]]], dtype=torch.int8)
+    (currents,) = spike_linear(spikes, torch.tensor([[1.0, 100.0]]), torch.tensor([[4.0, 10.0, 1.0, 5.0]]), populations=2)
+    assert currents.flatten().tolist() == [4.0 + 1000.0, 1.0 - 500.0]
+    # x = 4, 5; y = 10, 5 after 1, 2 steps: x y = 40, 25
+    x, y = (torch.tensor(train, dtype=torch.int8).view(4, 1, 1) for train in ([1, 0, 1, 0], [0, 1, 0, -1]))
+    weights = torch.tensor([4.0, 10.0, 1.0, 5.0]).view(4, 1, 1)
+    assert [current.item() for current in spike_pairs(x, y, weights, weights, populations=(2, 2))] == [40.0, -15.0]
+    values = torch.tensor([[2.0]])
+    assert [current.item() for current in spike_mixture(y, values, weights, populations=2)] == [20.0, -10.0]
+
+
+@given(T=st.integers(1, 6), P=st.integers(1, 4), groups=st.sampled_from([1, 3, 96]), chunk=st.none() | st.integers(1, 7), seed=SEEDS)
+@laws
+def test_a_linear_adds_up_the_wires_of_a_step(T, P, groups, chunk, seed):
+    generator = torch.Generator().manual_seed(seed)
+    spikes, weight, wires = trains(generator, T * P, 2, 4, 96), normal(generator, 7, 96), normal(generator, groups, T * P)
+    bias = normal(generator, 7)
+    parts = list(spike_linear(spikes, weight, wires, populations=P, bias=bias, chunk=chunk))
+    assert max(len(part) for part in parts) <= (chunk or T)
+    values = (spikes * step_weights(wires, 96)[:, None, None]).view(T, P, 2, 4, 96).sum(1)
+    wanted = linear(values, weight)
+    wanted[0] += bias
+    assert_close(torch.cat(parts), wanted)
+
+
+@given(T=st.integers(1, 6), P=st.integers(1, 3), Q=st.integers(1, 3), seed=SEEDS)
+@laws
+def test_products_of_trains_on_different_numbers_of_wires(T, P, Q, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x, y = trains(generator, T * P, 2, 3, 5, 8), trains(generator, T * Q, 2, 3, 6, 8)
+    d_x, d_y = normal(generator, T * P, 1, 3, 5, 1), normal(generator, T * Q, 1, 3, 1, 1)
+    pairs = torch.stack(list(spike_pairs(x, y, d_x, d_y, populations=(P, Q))))
+    sums = [(train * d).unflatten(0, (T, -1)).sum(1).cumsum(0) for train, d in ((x, d_x), (y, d_y))]
+    assert_close(pairs.cumsum(0), sums[0] @ sums[1].mT)
+    values = normal(generator, 2, 3, 8, 4)
+    assert_close(torch.stack(list(spike_mixture(x, values, d_x, populations=P))).cumsum(0), sums[0] @ values)
+
+
 @given(T=T_VALUES, seed=SEEDS)
 @laws
 def test_products_of_two_trains_and_of_a_train_and_values(T, seed):

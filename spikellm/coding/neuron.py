@@ -100,6 +100,15 @@ class PhaseTable:
         """The output weights of a spike train: of its S = T P wires step by step and in each step population by population."""
         return torch.stack([rows.d for rows in self.populations], -1).flatten(1)
 
+    @property
+    def intervals(self) -> Int64[Tensor, "sides C"]:
+        """How many intervals are in use: the first, and those that do not begin at the largest float32, beyond all inputs."""
+        sides = self.digits.sides
+        found = torch.ones(sides, self.groups, dtype=torch.int64, device=self.v0.device)
+        if self.cuts is None:
+            return found
+        return found + (self.cuts < torch.finfo(torch.float32).max).sum(0).view(sides, -1)
+
     def map(self, change: Callable[[Tensor], Tensor]) -> Self:
         """The same change of all rows, and of the cuts as [sides C, K-1]; the same digits."""
         cuts = None if self.cuts is None else change(self.cuts.mT).mT

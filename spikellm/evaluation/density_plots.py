@@ -50,7 +50,7 @@ def write_density_plots(folder: Path, statistics: Mapping[str, SiteStatistics], 
 
 
 def _panel(axis: Any, statistics: SiteStatistics, fit: CodeFit) -> None:
-    if len(fit.tau) < statistics.counts.shape[1]:
+    if fit.table.groups * fit.table.digits.sides < statistics.counts.shape[1]:
         statistics = statistics.merged()
     weights = (statistics.counts if statistics.weights is None else statistics.weights)[REPORT, 0].double()
     x = statistics.centers

@@ -1,16 +1,16 @@
 """How good the codes are, and where the error is: the Lloyd-Max bound, and the loss with one kind of site spiking alone.
 
 The bound is the least squared error that any levels could have on the site's density, as many as the neurons of each group can send with
-their own table (2^T of binary digits, up to 3^T of signed ones, T + 1 of a rate or of one spike), whatever spikes could spell them
-(Lloyd 1957, Max 1960; iterated from the level density p^(1/3) of Panter & Dite 1951, which is optimal for many levels). Errors and bound
-are of the same points, the reporting part of the calibration text. A phase code spells sums of T numbers: its levels repeat the pattern of
-the small ones above each large one, so that on long tails it stays well above the bound, however it is fitted.
+their own tables (2^T of binary digits, up to 3^T of signed ones, T + 1 of a rate or of one spike; those of all intervals together),
+whatever spikes could spell them (Lloyd 1957, Max 1960; iterated from the level density p^(1/3) of Panter & Dite 1951, which is optimal
+for many levels). Errors and bound are of the same points, the reporting part of the calibration text. A phase code spells sums of T
+numbers: its levels repeat the pattern of the small ones above each large one, so that on long tails it stays well above the bound,
+however it is fitted.
 
 Damage is measured, not estimated: perplexity with neurons at one kind of site, or at one site, and nowhere else.
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from spikellm.calibration.statistics import REPORT, SiteStatistics
 from spikellm.coding.neuron import PhaseTable, encode
 from spikellm.evaluation.perplexity import perplexity
+from spikellm.kernels.encode import Digits, Rows
 from spikellm.model.conversion import clear, model_sites, place
 from spikellm.model.sites import SiteKind
 from spikellm.search.fit import CodeFit, part_points
@@ -89,7 +90,7 @@ def bound(statistics: SiteStatistics, fit: CodeFit) -> float | None:
     Returns:
         None where levels are too many for the histogram to tell how well they could lie (`POINTS_PER_LEVEL`).
     """
-    if len(fit.tau) < statistics.counts.shape[1]:
+    if fit.table.groups * fit.table.digits.sides < statistics.counts.shape[1]:
         statistics = statistics.merged()
     x, weight, _ = part_points(statistics, REPORT)
     # the points around a level, harmonic mean over the levels that p^(1/3) would place
@@ -107,16 +108,37 @@ def bound(statistics: SiteStatistics, fit: CodeFit) -> float | None:
 
 
 def spelled_levels(table: PhaseTable, row: int, *, most: int) -> Float[Tensor, " levels"] | None:
-    """All values that the neurons of one row can send for inputs x > 0, ascending; None if they are more than `most`.
+    """All values that the neurons of one group and side send for inputs of that side, ascending; None if they are more than `most`.
+
+    Args:
+        row: side * groups + group: the histogram's row.
+    """
+    digits, rows = table.digits, table.rows.map(lambda rows: rows.double().cpu())
+    ends = [0.0, *([] if table.cuts is None else table.cuts[:, row].tolist()), torch.inf]
+    found = []
+    for interval in range(int(table.intervals.flatten()[row])):
+        own = rows.at(interval * digits.sides * table.groups + row)
+        part = _interval_levels(own, digits, ends[interval], ends[interval + 1], most=SAME_LEVEL * most)
+        if part is None:
+            return None
+        found.append(part)
+    ascending = torch.cat(found).unique()
+    # sums of the same spikes in another order differ in the last digits
+    apart = ascending.diff(prepend=ascending[:1] - 1) > 1e-9 * rows.d.abs().max()
+    return ascending[apart].float() if apart.sum() <= most else None
+
+
+def _interval_levels(rows: Rows, digits: Digits, start: float, end: float, *, most: int) -> Float[Tensor, " strings"] | None:
+    """What one population sends for inputs start < x <= end, a value for each digit string; None if these are more than `most`.
 
     An interval of inputs that have fired alike is cut at the thresholds of the next phase.
     """
-    digits = table.digits
-    theta, h, d, v0 = table.rows.map(lambda rows: rows[row].double().cpu())
-    low, high = torch.zeros(1, dtype=torch.float64), torch.full((1,), torch.inf, dtype=torch.float64)
+    theta, h, d, v0 = rows
+    T = len(theta)
+    low, high = theta.new_full((1,), start), theta.new_full((1,), end)
     potential, y, fired = v0.view(1), torch.zeros_like(low), torch.zeros_like(low)  # v - x
-    for t in range(table.T):
-        awake = fired < (table.T if digits.max_spikes is None else digits.max_spikes)
+    for t in range(T):
+        awake = fired < (T if digits.max_spikes is None else digits.max_spikes)
         upper = torch.where(awake, theta[t] - potential, torch.inf)
         lower = torch.where(awake & digits.signed, -theta[t] - potential, -torch.inf)
         cuts = (
@@ -130,18 +152,14 @@ def spelled_levels(table: PhaseTable, row: int, *, most: int) -> Float[Tensor, "
             for kept in [stop > start]
         ]
         low, high, potential, y, fired = (torch.cat(part) for part in zip(*pieces, strict=True))
-        if len(y) > SAME_LEVEL * most:
+        if len(y) > most:
             return None
-    ascending = y.unique()
-    # sums of the same spikes in another order differ in the last digits
-    apart = ascending.diff(prepend=ascending[:1] - 1) > 1e-9 * d.abs().max()
-    return ascending[apart].float() if apart.sum() <= most else None
+    return y
 
 
 def site_levels(table: PhaseTable, group: int, x: Float[Tensor, " n"]) -> Float[Tensor, " levels"]:
     """The values that the neurons of one group send for these inputs x > 0, ascending."""
-    one = PhaseTable(*table.rows.at(slice(group, group + 1)), digits=replace(table.digits, sides=1))
-    return encode(x[None, None], one, compiled=False).unique()
+    return encode(x[None, None], table.group(group), compiled=False).unique()
 
 
 def damage(

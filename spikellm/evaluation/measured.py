@@ -32,7 +32,7 @@ from spikellm.store.provenance import Code
 log = logging.getLogger(__name__)
 
 FOLDED = Code(1, ("evaluation.networks", "evaluation.figures"))
-STEPPED = Code(1, ("evaluation.networks", "evaluation.figures", "execution.memory", "execution.stepped"))
+STEPPED = Code(2, ("evaluation.networks", "evaluation.figures", "execution.memory", "execution.stepped"))
 BASE2 = Code(1, ("evaluation.networks", "evaluation.figures", "search.search"))
 PRETRAINED = Code(1, ("model.load", "evaluation.figures"))
 

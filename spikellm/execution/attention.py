@@ -23,7 +23,10 @@ from spikellm.model.attention import SpikingAttention
 
 
 class SteppedAttention(SpikingAttention):
-    """Attention on currents [T * B, H, L, E]: see the module's text, and `model/attention.py` for the two ways to normalise."""
+    """Attention on currents [T * B, H, L, E]: see the module's text, and `model/attention.py` for the two ways to normalise.
+
+    Its neurons fire on S = T P wires each, of their own number P of populations.
+    """
 
     query: SteppedNeuron
     key: SteppedNeuron
@@ -70,30 +73,38 @@ class SteppedAttention(SpikingAttention):
         return out.flatten(0, 1).transpose(1, 2)
 
     @staticmethod
-    def _weights(neuron: SteppedNeuron, heads: int) -> Float[Tensor, "T 1 heads 1 1"]:
-        return step_weights(neuron.d, heads)[:, None, :, None, None]
+    def _weights(neuron: SteppedNeuron, heads: int) -> Float[Tensor, "S 1 heads 1 1"]:
+        return step_weights(neuron.wires, heads)[:, None, :, None, None]
 
     def _block(
         self,
-        query: Int8[Tensor, "T B H l E"],
-        key: Int8[Tensor, "T B K s E"],
+        query: Int8[Tensor, "Q B H l E"],
+        key: Int8[Tensor, "S B K s E"],
         value: Float[Tensor, "B K s W"],
         mask: Tensor,
         prefix: tuple[Tensor, Tensor] | None,
         scaling: float,
     ) -> Iterator[Float[Tensor, "B H l E"]]:
         """Currents of a block of queries, step by step."""
-        T, B, H, L, E = query.shape
+        T, (B, H, L) = self.query.T, query.shape[1:4]
         K = key.shape[2]
         dtype = value.dtype
-        q_weights = self._weights(self.query, H).to(dtype).expand(T, 1, H, L, 1).reshape(T, 1, K, -1, 1)
-        stacked = query.reshape(T, B, K, -1, E)  # heads that share a key head, as in `per_key_head`
-        pairs = spike_pairs(stacked, key, q_weights * scaling, self._weights(self.key, K).to(dtype))
+
+        def stacked(neuron: SteppedNeuron, spikes: Tensor) -> tuple[Tensor, Tensor]:
+            """Spikes and weights of heads that share a key head, as in `per_key_head`."""
+            weights = self._weights(neuron, H).to(dtype)
+            rows = weights.expand(len(spikes), 1, H, L, 1).reshape(len(spikes), 1, K, -1, 1)
+            return spikes.reshape(len(spikes), B, K, -1, spikes.shape[-1]), rows
+
+        q_spikes, q_weights = stacked(self.query, query)
+        k_weights = self._weights(self.key, K).to(dtype)
+        populations = self.query.populations, self.key.populations
+        pairs = spike_pairs(q_spikes, key, q_weights * scaling, k_weights, populations=populations)
         scores = integrate(pairs).view(B, H, L, -1)
         activations, top = exponentials(scores, mask) if self.normalise_after else (probabilities(scores, mask), None)
-        spikes = self.softmax(activations)
-        weights = self._weights(self.softmax, H).to(dtype).expand(T, 1, H, L, 1).reshape(T, 1, K, -1, 1)
-        mixtures = (part.view(B, H, L, -1) for part in spike_mixture(spikes.reshape(T, B, K, -1, key.shape[3]), value, weights))
+        spikes, weights = stacked(self.softmax, self.softmax(activations))
+        mixed = spike_mixture(spikes, value, weights, populations=self.softmax.populations)
+        mixtures = (part.view(B, H, L, -1) for part in mixed)
         if top is None:
             return mixtures
         parts = integrate(mixtures)

@@ -1,11 +1,14 @@
 """What time-stepped execution needs of memory, and how many time steps a product may take so that it fits."""
 
+from typing import Any
+
 from transformers import PreTrainedModel
 
 from spikellm.config.checks import InputError
 from spikellm.execution.modules import neuron_of
 from spikellm.model.attention import attentions
-from spikellm.model.sites import ACTIVATION, FINAL_NORM, LAYERS
+from spikellm.model.conversion import get_neuron, model_sites
+from spikellm.model.sites import FINAL_NORM, SiteKind
 
 # Logits are [tokens, V] in float32: 256 rows of LLaMA-3's vocabulary take 131 MB.
 LOGIT_ROWS = 256
@@ -18,19 +21,24 @@ def peak_bytes(model: PreTrainedModel, tokens: int, *, chunk: int) -> int:
     """
     config, attention = model.config, attentions(model)[0]
     T = neuron_of(attention, "query").table.T
+    wires = dict.fromkeys(SiteKind, T)
+    for site in model_sites(model):
+        neuron: Any = get_neuron(model, site)
+        wires[site.kind] = max(wires[site.kind], T * neuron.digits.populations)
     size = attention.dtype.itemsize
     prefix = 0 if attention.prefix_key is None else attention.prefix_key.shape[1]
     heads, width = config.num_attention_heads, config.intermediate_size
-    channels = (heads + 2 * config.num_key_value_heads) * attention.head_width
     residual = 2 * T * tokens * config.hidden_size * size
-    trains = T * neuron_of(model.get_submodule(f"{LAYERS}.0.{ACTIVATION}")).digits.populations
-    # currents and spikes of all steps; integrated sums; operand and result of a product
-    mlp = tokens * width * (trains * (size + 2) + 5 * size + 2 * chunk * size)
-    block = heads * min(attention.query_block, tokens) * (tokens + prefix) * (7 * size + 2 * T)
-    mixing = tokens * channels * (2 * T * size + 2 * T) + tokens * heads * attention.head_width * 2 * T * size + block
+    gated, sent = wires[SiteKind.activation], max(wires[SiteKind.activation], wires[SiteKind.mlp_product])
+    # currents and spikes on all wires; integrated sums; operand and result of a product
+    mlp = tokens * width * (gated * size + 2 * sent + 5 * size + 2 * chunk * size)
+    block = heads * min(attention.query_block, tokens) * (tokens + prefix) * (7 * size + 2 * wires[SiteKind.softmax])
+    channels = {SiteKind.query: heads, SiteKind.key: config.num_key_value_heads, SiteKind.value: config.num_key_value_heads}
+    coded = sum(number * (2 * T * size + 2 * wires[kind]) for kind, number in channels.items())
+    mixing = tokens * attention.head_width * (coded + heads * 2 * T * size) + block
     logits = min(LOGIT_ROWS, tokens) * config.vocab_size * (chunk + 2) * size
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    return weights + max(residual + max(mlp, mixing), T * tokens * config.hidden_size + logits)
+    return weights + max(residual + max(mlp, mixing), wires[SiteKind.head_input] * tokens * config.hidden_size + logits)
 
 
 def fitting_chunk(model: PreTrainedModel, tokens: int, *, chunk: int | None, max_gib: float | None) -> int:

@@ -1,13 +1,13 @@
 """Stepped siblings of the modules around neurons: currents [T * B, ...] and spike trains in, the same out.
 
-Each shares weights, tables and rotations with its folded sibling. How they work together: `stepped.py`; the operators:
-`kernels/temporal.py`. Spikes are int8 in {-1, 0, +1}; currents are float32 (float64 in float64 models).
+A neuron of P populations fires on S = T P wires (`PhaseTable.wires`); P may differ from site to site. Each module shares weights,
+tables and rotations with its folded sibling. How they work together: `stepped.py`; the operators: `kernels/temporal.py`. Spikes are
+int8 in {-1, 0, +1}; currents are float32 (float64 in float64 models).
 """
 
 from collections.abc import Iterator
 from typing import Self
 
-import torch
 from jaxtyping import Float, Int, Int8, Shaped
 from torch import Tensor, nn
 
@@ -17,7 +17,7 @@ from spikellm.model.modules import SpikingActivation, SpikingLinear, SpikingRMSN
 
 
 class SteppedNeuron(PhaseNeuron):
-    """A site's neurons, firing: integrated input in, spike train out. Forward hooks see both.
+    """A site's neurons, firing: integrated input in, spike train on all wires out. Forward hooks see both.
 
     Every spike of a stepped run leaves a forward of one of these; the softmax's run once per block of queries.
     """
@@ -31,8 +31,16 @@ class SteppedNeuron(PhaseNeuron):
     def T(self) -> int:
         return self.theta.shape[1]
 
-    def forward(self, x: Float[Tensor, "*shape"]) -> Int8[Tensor, "T *shape"]:
-        return fire(self.grouped(x), self.table, compiled=self.compiled).view(self.T, *x.shape)
+    @property
+    def populations(self) -> int:
+        return self.digits.populations
+
+    @property
+    def wires(self) -> Float[Tensor, "C S"]:
+        return self.table.wires
+
+    def forward(self, x: Float[Tensor, "*shape"]) -> Int8[Tensor, "S *shape"]:
+        return fire(self.grouped(x), self.table, compiled=self.compiled).view(-1, *x.shape)
 
 
 def neuron_of(owner: nn.Module, slot: str = "neuron") -> PhaseNeuron:
@@ -48,7 +56,7 @@ def neuron_of(owner: nn.Module, slot: str = "neuron") -> PhaseNeuron:
 
 
 def unbatch(x: Shaped[Tensor, "TB *shape"], T: int) -> Shaped[Tensor, "T B *shape"]:
-    """Time out of the batch axis."""
+    """Time, or wires, out of the batch axis."""
     return x.unflatten(0, (T, -1))
 
 
@@ -74,7 +82,10 @@ class SteppedEmbedding(nn.Embedding):
 
 
 class SteppedRMSNorm(SpikingRMSNorm):
-    """Currents [T * B, L, D] to spikes; `last`: the final norm, whose spikes leave as [B, L, T, D]."""
+    """Currents [T * B, L, D] to spikes [T * B, L, P * D]; `last`: the final norm, whose spikes leave as [B, L, S, D].
+
+    The wires of a step lie side by side: transformers' attention takes the first axes of q, k and v from what its norm gives.
+    """
 
     neuron: SteppedNeuron
     last: bool
@@ -88,7 +99,9 @@ class SteppedRMSNorm(SpikingRMSNorm):
 
     def forward(self, x: Float[Tensor, "TB L D"]) -> Int8[Tensor, "..."]:
         spikes = self.neuron(self.normalise(integrate(unbatch(x, self.neuron.T))))
-        return spikes.permute(1, 2, 0, 3) if self.last else spikes.flatten(0, 1)
+        if self.last:
+            return spikes.permute(1, 2, 0, 3)
+        return spikes.unflatten(0, (self.neuron.T, -1)).movedim(1, -2).flatten(-2).flatten(0, 1)
 
 
 class SteppedHeadNorm(nn.Module):
@@ -103,11 +116,7 @@ class SteppedHeadNorm(nn.Module):
 
 
 class SteppedActivation(SpikingActivation):
-    """Currents [T * B, L, F] to spikes of SiLU's neuron.
-
-    A two-sided neuron sends two trains, the ON spikes in T steps and after them the OFF spikes, which have weights of their own:
-    [2 T * B, L, F].
-    """
+    """Currents [T * B, L, F] to spikes of SiLU's neuron."""
 
     neuron: SteppedNeuron
 
@@ -119,53 +128,63 @@ class SteppedActivation(SpikingActivation):
         return module
 
     def forward(self, x: Float[Tensor, "TB L F"]) -> Int8[Tensor, "SB L F"]:
-        spikes = self.neuron(self.function(integrate(unbatch(x, self.neuron.T))))
-        return torch.cat(self.neuron.digits.parts(spikes)).flatten(0, 1)
+        return self.neuron(self.function(integrate(unbatch(x, self.neuron.T)))).flatten(0, 1)
 
 
 class SteppedLinear(nn.Linear):
-    """A Linear that reads spikes [T * B, L, I] of a neuron whose output weights are `d`: currents [T * B, L, O].
+    """A Linear that reads spikes [T * B, L, P * I] of a norm's neuron with the output weights `wires`: currents [T * B, L, O].
 
     Args:
+        populations: P of the neuron.
         chunk: time steps a product, at most; None: all.
     """
 
-    d: Tensor
+    wires: Tensor
+    populations: int
     chunk: int | None
 
     @classmethod
-    def of(cls, linear: nn.Linear, d: Float[Tensor, "C T"], chunk: int | None) -> Self:
-        """The same weight and bias."""
+    def of(cls, linear: nn.Linear, neuron: PhaseNeuron, chunk: int | None) -> Self:
+        """The same weight and bias, behind `neuron`."""
         module = cls(linear.in_features, linear.out_features, bias=False, device="meta")
         module.weight, module.bias, module.chunk = linear.weight, linear.bias, chunk
-        module.register_buffer("d", d, persistent=False)
+        module.populations = neuron.digits.populations
+        module.register_buffer("wires", neuron.table.wires, persistent=False)
         return module
 
-    def parts(self, spikes: Int8[Tensor, "T *rows I"]) -> Iterator[Float[Tensor, "t *rows O"]]:
+    def parts(self, spikes: Int8[Tensor, "S *rows I"]) -> Iterator[Float[Tensor, "t *rows O"]]:
         """Currents of consecutive steps."""
-        return spike_linear(spikes, self.weight, self.d, bias=self.bias, chunk=self.chunk)
+        return spike_linear(spikes, self.weight, self.wires, populations=self.populations, bias=self.bias, chunk=self.chunk)
 
-    def forward(self, input: Int8[Tensor, "TB L I"]) -> Float[Tensor, "TB L O"]:
-        return joined(self.parts(unbatch(input, self.d.shape[1])), self.d.shape[1]).flatten(0, 1)
+    @property
+    def T(self) -> int:
+        return self.wires.shape[1] // self.populations
+
+    def wire_by_wire(self, input: Int8[Tensor, "TB L W"]) -> Int8[Tensor, "S B L I"]:
+        """The wires of a step one after the other."""
+        return unbatch(input, self.T).unflatten(-1, (self.populations, -1)).movedim(-2, 1).flatten(0, 1)
+
+    def forward(self, input: Int8[Tensor, "TB L W"]) -> Float[Tensor, "TB L O"]:
+        return joined(self.parts(self.wire_by_wire(input)), self.T).flatten(0, 1)
 
 
 class SteppedUp(SteppedLinear):
-    """up_proj: what it has summed up after its T steps, held for as many steps as SiLU's spikes gate it."""
+    """up_proj: what it has summed up after its T steps, held for as many wires as SiLU's spikes gate it on."""
 
     held: int
 
-    def forward(self, input: Int8[Tensor, "TB L I"]) -> Float[Tensor, "SB L O"]:
-        total = integrate(current for part in self.parts(unbatch(input, self.d.shape[1])) for current in part)
+    def forward(self, input: Int8[Tensor, "TB L W"]) -> Float[Tensor, "HB L O"]:
+        total = integrate(current for part in self.parts(self.wire_by_wire(input)) for current in part)
         return total.expand(self.held, *total.shape).flatten(0, 1)  # a view for batch 1
 
 
 class SteppedHead(SteppedLinear):
-    """lm_head: spikes [*rows, T, D] of the final norm to logits [*rows, V], summed over time."""
+    """lm_head: spikes [*rows, S, D] of the final norm to logits [*rows, V], summed over time."""
 
-    def forward(self, input: Int8[Tensor, "*rows T D"]) -> Float[Tensor, "*rows V"]:
+    def forward(self, input: Int8[Tensor, "*rows S D"]) -> Float[Tensor, "*rows V"]:
         return integrate(current for part in self.parts(input.movedim(-2, 0)) for current in part)
 
-    def readouts(self, input: Int8[Tensor, "*rows T D"]) -> Iterator[Float[Tensor, "*rows V"]]:
+    def readouts(self, input: Int8[Tensor, "*rows S D"]) -> Iterator[Float[Tensor, "*rows V"]]:
         """The logits after 1, 2, .. T steps of the final norm's neuron: one tensor, which the next step adds to."""
         total = None
         for part in self.parts(input.movedim(-2, 0)):
@@ -177,7 +196,7 @@ class SteppedHead(SteppedLinear):
 class SteppedSpikingLinear(SpikingLinear):
     """o_proj or down_proj: integrates its input currents, applies R4, fires, and sends on d_t (W s_t).
 
-    `incoming` [C, S]: output weights of the S trains whose spikes have made the input (SiLU's, before down_proj); None: currents.
+    `incoming` [C, S]: output weights of the S wires whose spikes have made the input (SiLU's, before down_proj); None: currents.
     """
 
     neuron: SteppedNeuron
@@ -203,7 +222,8 @@ class SteppedSpikingLinear(SpikingLinear):
             for current, weight in zip(currents[1:], weights[1:], strict=True):
                 total.addcmul_(current, weight)
         spikes = self.neuron(self.transform(total))
-        parts = spike_linear(spikes, self.weight, self.neuron.d, bias=self.bias, chunk=self.chunk)
+        neuron = self.neuron
+        parts = spike_linear(spikes, self.weight, neuron.wires, populations=neuron.populations, bias=self.bias, chunk=self.chunk)
         return joined(parts, T).flatten(0, 1)
 
 

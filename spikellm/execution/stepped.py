@@ -5,15 +5,20 @@ forwards run unchanged, because time travels in the batch axis, time first: [T *
 
     embedding      the current of a token comes at the first step
     residual       currents x_t; transformers adds them step by step. RoPE is linear: it turns currents
-    norms, SiLU    act once on the integrated current; the neuron then fires T steps: int8 [T * B, L, D]
-    Linears        d_t (W s_t); biases once
+    norms          act once on the integrated current; the neuron then fires T steps: int8 [T * B, L, P * D]
+    SiLU           likewise: int8 [S * B, L, D]
+    Linears        sum_p d_p,t (W s_p,t), a current a step; biases once
     q, k norms     (Qwen3) act once on the integrated current, at the last step
     attention      q, k, v integrate and fire; scores by spike pairs; the softmax acts on them once, its neuron's spikes collect
                    rows of the accumulated values; the quotient of `snn.softmax_norm=after` at the last step
     gate product   SiLU and up integrate in the same T steps, so while SiLU fires, up's sum U is complete: the difference
-                   A_t U - A_t-1 U is d_t s_t U; the spikes gate U, d_t is applied where down_proj integrates
+                   A_t U - A_t-1 U is d_t s_t U; the spikes of every wire gate U, d is applied where down_proj integrates
     R3, R4         dense and linear: applied to the integrated current
-    final norm     its spikes go to lm_head as [B, L, T, D], so that a model's outputs have batch B again; logits are summed over T
+    final norm     its spikes go to lm_head as [B, L, S, D], so that a model's outputs have batch B again; logits are summed over T
+
+A neuron of P populations (ON and OFF, intervals of |x|) has a wire for each, S = T P wires in all: they fire side by side, in the same
+T steps, and what reads them adds them up to T currents. Wires are numbered step by step and in each step population by population; sites
+may differ in P.
 
 Currents and sums are float32 (float64 in float64 models), whatever the checkpoint's dtype, as in folded execution (`model/modules.py`).
 
@@ -25,7 +30,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -72,23 +76,20 @@ def _siblings(model: PreTrainedModel, chunk: int | None) -> dict[str, nn.Module]
     def module(path: str) -> Any:
         return model.get_submodule(path)
 
-    def weights(path: str) -> Tensor:
-        return module(path).neuron.d
-
     T = module(FINAL_NORM).neuron.table.T
     found: dict[str, nn.Module] = {
         EMBEDDING: SteppedEmbedding.adopt(module(EMBEDDING), T),
         FINAL_NORM: SteppedRMSNorm.of(module(FINAL_NORM), last=True),
-        HEAD: SteppedHead.of(module(HEAD), weights(FINAL_NORM), chunk),
+        HEAD: SteppedHead.of(module(HEAD), module(FINAL_NORM).neuron, chunk),
     }
     for index in range(len(decoder_layers(model))):
         layer = f"{LAYERS}.{index}."
         for norm in (ATTENTION_NORM, MLP_NORM):
             found[layer + norm] = SteppedRMSNorm.of(module(layer + norm), last=False)
         for reader, norm in READERS.items():
-            found[layer + reader] = SteppedLinear.of(module(layer + reader), weights(layer + norm), chunk)
-        gate = torch.cat([rows.d for rows in module(layer + ACTIVATION).neuron.table.populations], 1)
-        up = SteppedUp.of(module(layer + UP), weights(layer + MLP_NORM), chunk)
+            found[layer + reader] = SteppedLinear.of(module(layer + reader), module(layer + norm).neuron, chunk)
+        gate = module(layer + ACTIVATION).neuron.table.wires
+        up = SteppedUp.of(module(layer + UP), module(layer + MLP_NORM).neuron, chunk)
         up.held = gate.shape[1]
         found[layer + UP] = up
         for name in HEAD_NORMS:

@@ -9,6 +9,10 @@ sum over t is the value X that folded execution computes at once:
                      every addend has the spikes of one side before it, so an adder adds or leaves out a row of the other side
     product x V      d_t (x_t V), where V has been accumulated in earlier steps
 
+A neuron of P populations (`kernels.encode.Digits`) has P wires, which fire in the same T steps and whose weights differ: x_t is then
+sum_p d_p,t s_p,t, and each of the products above a sum of P with spikes on one side. Trains come as S = T P wires, step by step and in
+each step population by population (`PhaseTable.wires`); currents are of T steps whatever P was.
+
 Sources: spike products by cumulative sums as in SpikeZIP-TF (You et al., ICML 2024) and LAS (Chen et al. 2025). Their neurons fire
 while they integrate, so that a nonlinear function has to be updated at every step, f(X_t) - f(X_t-1); here a code fires after
 integrating: the operand V is complete, and of the differences only their sum f(X) would reach a neuron.
@@ -17,6 +21,7 @@ Time comes first in every shape; iterators keep memory at one step where the con
 """
 
 from collections.abc import Iterable, Iterator
+from itertools import islice
 
 import torch
 from jaxtyping import Float, Int8
@@ -42,13 +47,13 @@ def at_last_step(value: Float[Tensor, "*shape"], T: int) -> Float[Tensor, "T *sh
     return currents
 
 
-def step_weights(d: Float[Tensor, "C T"], size: int) -> Float[Tensor, "T size"]:
-    """The output weights of every step, spread over an axis that C groups of equal, consecutive slices divide."""
-    return d.T.repeat_interleave(size // d.shape[0], dim=1)
+def step_weights(wires: Float[Tensor, "C S"], size: int) -> Float[Tensor, "S size"]:
+    """The output weights of every wire, spread over an axis that C groups of equal, consecutive slices divide."""
+    return wires.T.repeat_interleave(size // wires.shape[0], dim=1)
 
 
-def weighted(spikes: Int8[Tensor, "T *shape"], weights: Float[Tensor, "T *#shape"]) -> Iterator[Float[Tensor, "*shape"]]:
-    """The currents d_t s_t of spikes that meet no other weight."""
+def weighted(spikes: Int8[Tensor, "S *shape"], weights: Float[Tensor, "S *#shape"]) -> Iterator[Float[Tensor, "*shape"]]:
+    """The currents d s of spikes that meet no other weight, wire by wire."""
     return (step * weight for step, weight in zip(spikes, weights, strict=True))
 
 
@@ -59,41 +64,47 @@ def chunks(T: int, chunk: int | None) -> Iterator[slice]:
 
 
 def spike_linear(
-    spikes: Int8[Tensor, "T *rows I"],
+    spikes: Int8[Tensor, "S *rows I"],
     weight: Float[Tensor, "O I"],
-    d: Float[Tensor, "C T"],
+    wires: Float[Tensor, "C S"],
     *,
+    populations: int = 1,
     bias: Float[Tensor, " O"] | None = None,
     chunk: int | None = None,
 ) -> Iterator[Float[Tensor, "t *rows O"]]:
-    """d_t (W s_t) of consecutive steps, `chunk` steps a product; the bias comes with the first step.
+    """sum_p d_p,t (W s_p,t) of consecutive steps, `chunk` steps of a population a product; the bias comes with the first step.
 
     Tables of channel groups take one product a group: the spikes stay spikes. Groups too narrow for that (fewer than
-    `NARROW` channels) have d_t multiplied into the weight instead.
+    `NARROW` channels) have d multiplied into the weight instead, and the populations' channels lie side by side.
 
     Yields:
         currents of the next t steps, float32 (float64 for float64 weights); the sum over all steps is the folded output.
     """
-    T, width = len(spikes), spikes.shape[-1]
-    groups = d.shape[0]
+    groups, width = wires.shape[0], spikes.shape[-1]
     size = width // groups
-    for steps in chunks(T, chunk):
-        part = spikes[steps].flatten(0, -2)
-        shape = (steps.stop - steps.start, -1, len(weight))
+    trains, d = spikes.unflatten(0, (-1, populations)), wires.unflatten(1, (-1, populations))
+    for steps in chunks(len(trains), chunk):
+        part = trains[steps].flatten(2, -2)
         if groups > 1 and size < NARROW:
-            scaled = [weight.to(d.dtype) * row for row in step_weights(d, width)[steps]]
-            currents = torch.cat([spike_product(x, w) for x, w in zip(part.chunk(shape[0]), scaled, strict=True)]).view(shape)
+            scaled = step_weights(wires, width).unflatten(0, (-1, populations))[steps]
+            currents = torch.stack(
+                [
+                    spike_product(x.movedim(0, 1).flatten(1), (weight.to(d.dtype)[:, None] * row).flatten(1))
+                    for x, row in zip(part, scaled, strict=True)
+                ]
+            )
         else:
             currents = None
             for group in range(groups):
                 channels = slice(group * size, (group + 1) * size)
-                product = spike_product(part[:, channels], weight[:, channels]).view(shape)
-                scale = d[group, steps, None, None].to(product.dtype)
-                currents = product.mul_(scale) if currents is None else currents.addcmul_(product, scale)
+                for p in range(populations):
+                    product = spike_product(part[:, p, :, channels].flatten(0, 1), weight[:, channels]).unflatten(0, (len(part), -1))
+                    scale = d[group, steps, p, None, None].to(product.dtype)
+                    currents = product.mul_(scale) if currents is None else currents.addcmul_(product, scale)
         assert currents is not None
         if bias is not None and steps.start == 0:
             currents[0] += bias
-        yield currents.view(shape[0], *spikes.shape[1:-1], len(weight))
+        yield currents.view(len(part), *spikes.shape[1:-1], len(weight))
 
 
 def spike_product(spikes: Int8[Tensor, "N I"], weight: Float[Tensor, "O I"]) -> Float[Tensor, "N O"]:
@@ -109,27 +120,50 @@ def spike_product(spikes: Int8[Tensor, "N I"], weight: Float[Tensor, "O I"]) -> 
 
 
 def spike_pairs(
-    x: Int8[Tensor, "T *batch M E"],
-    y: Int8[Tensor, "T *batch N E"],
-    x_weights: Float[Tensor, "T *#batch #M 1"],
-    y_weights: Float[Tensor, "T *#batch #N 1"],
+    x: Int8[Tensor, "X *batch M E"],
+    y: Int8[Tensor, "Y *batch N E"],
+    x_weights: Float[Tensor, "X *#batch #M 1"],
+    y_weights: Float[Tensor, "Y *#batch #N 1"],
+    *,
+    populations: tuple[int, int] = (1, 1),
 ) -> Iterator[Float[Tensor, "*batch M N"]]:
-    """X_t Y_t^T - X_t-1 Y_t-1^T of two trains that fire in the same steps; the weights are their d_t."""
-    dtype = x_weights.dtype
+    """X_t Y_t^T - X_t-1 Y_t-1^T of two neurons that fire in the same steps, each on its own number of wires; the weights are their d."""
     x_sum = y_sum = None
-    for x_spikes, y_spikes, x_weight, y_weight in zip(x, y, x_weights, y_weights, strict=True):
-        x_t, y_t = x_spikes.to(dtype), y_spikes.to(dtype)
-        y_sum = y_t * y_weight if y_sum is None else torch.addcmul(y_sum, y_t, y_weight)
-        current = (x_t @ y_sum.mT).mul_(x_weight)
+    for xs, ys in zip(_steps(x, x_weights, populations[0]), _steps(y, y_weights, populations[1]), strict=True):
+        for y_t, y_weight in ys:
+            y_sum = y_t * y_weight if y_sum is None else torch.addcmul(y_sum, y_t, y_weight)
+        assert y_sum is not None
+        current = _mixed(xs, y_sum.mT)
         if x_sum is not None:
-            current.addcmul_(x_sum @ y_t.mT, y_weight.mT)
-        x_sum = x_t * x_weight if x_sum is None else torch.addcmul(x_sum, x_t, x_weight)
+            for y_t, y_weight in ys:
+                current.addcmul_(x_sum @ y_t.mT, y_weight.mT)
+        for x_t, x_weight in xs:
+            x_sum = x_t * x_weight if x_sum is None else torch.addcmul(x_sum, x_t, x_weight)
         yield current
 
 
 def spike_mixture(
-    x: Int8[Tensor, "T *batch M N"], values: Float[Tensor, "*batch N E"], x_weights: Float[Tensor, "T *#batch #M 1"]
+    x: Int8[Tensor, "S *batch M N"],
+    values: Float[Tensor, "*batch N E"],
+    x_weights: Float[Tensor, "S *#batch #M 1"],
+    *,
+    populations: int = 1,
 ) -> Iterator[Float[Tensor, "*batch M E"]]:
-    """d_t (x_t V) for every step; V is complete."""
-    for spikes, weight in zip(x, x_weights, strict=True):
-        yield (spikes.to(values.dtype) @ values).mul_(weight)
+    """sum_p d_p,t (x_p,t V) for every step; V is complete."""
+    return (_mixed(step, values) for step in _steps(x, x_weights, populations))
+
+
+def _steps(train: Tensor, weights: Tensor, populations: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """The wires of every step, each with its weight and in its dtype."""
+    wires = ((wire.to(weight.dtype), weight) for wire, weight in zip(train, weights, strict=True))
+    while step := list(islice(wires, populations)):
+        yield step
+
+
+def _mixed(step: list[tuple[Tensor, Tensor]], values: Tensor) -> Tensor:
+    """sum_p d_p (x_p V) of the wires of one step."""
+    (first, first_weight), *others = step
+    current = (first @ values).mul_(first_weight)
+    for wire, weight in others:
+        current.addcmul_(wire @ values, weight)
+    return current

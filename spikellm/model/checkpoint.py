@@ -44,7 +44,7 @@ from spikellm.model.modules import OnlineHadamard
 from spikellm.model.sites import ARCHITECTURES, GROUP_AXIS, ROTARY, SPIKING_TYPE, decoder_layers
 
 METHOD = "spikellm"
-SCHEMA = 3  # of `SpikingModelConfig`; raised when what is written no longer means the same
+SCHEMA = 4  # of `SpikingModelConfig`; raised when what is written no longer means the same
 NOTICE = "none for a plain model: pip install spikellm, import spikellm, then AutoModelForCausalLM.from_pretrained"
 CURE = "copy or convert it again"
 EXECUTION = ("query_block", "compiled")  # how the network is computed, not which one it is: free to be edited
@@ -52,7 +52,7 @@ EXECUTION = ("query_block", "compiled")  # how the network is computed, not whic
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SiteRecord:
-    """One site's neurons: the digits of a `PhaseTable`, its shape, and the sha256 of its rows."""
+    """One site's neurons: the digits of a `PhaseTable`, its shape, and the sha256 of its rows and cuts."""
 
     T: int
     groups: int
@@ -71,7 +71,8 @@ class SiteRecord:
         for row in ("h", "d"):
             if not getattr(table, row).any():
                 raise ValueError(f"{name}: {row} is 0 everywhere, which no code is")
-        return cls(T=table.T, groups=table.groups, digits=table.digits, sha256=digest(table.rows))
+        values = [*table.rows, *([] if table.cuts is None else [table.cuts])]
+        return cls(T=table.T, groups=table.groups, digits=table.digits, sha256=digest(values))
 
     @classmethod
     def read(cls, place: str, found: Any) -> Self:
@@ -91,7 +92,9 @@ class SiteRecord:
     def empty(self) -> PhaseTable:
         """A table of this shape, to be filled; float64, which changes no value that a file can hold."""
         rows = torch.zeros(self.groups * self.digits.populations, self.T, dtype=torch.float64)
-        return PhaseTable(rows, rows, rows, rows[:, 0], digits=self.digits)
+        ends = self.digits.intervals - 1
+        cuts = rows.new_zeros(ends, self.groups * self.digits.sides) if ends else None
+        return PhaseTable(rows, rows, rows, rows[:, 0], digits=self.digits, cuts=cuts)
 
 
 @register_quantization_config(METHOD)
@@ -195,7 +198,7 @@ class SpikingModelQuantizer(HfQuantizer):
             neuron: Any = get_neuron(model, site)
             record = config.sites[site.name]
             try:
-                table = PhaseTable(neuron.theta, neuron.h, neuron.d, neuron.v0, digits=neuron.digits)
+                table = PhaseTable(neuron.theta, neuron.h, neuron.d, neuron.v0, digits=neuron.digits, cuts=neuron.cuts)
                 intact = SiteRecord.of(site.name, table) == record
             except (ValueError, TypeError) as error:
                 raise InputError(f"{folder}, weights: {site.name}: {reason(error)}; {CURE}") from error

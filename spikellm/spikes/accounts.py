@@ -22,8 +22,9 @@ from spikellm.spikes.energy import (
     pointwise_operations,
     softmax_quotients,
     spiking_operations,
+    weight_receivers,
 )
-from spikellm.spikes.ledger import Ledger, SiteSpikes, count
+from spikellm.spikes.ledger import READERS, Ledger, SiteSpikes, count
 
 
 def cost_table(options: EnergyConfig) -> CostTable:
@@ -40,7 +41,7 @@ def dense_operations(ledger: Ledger) -> list[Operation]:
     shape, tokens = ledger.shape, ledger.tokens
     # coded prefix columns are in the softmax like any other
     pairs = ledger.pairs + ledger.coded_prefix * tokens * shape.layers
-    outputs = [site.groups for site in ledger.sites if site.kind == SiteKind.attention_output.name]
+    receivers = weight_receivers(shape)
     return [
         *pointwise_operations(shape, tokens=tokens, pairs=pairs),
         softmax_quotients(shape, tokens=tokens, pairs=pairs, after=ledger.normalise_after),
@@ -48,14 +49,29 @@ def dense_operations(ledger: Ledger) -> list[Operation]:
             shape,
             T=ledger.T,
             tokens=tokens,
-            neurons=sum(site.sides * sum(site.neurons) for site in ledger.sites),
+            receivers=sum(scaled_sums(site, receivers[SiteKind[site.kind]]) for site in ledger.sites),
+            comparisons=sum(comparisons(site) for site in ledger.sites),
             spikes=ledger.spikes,
-            linear_groups=max(outputs),
-            gates=max(site.sides for site in ledger.sites if site.kind == SiteKind.activation.name),
             rotated=ledger.rotated,
             prefix=ledger.exact_prefix,
         ),
     ]
+
+
+def scaled_sums(site: SiteSpikes, receivers: int) -> int:
+    """Multiplications by output weights per token and step, where one population of one group has so many receivers.
+
+    Behind a Linear each output adds up all groups, whose populations are scaled apart; elsewhere the groups divide the receivers.
+    """
+    if SiteKind[site.kind] in (*READERS, SiteKind.head_input):
+        return receivers * sum(site.populations)
+    return receivers * sum(site.populations) // len(site.populations)
+
+
+def comparisons(site: SiteSpikes) -> int:
+    """Of v with theta at every step in every population, and of |x| with the cuts, once."""
+    T, neurons = len(site.spikes), sum(site.neurons) // len(site.populations)  # of a group
+    return neurons * sum(T * tables + pieces - 1 for tables, pieces in zip(site.populations, site.intervals, strict=True))
 
 
 def count_spikes(model: PreTrainedModel, windows: Int[Tensor, "W L"]) -> dict[str, Any]:

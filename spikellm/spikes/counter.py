@@ -1,7 +1,7 @@
 """Counts spikes and synaptic operations at one site, from a neuron's input or from its spike train.
 
 Folded execution makes no spikes, but the code of |x| tells which there would be (`neuron.count_spikes`): nothing of the size of a
-train is kept. Both ways give the same numbers.
+train is kept. Both ways give the same numbers. Spikes of a neuron's populations count together, step by step: each input is one's.
 """
 
 import math
@@ -58,9 +58,10 @@ class SpikeCounter(Slot):
         """`add_train` as a forward hook of a `SteppedNeuron`."""
         self.add_train(train)
 
-    def add_train(self, train: Int[Tensor, "T *x"]) -> None:
-        """Count a spike train, in time-stepped execution."""
-        self._add(torch.stack([train_counts(self._arranged(step, self.columns)[None])[0] for step in train]), train[0].numel())
+    def add_train(self, train: Int[Tensor, "S *x"]) -> None:
+        """Count a spike train on all its wires, in time-stepped execution."""
+        counts = torch.stack([train_counts(self._arranged(wire, self.columns)[None])[0] for wire in train])
+        self._add(counts.unflatten(0, (len(self.spikes), -1)).sum(1), train[0].numel())
 
     def add_neurons(self, number: int, synapses: int) -> None:
         """So many neurons a column, with so many synapses together, had the chance to fire."""

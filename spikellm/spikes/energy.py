@@ -22,6 +22,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from spikellm.config.choices import RotationPart
+from spikellm.model.sites import SiteKind
 
 HOROWITZ = "Horowitz, ISSCC 2014, 45 nm"
 # Multiplication and addition of 8-bit integers [pJ] (Horowitz). Array multipliers grow with the square of the width, adders
@@ -155,34 +156,50 @@ def fast_hadamard_additions(width: int) -> int:
     return power if odd == 1 else 4 * odd + power - 2
 
 
+def weight_receivers(shape: DecoderShape) -> dict[SiteKind, int]:
+    """Sums of one site and population that an output weight multiplies, per token and step.
+
+    Outputs of the Linears that read the site; the gate; attention's operands, q and k scaled per query head, and the mixture, which
+    takes fewer multiplications than scaling scores. A value's spike adds its weight to its own sum: there is nothing to multiply.
+    """
+    D, F, H, K, E = shape.D, shape.F, shape.H, shape.K, shape.E
+    return {
+        SiteKind.attention_input: (H + 2 * K) * E,
+        SiteKind.query: H * E,
+        SiteKind.key: H * E,
+        SiteKind.value: 0,
+        SiteKind.softmax: H * E,
+        SiteKind.attention_output: D,
+        SiteKind.mlp_input: 2 * F,
+        SiteKind.activation: F,
+        SiteKind.mlp_product: D,
+        SiteKind.head_input: shape.V,
+    }
+
+
 def spiking_operations(
     shape: DecoderShape,
     *,
     T: int,
     tokens: int,
-    neurons: int,
+    receivers: int,
+    comparisons: int,
     spikes: int,
-    linear_groups: int,
-    gates: int,
     rotated: Collection[RotationPart],
     prefix: int,
 ) -> list[Operation]:
     """What the SNN computes beside its spikes and `pointwise_operations`.
 
     Args:
-        neurons, spikes: of all sites, over the same tokens; an ON and an OFF neuron are two.
-        linear_groups: code tables of attention's output neurons; each takes an output weight d_t of its own after the weights.
-        gates: trains of T steps that SiLU's neurons send, one after the other: ON and OFF spikes are weighted apart.
+        receivers: sums that output weights multiply, of all sites, per token and step (`weight_receivers`).
+        comparisons, spikes: of all neurons, over the same tokens.
         rotated: which of R3 and R4 act online.
         prefix: exact prefix keys and values beside the coded ones; 0 where they pass neurons or there are none.
     """
-    layers, D, F, H, K, E = shape.layers, shape.D, shape.F, shape.H, shape.K, shape.E
-    # receivers of d_t, per token and step: outputs of Linears, the gate, and attention's accumulators (q and k scaled per query
-    # head, the mixture), which takes fewer multiplications than scaling scores
-    receivers = layers * ((H + 2 * K) * E + linear_groups * D + 2 * F + gates * F + D + 3 * H * E) + shape.V
+    layers, F, H, K, E = shape.layers, shape.F, shape.H, shape.K, shape.E
     operations = [
         Operation(name="output weights d_t", mac=tokens * T * receivers),
-        Operation(name="neurons: comparison a step, reset a spike", mac=0, ac=T * neurons + spikes),
+        Operation(name="neurons: comparison a step, reset a spike", mac=0, ac=comparisons + spikes),
     ]
     if rotated:  # additions alone, counted as dearly as MACs: what stays dense must not look cheap
         vectors = {RotationPart.R3: (H + K, E), RotationPart.R4: (1, F)}  # how many a token, how long

@@ -19,6 +19,10 @@ operand's row, whether or not something has been summed there yet; the 1 is its 
 `up` have been integrated: their spikes meet complete operands, and a value's spike only builds its sum. Pairs that the mask hides
 count nowhere. Counting each pair of spikes that meet (T^2 a product) would count work that nobody does.
 
+Populations of a neuron (ON and OFF, intervals of |x|) send on wires of their own in the same T steps. An input is one population's, so that
+spikes and fan-outs are counted as those of one neuron; what there is more of with each population, comparisons and scaled sums of the
+receivers, is in `accounts.py`.
+
 Counters (`counter.py`) sit around neurons only while `count` runs. What stays dense is in `energy.py`, and is listed in
 results.json.
 """
@@ -76,8 +80,8 @@ class SiteSpikes:
     name: str
     kind: str  # of `SiteKind`
     layer: int | None
-    groups: int  # tables of its code, pairs of tables where it has two sides
-    sides: int  # 2: an ON and an OFF neuron where others have one; they send their trains one after the other
+    populations: list[int]  # of each neuron group: its tables in use, each with a wire of its own
+    intervals: list[int]  # of each group: pieces in use that |x| is cut into, the most of its sides
     spikes: list[list[int]]  # [T][C]
     sops: list[list[int]]  # [T][C]
     neurons: list[int]  # [C]
@@ -85,7 +89,7 @@ class SiteSpikes:
 
     @property
     def firing_rate(self) -> float:
-        """spikes / (neurons x T)."""
+        """spikes / (neurons x T); a neuron and all its populations are one."""
         return _sum(self.spikes) / max(1, sum(self.neurons) * len(self.spikes))
 
 
@@ -120,12 +124,12 @@ class Ledger:
     def latency_steps(self) -> int:
         """Time steps from a token to its logits.
 
-        Neurons integrate while the layer of neurons before them fires, and then fire for T steps (T for each side) themselves; all
+        Neurons integrate while the layer of neurons before them fires, and then fire for T steps themselves, all populations at once; all
         that is between them takes no steps, nor does the embedding. In a decoder layer there fire one after the other: norm; query, key
         and value; softmax; o_proj's input; norm; SiLU (`up` integrates beside it); down_proj's input; and, in the end, the final norm.
         """
         beside = (SiteKind.key.name, SiteKind.value.name)  # the query
-        return self.T * sum(site.sides for site in self.sites if site.kind not in beside)
+        return self.T * sum(site.kind not in beside for site in self.sites)
 
     @property
     def spikes(self) -> int:
@@ -280,12 +284,13 @@ def count(model: PreTrainedModel, windows: Int[Tensor, "W L"]) -> Ledger:
 
 def site_spikes(site: Site, counter: SpikeCounter) -> SiteSpikes:
     """What a counter has counted, in plain numbers."""
+    intervals = counter.neuron.table.intervals
     return SiteSpikes(
         name=site.name,
         kind=site.kind.name,
         layer=site.layer,
-        groups=counter.neuron.table.groups,
-        sides=counter.neuron.digits.sides,
+        populations=intervals.sum(0).tolist(),
+        intervals=intervals.amax(0).tolist(),
         spikes=counter.spikes.tolist(),
         sops=counter.sops.tolist(),
         neurons=counter.neurons.tolist(),
