@@ -96,6 +96,17 @@ def test_an_interval_has_a_table_of_its_own():
     assert torch.equal(table.wires, torch.tensor([[2.0, 6.0, 1.0, 4.0]]))
 
 
+def test_an_interval_beyond_all_inputs_is_not_in_use():
+    """Two sides, two groups, three intervals: the cuts of a column are those of (side, group)."""
+    beyond = torch.finfo(torch.float32).max
+    rows = {name: torch.ones(12, 2) for name in ("theta", "h", "d")}
+    cuts = torch.tensor([[1.0, 2.0, beyond, 3.0], [beyond, 4.0, beyond, beyond]])
+    table = PhaseTable(**rows, v0=torch.zeros(12), digits=Digits(sides=2, intervals=3), cuts=cuts)
+    assert table.intervals.tolist() == [[2, 3], [1, 2]]
+    assert table.group(1).intervals.tolist() == [[3], [2]]
+    assert table.to(torch.float64).intervals.tolist() == [[2, 3], [1, 2]]
+
+
 def test_digits_that_no_neuron_could_send_are_refused():
     with pytest.raises(ValueError, match="max_spikes=0"):
         Digits(max_spikes=0)
