@@ -1,5 +1,7 @@
 """Diagnostics against closed forms and published constants."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import PARTITIONS, asked, observed, partitioned_table, tiny_model
@@ -139,6 +141,21 @@ def test_each_interval_has_the_levels_that_its_inputs_bring_about():
     assert spelled_levels(table(4.0), 0, most=5) is None
     # beyond all inputs: not in use
     assert spelled_levels(table(torch.finfo(torch.float32).max), 0, most=9).tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("sides", [1, 2])
+def test_the_levels_of_two_intervals_are_bounded_together(sides):
+    """Twice as many levels to choose: the bound falls, and the code stays above it."""
+    statistics = {"site": observed(density("exponential") * torch.tensor([1.0, -0.3]).repeat(500_000), sides=sides)}
+    one = asked(3, coding="phase_signed")
+    rows = []
+    for options in (one, replace(one, snn=replace(one.snn, intervals="2"))):
+        fits = evolution(statistics, options)
+        assert fits["site"].table.intervals.amax() == int(options.snn.intervals)
+        rows += site_rows(statistics, fits)
+    for row in rows:
+        assert row["relative_error"] >= row["lloyd_max"] * (1 - 1e-3)
+    assert rows[1]["lloyd_max"] < 0.6 * rows[0]["lloyd_max"]
 
 
 @pytest.mark.parametrize("digits", [digits for digits in PARTITIONS if digits.intervals > 1], ids=str)
