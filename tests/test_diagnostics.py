@@ -1,7 +1,5 @@
 """Diagnostics against closed forms and published constants."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from conftest import PARTITIONS, asked, observed, partitioned_table, tiny_model
@@ -149,7 +147,7 @@ def test_the_levels_of_two_intervals_are_bounded_together(sides):
     statistics = {"site": observed(density("exponential") * torch.tensor([1.0, -0.3]).repeat(500_000), sides=sides)}
     one = asked(3, coding="phase_signed")
     rows = []
-    for options in (one, replace(one, snn=replace(one.snn, intervals="2"))):
+    for options in (one, asked(3, coding="phase_signed", intervals=2)):
         fits = evolution(statistics, options)
         assert fits["site"].table.intervals.amax() == int(options.snn.intervals)
         rows += site_rows(statistics, fits)

@@ -53,7 +53,10 @@ def test_the_best_chain_is_the_one_that_trying_all_finds(K):
             for ends in combinations_with_replacement(range(edges), K - 1):
                 stops = (0, *ends, edges - 1)
                 cost = sum(
-                    (each[:, n, m, stop] - each[:, n, m, start] for each, m, start, stop in zip(running, chosen, stops, stops[1:], strict=False)),
+                    (
+                        each[:, n, m, stop] - each[:, n, m, start]
+                        for each, m, start, stop in zip(running, chosen, stops, stops[1:], strict=False)
+                    ),
                     start=torch.zeros(2),
                 )
                 least = min(least, cost[0].item())
