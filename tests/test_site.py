@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -18,6 +19,7 @@ pytest.importorskip("mkdocs", reason="the site's builder is not installed: the e
 PROJECT_ROOT = next(folder for folder in Path(__file__).parents if (folder / "pyproject.toml").is_file())
 DOCS = PROJECT_ROOT / "docs"
 LOADING = {"img": "src", "script": "src", "link": "href", "iframe": "src", "source": "src", "use": "href"}  # element -> what it fetches
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 # Relations of <link> that a browser fetches nothing for.
 MENTIONED = {"next", "prev", "canonical", "license", "alternate"}
 
@@ -111,6 +113,17 @@ def test_it_is_read_without_a_network(site, pages):
         fetched = re.findall(r"(?:url\(|@import\s)\s*[\"']?([^\"')\s]+)", style.read_text(encoding="utf-8"))
         assert not [each for each in fetched if not each.startswith(("data:", "#", "%23"))], style.name
     assert (site / "search" / "search_index.js").is_file()  # a page that was opened as a file cannot fetch the .json
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
+def test_pages_that_are_opened_as_files_are_searched(site, tmp_path):
+    found = subprocess.run(
+        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", f"--user-data-dir={tmp_path}",
+         "--virtual-time-budget=20000", "--dump-dom", f"{(site / 'index.html').as_uri()}?q=synaptic"],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert re.search(r"\d+ matching documents", Page(found.stdout).text), found.stderr
 
 
 def test_formulas_are_drawn_by_the_browser(pages):
