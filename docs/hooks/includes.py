@@ -1,4 +1,4 @@
-"""What has its home elsewhere and is put into a page while building, where a line asks for it:
+"""What has its home elsewhere and is put into a page while building, where a line asks for it.
 
 <!-- README: TITLE -->      a section of README.md, without its heading
 <!-- table: fields -->      every field of the configuration, a table a node
@@ -35,8 +35,9 @@ def section(title: str) -> str:
 
 def cell(text: str) -> str:
     """Text as it stands in a cell of a table: nothing in it is markup but what stands between backticks."""
-    plain = [re.sub(r"([\\|*_<\[\]])", r"\\\1", part) for part in text.split("`")[::2]]
-    return "".join(part for pair in zip_longest(plain, map(code, text.split("`")[1::2]), fillvalue="") for part in pair)
+    parts = " ".join(text.split()).split("`")
+    plain = [re.sub(r"([\\|*_<\[\]])", r"\\\1", part) for part in parts[::2]]
+    return "".join(part for pair in zip_longest(plain, map(code, parts[1::2]), fillvalue="") for part in pair)
 
 
 def code(text: str) -> str:
