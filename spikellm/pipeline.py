@@ -105,7 +105,7 @@ def convert(
 
     The model is changed: its weights are rotated, its modules replaced, it is in evaluation mode and its weights take no gradients. What is
     wrong with the arguments is told before that. Whatever fails later (activations that overflow, memory) leaves it between the two:
-    load it again.
+    load it again. The fields of the options in `config/schema.py` say more than what stands here.
 
     Args:
         model: as `AutoModelForCausalLM.from_pretrained` gives it, in any floating dtype, on the CPU or on GPUs.
@@ -125,8 +125,6 @@ def convert(
         seed: of the search.
         query_block: queries per block of attention [tokens].
         compiled: neurons and the search run fused (torch.compile).
-
-        Their fields in `config/schema.py` say more.
 
     Returns:
         The spiking model and its codes with their errors.

@@ -35,11 +35,11 @@ class Codes:
         return (self.values.shape[-1] - FIXED) // 3
 
     def bases(self) -> tuple[Tensor, ...]:
-        """log2 of B, H and Theta, each [*n, G]."""
+        """log2 of B, H and Theta, each `[*n, G]`."""
         return self.values[..., FIXED:].chunk(3, dim=-1)
 
     def spell(self) -> Rows:
-        """The rows of every code, [*n, T] and [*n]."""
+        """The rows of every code, `[*n, T]` and `[*n]`."""
         v0 = self.tau * self.values[..., 1] * 2.0 ** -(self.assignment.shape[-1] + 1)
         d, h, theta = (phase_amplitudes(self.tau, part.exp2(), self.assignment) for part in self.bases())
         return Rows(self.rho[..., None] * theta, h, d, v0)

@@ -160,7 +160,7 @@ class SteppedUp(SteppedLinear):
 
 
 class SteppedHead(SteppedLinear):
-    """lm_head: spikes [*rows, T, D] of the final norm to logits [*rows, V], summed over time."""
+    """lm_head: spikes `[*rows, T, D]` of the final norm to logits `[*rows, V]`, summed over time."""
 
     def forward(self, input: Int8[Tensor, "*rows T D"]) -> Float[Tensor, "*rows V"]:
         return integrate(current for part in self.parts(input.movedim(-2, 0)) for current in part)
