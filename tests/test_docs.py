@@ -6,13 +6,12 @@ from enum import Enum
 
 import pytest
 import torch
-from test_config import CONF, configure
 
 from spikellm.config.help import comments, describe, field_help
 from spikellm.config.schema import Config
+from tests.configure import configure
+from tests.places import CONF, README, ROOT
 
-PROJECT_ROOT = CONF.parent
-README = (PROJECT_ROOT / "README.md").read_text(encoding="utf-8")
 READING_ORDER = README.partition("## Reading order")[2].partition("\n## ")[0]
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 # The published table: WikiText-2 perplexity, WinoGrande, ARC-c, ARC-e, PIQA [%].
@@ -67,13 +66,11 @@ def test_help_text_is_made_of_names_defaults_comments_and_choices():
 
 
 def files_of_the_tree() -> list[str]:
-    rooms = [path.parent.name for path in (PROJECT_ROOT / "spikellm").glob("*/__init__.py")]
-    files = [
-        f"{room}: {path.name}" for room in rooms for path in (PROJECT_ROOT / "spikellm" / room).rglob("*") if path.suffix in (".py", ".j2")
-    ]
-    folders = [f"experiments/{path.parent.name}" for path in (PROJECT_ROOT / "experiments").glob("*/README.md")]
+    rooms = [path.parent.name for path in (ROOT / "spikellm").glob("*/__init__.py")]
+    files = [f"{room}: {path.name}" for room in rooms for path in (ROOT / "spikellm" / room).rglob("*") if path.suffix in (".py", ".j2")]
+    folders = [f"experiments/{path.parent.name}" for path in (ROOT / "experiments").glob("*/README.md")]
     groups = [f"conf/{path.name}" for path in CONF.iterdir() if path.is_dir()]
-    files += [path.name for path in (PROJECT_ROOT / "spikellm").glob("[!_]*.py")]
+    files += [path.name for path in (ROOT / "spikellm").glob("[!_]*.py")]
     return sorted(
         {
             "main.py",
@@ -96,7 +93,7 @@ def test_every_file_is_named_in_the_reading_order(name):
 
 
 def test_every_experiment_folder_says_what_it_asks_and_how():
-    for folder in (path for path in (PROJECT_ROOT / "experiments").iterdir() if path.is_dir() and path.name != "__pycache__"):
+    for folder in (path for path in (ROOT / "experiments").iterdir() if path.is_dir() and path.name != "__pycache__"):
         text = (folder / "README.md").read_text(encoding="utf-8")
         assert text.startswith("# "), folder
         assert re.search(r"^ *(python (experiments/|main\.py)|make )", text, re.M), f"{folder}: no command"

@@ -7,7 +7,8 @@ from types import ModuleType
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.places import ROOT
+
 # A room imports only from rooms of layers before its own, and a file from others of its room without a circle. Two files stand alone.
 LAYERS = (
     {"config", "kernels", "registration"},

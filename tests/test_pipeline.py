@@ -8,11 +8,6 @@ from dataclasses import fields
 
 import pytest
 import torch
-from conftest import base2_tables, tiny_model
-from test_config import configure
-from test_docs import README
-from test_stages import SMALL
-from test_zero_shot import byte_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import spikellm
@@ -25,6 +20,11 @@ from spikellm.run.fitting import CALIBRATE, SEARCH
 from spikellm.run.fitting import spiking as of_the_command
 from spikellm.run.workspace import Workspace
 from spikellm.spikes import ledger
+from tests.codes import base2_tables
+from tests.configure import configure
+from tests.jobs import SMALL
+from tests.models import byte_tokenizer, tiny_model
+from tests.places import README
 
 QUICK = {"T": 4, "grain": 1, "compiled": False, "method": "base2"}
 
