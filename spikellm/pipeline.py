@@ -24,7 +24,8 @@ from spikellm.calibration.calibrate import calibrate, enough_pieces
 from spikellm.config.checks import InputError
 from spikellm.config.choices import Coding, DatasetSource, Groups, SearchMethod, SoftmaxNorm
 from spikellm.config.dataset import TextConfig
-from spikellm.config.schema import HardwareConfig, PrefixConfig, SearchConfig, SpikingConfig
+from spikellm.config.model import HardwareConfig
+from spikellm.config.snn import PrefixConfig, SearchConfig, SpikingConfig
 from spikellm.evaluation.texts import cut, read_text, tokenise
 from spikellm.model import checkpoint
 from spikellm.model.attention import SpikingAttention

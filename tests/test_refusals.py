@@ -13,7 +13,7 @@ from filelock import FileLock
 from spikellm.config.boundary import reason
 from spikellm.config.checks import InputError
 from spikellm.config.choices import Device, ModelSource
-from spikellm.config.schema import HardwareConfig, ModelConfig
+from spikellm.config.model import HardwareConfig, ModelConfig
 from spikellm.evaluation.perplexity import perplexity
 from spikellm.evaluation.texts import read_text
 from spikellm.model.load import context_warning, load_model, load_tokenizer

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from spikellm.calibration.statistics import CHOOSE, FIT, REPORT, Observer, SiteStatistics
-from spikellm.config.schema import PrefixConfig
+from spikellm.config.snn import PrefixConfig
 from spikellm.model.attention import attentions
 from spikellm.model.blocks import Block, enter
 from spikellm.model.conversion import get_neuron, set_neuron, site_groups

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from spikellm.config.boundary import blamed_on
 from spikellm.config.checks import InputError
-from spikellm.config.schema import ModelConfig
+from spikellm.config.model import ModelConfig
 from spikellm.model.sites import ARCHITECTURES, EMBEDDING, FINAL_NORM, HEAD, SPIKING_TYPE
 
 DESCRIPTIONS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "*.index.json")

@@ -18,7 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from spikellm.config.boundary import blamed_on
 from spikellm.config.checks import InputError
 from spikellm.config.choices import Device, ModelSource
-from spikellm.config.schema import Config, HardwareConfig, ModelConfig
+from spikellm.config.model import HardwareConfig, ModelConfig
+from spikellm.config.schema import Config
 from spikellm.model.intake import CURE, check_config, check_finite, check_folder, check_type, check_vocabulary, unfilled
 from spikellm.model.sites import check_architecture
 from spikellm.store.sources import cached_commit, packaged_file

@@ -20,7 +20,7 @@ from typing import Any, Literal
 from spikellm.config.checks import InputError
 from spikellm.config.choices import Tracker, TrackingMode
 from spikellm.config.extras import require
-from spikellm.config.schema import TrackingConfig
+from spikellm.config.measures import TrackingConfig
 from spikellm.run.command import explain
 from spikellm.store.artifacts import artifact_key
 from spikellm.store.hub import answers

@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Int
 from transformers import PreTrainedTokenizerBase
 
-from spikellm.config.schema import Config, ModelConfig
+from spikellm.config.model import ModelConfig
+from spikellm.config.schema import Config
 from spikellm.evaluation import figures, texts
 from spikellm.evaluation.networks import Networks
 from spikellm.model.load import load_tokenizer, pinned, vocabulary

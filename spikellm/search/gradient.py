@@ -27,7 +27,7 @@ from torch import Tensor
 from spikellm.calibration.statistics import FIT, SiteStatistics
 from spikellm.coding.codes import Codes
 from spikellm.coding.grains import assignments, default_v0, phase_amplitudes
-from spikellm.config.schema import SearchConfig
+from spikellm.config.snn import SearchConfig
 from spikellm.kernels.encode import Rows
 from spikellm.search.options import Options
 

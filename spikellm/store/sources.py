@@ -18,7 +18,8 @@ from spikellm.config.boundary import blamed_on
 from spikellm.config.checks import InputError
 from spikellm.config.choices import DatasetSource, ModelSource
 from spikellm.config.dataset import TextConfig
-from spikellm.config.schema import Config, ModelConfig
+from spikellm.config.model import ModelConfig
+from spikellm.config.schema import Config
 from spikellm.store.artifacts import Digests, artifact_key, file_state, intact_json
 from spikellm.store.provenance import job_code
 

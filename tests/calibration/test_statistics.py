@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from spikellm.calibration.calibrate import PERIOD, calibrate, enough_pieces
 from spikellm.calibration.statistics import CHOOSE, FIT, REPORT, Observer, SiteStatistics
-from spikellm.config.schema import PrefixConfig
+from spikellm.config.snn import PrefixConfig
 from spikellm.model.conversion import install
 from tests.models import tiny_model
 

@@ -10,7 +10,8 @@ from omegaconf.errors import OmegaConfBaseException
 from spikellm.config.checks import InputError
 from spikellm.config.choices import Coding, Device, ModelSource
 from spikellm.config.help import describe
-from spikellm.config.schema import MAX_T, SIGNED_SPIKE_WEIGHT, Config
+from spikellm.config.schema import Config
+from spikellm.config.snn import MAX_T, SIGNED_SPIKE_WEIGHT
 from spikellm.run.command import command_line, quote_values
 from tests.configure import configure
 from tests.places import CONF

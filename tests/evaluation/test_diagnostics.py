@@ -138,7 +138,7 @@ def test_damage_puts_neurons_where_it_says_and_takes_them_away(tmp_path, ids):
     reference = perplexity(model, ids, label="").value
     install(model, rotated=())
     from spikellm.calibration.calibrate import calibrate
-    from spikellm.config.schema import PrefixConfig
+    from spikellm.config.snn import PrefixConfig
 
     statistics = calibrate(model, ids, PrefixConfig(enabled=False)).statistics
     fits = evolution(statistics, asked(4, 2))

@@ -9,7 +9,7 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
 from spikellm.calibration.calibrate import PERIOD, QUERY_BLOCK, calibrate, observing
 from spikellm.coding.neuron import Slot
-from spikellm.config.schema import PrefixConfig
+from spikellm.config.snn import PrefixConfig
 from spikellm.model.blocks import enter
 from spikellm.model.conversion import clear, fill, install
 from spikellm.model.prefix import attach_prefix

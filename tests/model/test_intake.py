@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from spikellm.config.checks import InputError
 from spikellm.config.choices import Device, DType, ModelSource
-from spikellm.config.schema import HardwareConfig, ModelConfig
+from spikellm.config.model import HardwareConfig, ModelConfig
 from spikellm.model import checkpoint
 from spikellm.model.conversion import fill, install
 from spikellm.model.load import load_model, load_tokenizer

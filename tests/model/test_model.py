@@ -5,7 +5,7 @@ import torch
 
 from spikellm.config.checks import InputError
 from spikellm.config.choices import Device, DType, ModelSource
-from spikellm.config.schema import HardwareConfig, ModelConfig
+from spikellm.config.model import HardwareConfig, ModelConfig
 from spikellm.model.load import empty_model, load_model, load_tokenizer
 from spikellm.store.artifacts import Digests
 from spikellm.store.sources import model_source

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 from spikellm.coding.neuron import Slot
 from spikellm.config.checks import InputError
 from spikellm.config.choices import Device, ModelSource, RotationKind, SoftmaxNorm
-from spikellm.config.schema import HardwareConfig, ModelConfig, RotationConfig
+from spikellm.config.model import HardwareConfig, ModelConfig
+from spikellm.config.snn import RotationConfig
 from spikellm.evaluation.networks import Networks
 from spikellm.model.checkpoint import save
 from spikellm.model.conversion import fill, get_neuron, install, model_sites, online_parts, set_neuron

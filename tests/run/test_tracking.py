@@ -12,7 +12,7 @@ import pytest
 
 from spikellm.config.checks import InputError
 from spikellm.config.choices import Tracker, TrackingMode
-from spikellm.config.schema import TrackingConfig
+from spikellm.config.measures import TrackingConfig
 from spikellm.run.tracking import WandbTracking, numeric_leaves, run_id, tracked
 from tests.configure import configure
 from tests.jobs import WITH_REPORT

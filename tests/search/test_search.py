@@ -10,7 +10,7 @@ from spikellm.calibration.statistics import CHOOSE, FIT, REPORT, Observer, SiteS
 from spikellm.coding.codes import FIXED, base2_codes
 from spikellm.coding.grains import assignments
 from spikellm.coding.neuron import PhaseNeuron
-from spikellm.config.schema import PrefixConfig
+from spikellm.config.snn import PrefixConfig
 from spikellm.kernels.encode import encode_plain
 from spikellm.model.conversion import clear, get_neuron, install, model_sites, place
 from spikellm.model.sites import SiteKind, sites

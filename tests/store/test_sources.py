@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from spikellm.config.choices import DatasetSource, ModelSource
 from spikellm.config.dataset import TextConfig
-from spikellm.config.schema import ModelConfig
+from spikellm.config.model import ModelConfig
 from spikellm.model.load import load_model, load_tokenizer, pinned
 from spikellm.store import sources
 from spikellm.store.artifacts import Digests
