@@ -31,7 +31,7 @@ class SteppedNeuron(PhaseNeuron):
     def T(self) -> int:
         return self.theta.shape[1]
 
-    def forward(self, x: Float[Tensor, "*shape"]) -> Int8[Tensor, "T *shape"]:
+    def forward(self, x: Float[Tensor, "*shape"]) -> Int8[Tensor, " T *shape"]:
         return fire(self.grouped(x), self.table, compiled=self.compiled).view(self.T, *x.shape)
 
 
@@ -47,7 +47,7 @@ def neuron_of(owner: nn.Module, slot: str = "neuron") -> PhaseNeuron:
     return neuron
 
 
-def unbatch(x: Shaped[Tensor, "TB *shape"], T: int) -> Shaped[Tensor, "T B *shape"]:
+def unbatch(x: Shaped[Tensor, " TB *shape"], T: int) -> Shaped[Tensor, "T B *shape"]:
     """Time out of the batch axis."""
     return x.unflatten(0, (T, -1))
 

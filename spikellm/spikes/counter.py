@@ -58,7 +58,7 @@ class SpikeCounter(Slot):
         """`add_train` as a forward hook of a `SteppedNeuron`."""
         self.add_train(train)
 
-    def add_train(self, train: Int[Tensor, "T *x"]) -> None:
+    def add_train(self, train: Int[Tensor, " T *x"]) -> None:
         """Count a spike train, in time-stepped execution."""
         self._add(torch.stack([train_counts(self._arranged(step, self.columns)[None])[0] for step in train]), train[0].numel())
 
