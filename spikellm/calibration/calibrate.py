@@ -75,6 +75,7 @@ class Calibration:
 
     @classmethod
     def load(cls, folder: Path) -> Self:
+        """What `save` wrote into a folder."""
         tensors = load_file(folder / "statistics.safetensors")
         record = read_json(folder / "calibration.json")
         statistics = {name: SiteStatistics.from_tensors(tensors, name) for name in record["sites"]}
@@ -202,5 +203,6 @@ class MlpImportance:
         self.product.neuron.weigh(importance)
 
     def remove(self) -> None:
+        """Take the hooks off."""
         for handle in self.handles:
             handle.remove()

@@ -113,6 +113,7 @@ class SpikingAttention(nn.Module):
         mask: Bool[Tensor, "B 1 L S"],
         scaling: float,
     ) -> Float[Tensor, "B L H E"]:
+        """Heads' outputs: each of query, key, softmax and value passes its neuron, in blocks of queries."""
         query, key, value, mask, prefix = self.operands(query, key, value, mask)
         query, key, value = self.query(query), self.key(key), self.value(value)
         mix = self._mix_then_normalise if self.normalise_after else self._normalise_then_mix

@@ -121,6 +121,7 @@ class SpikingModelConfig(QuantizationConfigMixin):
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def to_dict(self) -> dict[str, Any]:
+        """In JSON types, as transformers asks for it."""
         return asdict(self)
 
     @classmethod
@@ -216,10 +217,12 @@ class SpikingModelQuantizer(HfQuantizer):
         return model
 
     def is_serializable(self) -> bool:
+        """Yes: the model is saved as it is."""
         return True
 
     @property
     def is_trainable(self) -> bool:
+        """No: spikes have no derivative."""
         return False
 
 
@@ -228,9 +231,11 @@ class SpikingConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **options: Any) -> Any:
+        """From config.json, without the notice that `to_dict` adds."""
         return super().from_dict({key: value for key, value in config_dict.items() if key != "transformers_weights"}, **options)
 
     def to_dict(self) -> dict[str, Any]:
+        """For config.json, with the notice for who takes the checkpoint for the plain architecture's."""
         return super().to_dict() | {"transformers_weights": NOTICE}
 
 
@@ -239,6 +244,11 @@ class SpikingModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *arguments: Any, output_loading_info: bool = False, **options: Any) -> Any:
+        """The model with its neurons, as transformers' own; every weight finds its place or none is taken.
+
+        Raises:
+            InputError: the checkpoint does not fill the model.
+        """
         place = str(arguments[0] if arguments else options.get("pretrained_model_name_or_path"))
         options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
         load: Any = super().from_pretrained
@@ -254,6 +264,7 @@ class SpikingModel(PreTrainedModel):
         return found if output_loading_info else found[0]
 
     def save_pretrained(self, save_directory: Any, *arguments: Any, **options: Any) -> None:
+        """Save weights, neurons and the description of both, as transformers' own."""
         known = getattr(self.config, "quantization_config", None)
         self.config.quantization_config = described(self, rotation=known and known.rotation)
         super().save_pretrained(save_directory, *arguments, **options)

@@ -87,6 +87,7 @@ class Reporter(Callback):
         return {"_running": None}  # the lock stays with the process that launches
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
+        """Make and take the folder of a run."""
         folder = Path(config.hydra.run.dir)
         with _stopping():
             if not _is_named(config, "hydra.run.dir") and folder.parents[1] == Path(config.output_root) / "runs":
@@ -99,6 +100,7 @@ class Reporter(Callback):
             config.hydra.run.dir = str(folder)
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """Make the folder of a sweep, or go on in the one that an interrupted sweep left."""
         with _stopping():
             self._start(config)
 
@@ -117,6 +119,7 @@ class Reporter(Callback):
         write_json(folder / SWEEP, asked)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
+        """Bring the sweep's summary up to date."""
         if config.hydra.mode is RunMode.MULTIRUN:
             try:
                 refresh(Path(config.hydra.sweep.dir))
@@ -124,6 +127,7 @@ class Reporter(Callback):
                 log.error("summary: %s", explain(error))
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        """Write the sweep's summary and report."""
         folder = Path(config.hydra.sweep.dir)
         with _stopping():
             write_summary(folder)

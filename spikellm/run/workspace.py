@@ -34,6 +34,7 @@ class Workspace:
 
     @property
     def device(self) -> str:
+        """Where the network is run: cpu, cuda or auto."""
         return self.config.hardware.device.value
 
     @cached_property
@@ -43,19 +44,23 @@ class Workspace:
 
     @cached_property
     def models(self) -> Networks:
+        """The networks, loaded when they are asked for."""
         config = self.config
         return Networks(self.model, config.hardware, config.rotation, config.snn.softmax_norm)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The model's tokenizer; None: it has none, bytes are tokens."""
         return load_tokenizer(self.model)
 
     @cached_property
     def vocabulary(self) -> int | None:
+        """Tokens that the model has embeddings for; None: a GGUF file, whose tokenizer is in it."""
         return vocabulary(self.model)
 
     @cached_property
     def calibration_windows(self) -> Int[torch.Tensor, "W L"]:
+        """Token ids of the calibration text."""
         return texts.token_windows(self.config.dataset.calibration, "dataset.calibration", self.tokenizer, self.vocabulary)
 
     @cached_property
@@ -65,6 +70,7 @@ class Workspace:
 
     @cached_property
     def benchmarks(self) -> figures.Benchmarks:
+        """The zero-shot benchmarks, read when they are asked for."""
         return figures.Benchmarks(self.config.dataset.zero_shot)
 
     @cached_property
@@ -84,6 +90,7 @@ class Workspace:
 
     @property
     def rotation_record(self) -> dict[str, Any]:
+        """`rotation` of results.json: kind, seed, parts, and a hash of these with the model."""
         rotation = self.config.rotation
         record = {"kind": rotation.kind.value, "seed": rotation.seed, "parts": rotation.acting}
         return record | {"hash": artifact_key(record | {"model": self.model_source})}

@@ -44,6 +44,7 @@ class SpikeCounter(Slot):
         self.synapses = torch.zeros(columns, dtype=torch.int64)
 
     def forward(self, x: Tensor) -> Tensor:
+        """The neuron's values of x, after its spikes are counted."""
         self.add_values(x)
         return self.neuron(x)
 

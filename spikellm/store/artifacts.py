@@ -300,6 +300,7 @@ def write_tensors(path: Path, tensors: dict[str, "Tensor"]) -> None:
 
 
 def read_json(path: Path) -> Any:
+    """What a JSON file holds."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
