@@ -182,8 +182,9 @@ def _observer(model: PreTrainedModel, site: Site) -> Observer:
 class MlpImportance:
     """Hooks on one layer that tell the observers at its activation and its product what an error there counts."""
 
-    def __init__(self, layer: Any) -> None:
-        self.activation, self.product = layer.get_submodule(ACTIVATION), layer.get_submodule(DOWN)
+    def __init__(self, layer: nn.Module) -> None:
+        self.activation: Any = layer.get_submodule(ACTIVATION)
+        self.product: Any = layer.get_submodule(DOWN)
         self.residual_power = self.up_power = torch.empty(0)
         self.handles = [
             layer.get_submodule(MLP_NORM).register_forward_pre_hook(self._keep_residual),

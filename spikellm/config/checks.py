@@ -1,13 +1,11 @@
 """What a check of the configuration says, and how."""
 
-from typing import Any
-
 
 class InputError(ValueError):
     """Wrong input from the user: the message names the key, the value and the cure; the command prints it as one line."""
 
 
-def check(condition: bool, key: str, value: Any, cure: str) -> None:
+def check(condition: bool, key: str, value: object, cure: str) -> None:
     """Refuse `value` of `key` with the cure, unless the condition holds.
 
     Raises:

@@ -13,7 +13,7 @@ MAX_THREADS = 1024
 MAX_NAME = 100  # of a name that becomes part of a path; file systems take 255 bytes [characters]
 
 
-def path_part(name: Any) -> str:
+def path_part(name: object) -> str:
     """`name` as the part of a path that it can be: the folder of a run, which Hydra makes before any check, stays where it belongs."""
     return re.sub(r"[^\w.+ -]|^\.", "_", str(name))[:MAX_NAME]
 

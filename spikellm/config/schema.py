@@ -9,7 +9,6 @@ and a sweep's composition stay fast.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -79,11 +78,11 @@ class Config:
         )  # fmt: skip
 
 
-def _numbers(node: Any, key: str = "") -> Iterator[tuple[str, int | float]]:
+def _numbers(node: object, key: str = "") -> Iterator[tuple[str, int | float]]:
     """Every number below a node, with its dotted key."""
     if isinstance(node, int | float) and not isinstance(node, bool):
         yield key, node
-    parts: dict[Any, Any] = {}
+    parts: dict[object, object] = {}
     if is_dataclass(node):
         parts = {each.name: getattr(node, each.name) for each in fields(node)}
     elif isinstance(node, dict | list):
@@ -115,7 +114,7 @@ def instantiate(composed: DictConfig) -> Config:
     return config
 
 
-def tracking_options(composed: DictConfig) -> tuple[TrackingConfig, dict[str, Any]]:
+def tracking_options(composed: DictConfig) -> tuple[TrackingConfig, dict[str, object]]:
     """How a job is tracked, and the configuration in plain types, which the tracker keeps: also of a job whose input is wrong."""
     _refuse_unknown_keys(composed)
     options, tree = OmegaConf.to_object(composed.tracking), OmegaConf.to_container(composed, resolve=True, enum_to_str=True)

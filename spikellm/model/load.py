@@ -114,7 +114,7 @@ def pinned(config: ModelConfig) -> ModelConfig:
     return replace(config, revision=cached_commit(config.path, config.revision or "main") or config.revision)
 
 
-def _location(config: ModelConfig) -> dict[str, Any]:
+def _location(config: ModelConfig) -> dict[str, object]:
     if config.source is ModelSource.gguf:
         folder, name = packaged_file(config)
         return {"pretrained_model_name_or_path": str(folder), "gguf_file": name}
@@ -143,7 +143,7 @@ def _from_hub(config: ModelConfig, loader: Any, **arguments: Any) -> Any:
     return found
 
 
-def _looked_at(config: ModelConfig) -> dict[str, Any]:
+def _looked_at(config: ModelConfig) -> dict[str, object]:
     """The content of config.json, of a model that may be loaded; nothing for a packed file, which has none."""
     if config.source is not ModelSource.hub:
         return {}
@@ -162,7 +162,7 @@ def _device_map(hardware: HardwareConfig) -> str | None:
     return hardware.device.value
 
 
-def _check_in_memory(config: ModelConfig, hardware: HardwareConfig, model: Any) -> None:
+def _check_in_memory(config: ModelConfig, hardware: HardwareConfig, model: PreTrainedModel) -> None:
     """accelerate's device map offloads what does not fit and leaves meta tensors in its place: they cannot be rotated."""
     offloaded = sorted(name for name, parameter in model.named_parameters() if parameter.is_meta)
     if offloaded:
@@ -172,7 +172,7 @@ def _check_in_memory(config: ModelConfig, hardware: HardwareConfig, model: Any) 
         )
 
 
-def _random_config(config: ModelConfig) -> Any:
+def _random_config(config: ModelConfig) -> PretrainedConfig:
     check_type(config, config.path)
     for key in SIZES:
         if isinstance(size := config.options.get(key, 1), int) and size < 1:

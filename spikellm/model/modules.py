@@ -46,7 +46,7 @@ class WideEmbedding(nn.Embedding):
     """Token ids to float32 currents: transformers derives the dtype of RoPE's tables from them, too."""
 
     @classmethod
-    def adopt(cls, embedding: Any) -> Self:
+    def adopt(cls, embedding: nn.Embedding) -> Self:
         """Take over the weight."""
         module = cls(embedding.num_embeddings, embedding.embedding_dim, padding_idx=embedding.padding_idx, device="meta")
         module.weight = embedding.weight
@@ -62,7 +62,7 @@ class WideLinear(nn.Linear):
     """A Linear of weights as they are and activations in float32: see `wide_product`."""
 
     @classmethod
-    def adopt(cls, linear: Any) -> Self:
+    def adopt(cls, linear: nn.Linear) -> Self:
         """Take over weight and bias."""
         module = cls(linear.in_features, linear.out_features, bias=False, device="meta")
         module.weight, module.bias = linear.weight, linear.bias
@@ -143,7 +143,7 @@ class SpikingLinear(WideLinear):
     rotation: OnlineHadamard | None
 
     @classmethod
-    def adopt(cls, linear: Any, *, rotated: bool = False) -> Self:
+    def adopt(cls, linear: nn.Linear, *, rotated: bool = False) -> Self:
         """Take over weight and bias; `rotated` says that the weight expects transformed input."""
         module = super().adopt(linear)
         module.neuron = Slot()

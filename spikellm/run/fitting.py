@@ -10,13 +10,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedModel
 
 from spikellm.calibration.calibrate import Calibration, calibrate
 from spikellm.config.checks import InputError
 from spikellm.config.choices import Device, ImportV0, SearchMethod
+from spikellm.config.snn import PrefixConfig, RotationConfig, SearchConfig
 from spikellm.model import checkpoint
 from spikellm.run.stage import KeyedStage, StageOutcome
 from spikellm.run.workspace import Workspace
@@ -36,7 +36,7 @@ class Calibrate(KeyedStage):
     name = "calibrate"
     code = Code(1, ("evaluation.networks", "calibration.calibrate", "evaluation.texts"))
 
-    def inputs(self, work: Workspace) -> dict[str, Any]:
+    def inputs(self, work: Workspace) -> dict[str, object]:
         """Code, model, rotation, prefix options and text."""
         config = work.config
         return {
@@ -84,7 +84,7 @@ class Search(KeyedStage):
     needs = (CALIBRATE,)
     code = Code(1, ("search.methods",))
 
-    def inputs(self, work: Workspace) -> dict[str, Any]:
+    def inputs(self, work: Workspace) -> dict[str, object]:
         """Code, calibration and options of the search."""
         options, snn = work.options, work.config.snn
         search = plain(options.search) | {"spike_weight": options.search.weight_of_spikes(snn.coding)}
@@ -139,7 +139,7 @@ class Convert(KeyedStage):
     needs = (CALIBRATE, SEARCH)
     code = Code(1, ("evaluation.networks", "model.checkpoint"))
 
-    def inputs(self, work: Workspace) -> dict[str, Any]:
+    def inputs(self, work: Workspace) -> dict[str, object]:
         """Code, codes, and whether the model is saved."""
         return {"code": self.code.key(), "search": SEARCH.key(work), "save_model": work.config.save_model}
 
@@ -194,6 +194,6 @@ def spiking(work: Workspace) -> PreTrainedModel:
     return work.models.spiking(tables, CALIBRATE.found(work).prefix_tokens)
 
 
-def plain(node: Any) -> dict[str, Any]:
+def plain(node: RotationConfig | PrefixConfig | SearchConfig) -> dict[str, object]:
     """A config node in JSON types."""
     return {key: getattr(value, "value", value) for key, value in asdict(node).items()}

@@ -30,7 +30,7 @@ class Spikes(KeyedStage):
     needs = (CALIBRATE, SEARCH)
     code = Code(1, ("evaluation.networks", "spikes.ledger"))
 
-    def inputs(self, work: Workspace) -> dict[str, Any]:
+    def inputs(self, work: Workspace) -> dict[str, object]:
         """What the folded network is made of, and the windows."""
         return folded_figures(work) | {"code": self.code.key(), "windows": work.config.spikes.windows}
 
@@ -91,7 +91,7 @@ class Diagnose(KeyedStage):
     needs = (CALIBRATE, SEARCH)
     code = Code(1, ("evaluation.networks", "evaluation.diagnostics", "evaluation.density_plots"))
 
-    def inputs(self, work: Workspace) -> dict[str, Any]:
+    def inputs(self, work: Workspace) -> dict[str, object]:
         """What the folded network is made of, and the windows."""
         return folded_figures(work) | {"code": self.code.key(), "windows": work.config.diagnostics.windows}
 
@@ -126,6 +126,6 @@ class Diagnose(KeyedStage):
 DIAGNOSE = Diagnose()
 
 
-def folded_figures(work: Workspace) -> dict[str, Any]:
+def folded_figures(work: Workspace) -> dict[str, object]:
     """What figures of the folded spiking model on the main evaluation text depend on."""
     return {"search": SEARCH.key(work), "device": work.device, "text": work.evaluation_source}

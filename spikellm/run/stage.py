@@ -52,7 +52,7 @@ class KeyedStage(Stage):
     code: ClassVar[Code]  # that computes it
 
     @abstractmethod
-    def inputs(self, work: Workspace) -> dict[str, Any]:
+    def inputs(self, work: Workspace) -> dict[str, object]:
         """Everything that the result depends on, in JSON types."""
 
     @abstractmethod

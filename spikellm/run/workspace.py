@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -74,25 +73,25 @@ class Workspace:
         return figures.Benchmarks(self.config.dataset.zero_shot)
 
     @cached_property
-    def model_source(self) -> dict[str, Any]:
+    def model_source(self) -> dict[str, object]:
         """Fingerprint of the model."""
         return model_source(self.model, self.store.digests)
 
     @cached_property
-    def calibration_source(self) -> dict[str, Any]:
+    def calibration_source(self) -> dict[str, object]:
         """Fingerprint of the calibration text."""
         return text_source(self.config.dataset.calibration, self.store.digests)
 
     @cached_property
-    def evaluation_source(self) -> dict[str, Any]:
+    def evaluation_source(self) -> dict[str, object]:
         """Fingerprint of the main evaluation text."""
         return text_source(self.config.dataset.evaluation, self.store.digests)
 
     @property
-    def rotation_record(self) -> dict[str, Any]:
+    def rotation_record(self) -> dict[str, object]:
         """`rotation` of results.json: kind, seed, parts, and a hash of these with the model."""
         rotation = self.config.rotation
-        record = {"kind": rotation.kind.value, "seed": rotation.seed, "parts": rotation.acting}
+        record: dict[str, object] = {"kind": rotation.kind.value, "seed": rotation.seed, "parts": rotation.acting}
         return record | {"hash": artifact_key(record | {"model": self.model_source})}
 
 

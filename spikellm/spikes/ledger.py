@@ -103,7 +103,7 @@ class Ledger:
     rotated: list[RotationPart]  # those that act online, R3 and R4
     shape: DecoderShape
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """In JSON types."""
         return asdict(self)
 
@@ -196,7 +196,7 @@ class AttentionWatch:
         counters[SiteKind.softmax].whole = False
         self.handle = attention.register_forward_pre_hook(self._look)
 
-    def _look(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def _look(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         query, key, _, mask, _ = inputs
         assert isinstance(module, SpikingAttention)
         prefix = 0 if module.prefix_key is None else module.prefix_key.shape[1]
