@@ -74,7 +74,7 @@ class SiteRecord:
         return cls(T=table.T, groups=table.groups, digits=table.digits, sha256=digest(table.rows))
 
     @classmethod
-    def read(cls, place: str, found: dict[str, Any]) -> Self:
+    def read(cls, place: str, found: Any) -> Self:
         """What `asdict` gave.
 
         Raises:
