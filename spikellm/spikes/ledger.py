@@ -196,7 +196,7 @@ class AttentionWatch:
         counters[SiteKind.softmax].whole = False
         self.handle = attention.register_forward_pre_hook(self._look)
 
-    def _look(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def _look(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         query, key, _, mask, _ = inputs
         assert isinstance(module, SpikingAttention)
         prefix = 0 if module.prefix_key is None else module.prefix_key.shape[1]
