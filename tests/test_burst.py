@@ -9,9 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import asked, observed
-from test_config import configure
-from test_stages import SMALL
 from transformers import AutoModelForCausalLM
 
 from spikellm.calibration.statistics import FIT, SiteStatistics
@@ -24,6 +21,9 @@ from spikellm.search.fit import CodeFit, load_fits
 from spikellm.search.methods import METHODS
 from spikellm.search.options import Options
 from spikellm.search.search import group_maxima
+from tests.codes import asked, observed
+from tests.configure import configure
+from tests.jobs import SMALL
 
 BURST = 2  # spikes of a digit, at most
 SHARES = torch.linspace(0.5, 1.1, 13)  # tried amplitudes, in units of the largest activation

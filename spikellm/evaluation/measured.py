@@ -7,7 +7,7 @@ ann          the model as it was pretrained
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -40,7 +40,7 @@ PRETRAINED = Code(1, ("model.load", "evaluation.figures"))
 def measured_networks(
     models: Networks,
     options: Options,
-    keys: dict[str, Any],
+    keys: Mapping[str, object],
     calibration: Callable[[], Calibration],
     fits: Callable[[], dict[str, CodeFit]],
 ) -> list[Network]:
@@ -93,7 +93,7 @@ def measured_networks(
 
 def stepped_perplexity(
     model: PreTrainedModel, windows: Int[Tensor, "W L"], label: str, *, chunk: int | None, max_gib: float | None
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Perplexity with spikes step by step in JSON types, and as `anytime` what the logits give after 1 .. T steps.
 
     Args:

@@ -87,6 +87,7 @@ class Site:
 
     @property
     def name(self) -> str:
+        """The name in published files, `model.layers.{i}.{kind}`."""
         return self.kind.value if self.layer is None else f"{LAYERS}.{self.layer}.{self.kind.value}"
 
     @property

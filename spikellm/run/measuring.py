@@ -30,14 +30,17 @@ class Spikes(KeyedStage):
     needs = (CALIBRATE, SEARCH)
     code = Code(1, ("evaluation.networks", "spikes.ledger"))
 
-    def inputs(self, work: Workspace) -> dict[str, Any]:
+    def inputs(self, work: Workspace) -> dict[str, object]:
+        """What the folded network is made of, and the windows."""
         return folded_figures(work) | {"code": self.code.key(), "windows": work.config.spikes.windows}
 
     def compute(self, work: Workspace, folder: Path) -> None:
+        """Count spikes and synaptic operations on the windows."""
         windows = work.evaluation_windows[: work.config.spikes.windows]
         write_json(folder / "ledger.json", ledger.count(spiking(work), windows).to_json())
 
     def run(self, work: Workspace) -> StageOutcome:
+        """Spikes and energy for results.json, a row of spikes.csv per site."""
         artefact = self.artefact(work)
         found, wanted = ledger.Ledger.from_json(read_json(artefact.folder / "ledger.json")), work.config.spikes.windows
         if found.windows < wanted:
@@ -59,10 +62,12 @@ class Evaluate(Stage):
     needs = (CALIBRATE, SEARCH)
 
     def networks(self, work: Workspace) -> list[figures.Network]:
+        """The networks that can be measured, none loaded yet."""
         keys = {"model": work.model_source, "calibrate": CALIBRATE.key(work), "search": SEARCH.key(work)}
         return measured_networks(work.models, work.options, keys, lambda: CALIBRATE.found(work), lambda: SEARCH.found(work))
 
     def prepare(self, work: Workspace) -> None:
+        """Name options without effect; read texts and benchmarks that are not measured yet."""
         snn = work.config.snn
         for key in ("step_chunk", "max_memory_gib"):
             if snn.execution is Execution.folded and (value := getattr(snn, key)) is not None:
@@ -70,6 +75,7 @@ class Evaluate(Stage):
         figures.prepare(work.config.dataset, lambda: work.tokenizer, work.store, self.networks(work), work.benchmarks)
 
     def run(self, work: Workspace) -> StageOutcome:
+        """Figures of all networks for results.json."""
         counted = SPIKES.run(work) if work.config.spikes.enabled else StageOutcome(artefacts=[], results={})
         results, artefacts = figures.evaluate(work.config.dataset, lambda: work.tokenizer, work.store, self.networks(work), work.benchmarks)
         return StageOutcome(artefacts=artefacts + counted.artefacts, results=results | counted.results, tables=counted.tables)
@@ -85,15 +91,18 @@ class Diagnose(KeyedStage):
     needs = (CALIBRATE, SEARCH)
     code = Code(1, ("evaluation.networks", "evaluation.diagnostics", "evaluation.density_plots"))
 
-    def inputs(self, work: Workspace) -> dict[str, Any]:
+    def inputs(self, work: Workspace) -> dict[str, object]:
+        """What the folded network is made of, and the windows."""
         return folded_figures(work) | {"code": self.code.key(), "windows": work.config.diagnostics.windows}
 
     def prepare(self, work: Workspace) -> None:
+        """Refuse without matplotlib; read the text, unless the artefact is there."""
         require("stages=[diagnose]", "matplotlib")
         if work.config.diagnostics.windows and not self.is_done(work):
             log.debug("evaluation: %d windows", len(work.evaluation_windows))
 
     def compute(self, work: Workspace, folder: Path) -> None:
+        """Compare the codes with the Lloyd-Max bound, measure the damage, draw levels on densities."""
         fits, statistics, count = SEARCH.found(work), CALIBRATE.found(work).statistics, work.config.diagnostics.windows
         record: dict[str, Any] = {"sites": diagnostics.site_rows(statistics, fits)}
         write_density_plots(folder / "plots", statistics, fits)
@@ -104,6 +113,7 @@ class Diagnose(KeyedStage):
         write_json(folder / "diagnostics.json", record)
 
     def run(self, work: Workspace) -> StageOutcome:
+        """Damage and median excess over the bound for results.json, a row of diagnostics.csv per site, plots."""
         artefact = self.artefact(work)
         record = read_json(artefact.folder / "diagnostics.json")
         rows = record["sites"]
@@ -116,6 +126,6 @@ class Diagnose(KeyedStage):
 DIAGNOSE = Diagnose()
 
 
-def folded_figures(work: Workspace) -> dict[str, Any]:
+def folded_figures(work: Workspace) -> dict[str, object]:
     """What figures of the folded spiking model on the main evaluation text depend on."""
     return {"search": SEARCH.key(work), "device": work.device, "text": work.evaluation_source}

@@ -52,7 +52,7 @@ class KeyedStage(Stage):
     code: ClassVar[Code]  # that computes it
 
     @abstractmethod
-    def inputs(self, work: Workspace) -> dict[str, Any]:
+    def inputs(self, work: Workspace) -> dict[str, object]:
         """Everything that the result depends on, in JSON types."""
 
     @abstractmethod
@@ -64,9 +64,11 @@ class KeyedStage(Stage):
         return artifact_key(self.inputs(work))
 
     def is_done(self, work: Workspace) -> bool:
+        """Whether the store has the result."""
         return work.store.holds(self.name, self.inputs(work))
 
     def needed(self, work: Workspace) -> tuple[Stage, ...]:
+        """None where the store has the result, else all of `needs`."""
         return () if self.is_done(work) else self.needs
 
     def artefact(self, work: Workspace) -> Artefact:

@@ -20,7 +20,7 @@ from typing import Any, Literal
 from spikellm.config.checks import InputError
 from spikellm.config.choices import Tracker, TrackingMode
 from spikellm.config.extras import require
-from spikellm.config.schema import TrackingConfig
+from spikellm.config.measures import TrackingConfig
 from spikellm.run.command import explain
 from spikellm.store.artifacts import artifact_key
 from spikellm.store.hub import answers
@@ -48,11 +48,13 @@ class WandbTracking(Tracking):
         self._logged: dict[str, int | float] = {}
 
     def log_results(self, results: dict[str, Any]) -> None:
+        """Send figures that are new or have changed."""
         news = {key: value for key, value in numeric_leaves(results).items() if self._logged.get(key) != value}
         self._logged |= news
         self._mirror(lambda: self.run.log(news))
 
     def log_files(self, results: dict[str, Any], tables: dict[str, list[dict[str, Any]]], folder: Path) -> None:
+        """Send tables and plots, and with `tracking.artifacts` the files of the results."""
         import wandb
 
         def send() -> None:

@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 
 from spikellm.config.choices import Coding
-from spikellm.config.schema import Config, SearchConfig, SpikingConfig
+from spikellm.config.schema import Config
+from spikellm.config.snn import SearchConfig, SpikingConfig
 from spikellm.kernels.encode import Digits
 from spikellm.model.sites import SiteKind
 
@@ -22,6 +23,7 @@ class Options:
 
     @classmethod
     def of(cls, config: Config) -> "Options":
+        """The options that a job's configuration gives."""
         return cls(snn=config.snn, search=config.search, seed=config.seed, compiled=config.hardware.compile)
 
     @property

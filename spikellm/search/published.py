@@ -16,7 +16,6 @@ What is imported stays as it is: where a code is worse than base 2 on the calibr
 import hashlib
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,7 +82,7 @@ def read_neurons(path: Path, *, T: int | None = None, G: int | None = None, stor
     return codes
 
 
-def _read_entry(entry: Any, stored_v0: bool) -> Codes:
+def _read_entry(entry: object, stored_v0: bool) -> Codes:
     """The code that one tuple spells; ValueError says what is wrong with it."""
     if not isinstance(entry, (tuple, list)) or len(entry) not in (6, 7):
         raise ValueError(f"found {type(entry).__name__}" + (f" of {len(entry)} items" if isinstance(entry, (tuple, list)) else ""))

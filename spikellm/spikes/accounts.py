@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from spikellm.config.choices import EnergyTable
-from spikellm.config.schema import EnergyConfig
+from spikellm.config.measures import EnergyConfig
 from spikellm.model.sites import SiteKind
 from spikellm.spikes.energy import (
     COST_TABLES,

@@ -103,17 +103,20 @@ class Ledger:
     rotated: list[RotationPart]  # those that act online, R3 and R4
     shape: DecoderShape
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
+        """In JSON types."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Self:
+        """The inverse of `to_json`."""
         sites = [SiteSpikes(**site) for site in record["sites"]]
         rotated = [RotationPart(part) for part in record["rotated"]]
         return cls(**record | {"sites": sites, "rotated": rotated, "shape": DecoderShape(**record["shape"])})
 
     @property
     def T(self) -> int:
+        """Time steps."""
         return len(self.sites[0].spikes)
 
     @property
@@ -129,18 +132,22 @@ class Ledger:
 
     @property
     def spikes(self) -> int:
+        """Spikes of all sites."""
         return sum(_sum(site.spikes) for site in self.sites)
 
     @property
     def sops(self) -> int:
+        """Synaptic operations of all sites: one for each synapse that a spike reaches."""
         return sum(_sum(site.sops) for site in self.sites)
 
     @property
     def neurons(self) -> int:
+        """Neurons of all sites, summed over tokens."""
         return sum(sum(site.neurons) for site in self.sites)
 
     @property
     def synapses(self) -> int:
+        """Neurons times their fan-out, summed over sites and tokens."""
         return sum(sum(site.synapses) for site in self.sites)
 
 
