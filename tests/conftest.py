@@ -82,8 +82,8 @@ def base2_table(tau: float | list[float], T: int) -> PhaseTable:
 
 def base2_tables(model, T: int = 6) -> dict[str, PhaseTable]:
     """A coarse code at every site of an installed model: neurons that visibly act."""
+    from spikellm.config.labels import SiteKind
     from spikellm.model.conversion import model_sites
-    from spikellm.model.sites import SiteKind
 
     return {site.name: base2_table(1.0 if site.kind is SiteKind.softmax else 4.0, T) for site in model_sites(model)}
 

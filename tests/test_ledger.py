@@ -9,11 +9,11 @@ import torch
 from conftest import base2_table, base2_tables, tiny_model
 
 from spikellm.coding.neuron import PhaseNeuron, PhaseTable, Slot, count_spikes, fire
+from spikellm.config.labels import SiteKind
 from spikellm.kernels.encode import Digits
 from spikellm.kernels.temporal import spike_mixture, spike_pairs, step_weights
 from spikellm.model.conversion import fill, get_neuron, install, model_sites, prepare, set_neuron, site_groups
 from spikellm.model.prefix import attach_prefix
-from spikellm.model.sites import SiteKind
 from spikellm.spikes import accounts, ledger
 from spikellm.spikes.counter import SpikeCounter, train_counts
 
@@ -267,7 +267,7 @@ def test_latency_is_the_longest_way_through_the_networks_own_graph(name, after, 
     tables = base2_tables(model, T)
     if two_sided:
         for site, table in tables.items():
-            if SiteKind.activation.value in site:
+            if SiteKind.activation.name in site:
                 tables[site] = PhaseTable(*table.rows.map(lambda rows: torch.cat([rows, rows])), digits=Digits(sides=2))
     fill(model, tables, compiled=False)
     ids = torch.arange(2, 8)[None]

@@ -9,9 +9,9 @@ import pytest
 from spikellm.report.console import console_table
 from spikellm.report.results import NOT_FINISHED, finished_results, summary_rows, value_at, write_failure, write_results, write_summary
 
-SITE = "model.layers.{}.{}"
+SITE = "layers.{}.{}"
 OPTIONS = f"seed=0 dataset.evaluation.path=/a/{'long/' * 20}name.txt"
-KINDS = ("input_layernorm.output", "self_attn.q_Identity.input", "self_attn.softmax_Identity.input", "mlp.down_proj.input")
+KINDS = ("attention_input", "query", "softmax", "mlp_product")
 
 
 def results(T: int, grain: int | str, snn: float, **more) -> dict:
@@ -30,7 +30,7 @@ def sites(layers: int = 3) -> list[dict]:
         {"name": SITE.format(layer, kind), "tau": [1.0], "relative_error": 10.0**-layer, "firing_rate": 0.1 * (layer + 1)}
         for layer in range(layers)
         for kind in KINDS
-    ] + [{"name": "model.norm.output", "tau": [1.0], "relative_error": 0.5, "firing_rate": 0.5}]
+    ] + [{"name": "head_input", "tau": [1.0], "relative_error": 0.5, "firing_rate": 0.5}]
 
 
 ZERO_SHOT = {
@@ -148,14 +148,14 @@ def test_the_console_names_what_does_the_damage_worst_first(tmp_path):
     diagnosed = {
         "median_above_bound": 3.149,
         "perplexity_by_kind": {"none": 20.0, "query": 20.5, "softmax": 22.0},
-        "perplexity_by_site": {"model.norm.output": 21.0},
+        "perplexity_by_site": {"head_input": 21.0},
     }
     lines = console_table(results(4, 1, 12.0, diagnostics=diagnosed), tmp_path).splitlines()
     start = next(number for number, line in enumerate(lines) if "Lloyd-Max" in line)
     assert lines[start].endswith(" 3.15")
     assert "(20.000)" in lines[start + 1]
     assert [line.split() for line in lines[start + 2 : start + 5]] == [
-        ["1.10000", "softmax"], ["1.02500", "query"], ["1.05000", "model.norm.output"]
+        ["1.10000", "softmax"], ["1.02500", "query"], ["1.05000", "head_input"]
     ]  # fmt: skip
     without = console_table(results(4, 1, 12.0, diagnostics={"median_above_bound": None}), tmp_path)
     assert "Lloyd" not in without

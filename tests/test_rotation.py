@@ -13,12 +13,12 @@ from transformers import AutoModelForCausalLM
 from spikellm.coding.neuron import Slot
 from spikellm.config.checks import InputError
 from spikellm.config.choices import Device, ModelSource, RotationKind, SoftmaxNorm
+from spikellm.config.labels import SiteKind
 from spikellm.config.schema import HardwareConfig, ModelConfig, RotationConfig
 from spikellm.evaluation.networks import Networks
 from spikellm.model.checkpoint import save
 from spikellm.model.conversion import fill, get_neuron, install, model_sites, online_parts, set_neuron
 from spikellm.model.rotation import PARTS, R1, R2, R3, R4, rotate
-from spikellm.model.sites import SiteKind
 
 ARCHITECTURES = list(TINY)
 

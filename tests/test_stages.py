@@ -11,7 +11,7 @@ from launch import die_inside, launch
 from test_config import configure
 
 from spikellm.config.checks import InputError
-from spikellm.config.dataset import NETWORKS
+from spikellm.config.labels import NETWORKS
 from spikellm.config.schema import DEFAULT_STAGES, STAGE_NAMES
 from spikellm.run.fitting import SEARCH
 from spikellm.run.measuring import DIAGNOSE, EVALUATE

@@ -21,9 +21,9 @@ from transformers import PreTrainedModel
 
 from spikellm.calibration.statistics import REPORT, SiteStatistics
 from spikellm.coding.neuron import PhaseTable, encode
+from spikellm.config.labels import SiteKind
 from spikellm.evaluation.perplexity import perplexity
 from spikellm.model.conversion import clear, model_sites, place
-from spikellm.model.sites import SiteKind
 from spikellm.search.fit import CodeFit, part_points
 
 # Of the histogram, where it has least: with fewer points around each level, what levels could gain between them is lost (1.6 % at 8).

@@ -42,7 +42,7 @@ def folded_perplexity(model: PreTrainedModel, windows: Int[Tensor, "W L"], label
 class Network:
     """A model that is measured, built no earlier than the first figure that is missing."""
 
-    name: str  # of config.NETWORKS
+    name: str  # of `labels.NETWORKS`
     inputs: dict[str, Any]  # everything its figures depend on beside the data
     build: Callable[[], PreTrainedModel]
     prefix_tokens: Callable[[], list[int]]  # stand before every sequence by themselves

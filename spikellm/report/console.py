@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+from spikellm.config.labels import NETWORKS
 from spikellm.report.results import RESULTS, extent, reference_perplexity, value_at
 
-NETWORK_NAMES = (("ANN", "ann"), ("ANN, prefix", "ann_prefix"), ("base-2 SNN", "base2"), ("SNN", "snn"))
+WIDTH = max(len(label.short) for label in NETWORKS.values())
 
 
 def console_table(results: dict[str, Any], folder: Path) -> str:
@@ -74,8 +75,8 @@ def _damage(diagnosed: dict[str, Any]) -> list[str]:
 def _perplexities(figures: dict[str, Any]) -> list[str]:
     """Each network's, and its ratio to the ANN with the same prefix."""
     reference = reference_perplexity(figures)
-    known = [(name, figures[key]) for name, key in NETWORK_NAMES if key in figures]
-    return [f"    {name:<12}{value:>12.3f}" + (f"   x {value / reference:.4f}" if reference else "") for name, value in known]
+    known = [(label.short, figures[network]) for network, label in NETWORKS.items() if network in figures]
+    return [f"    {name:<{WIDTH}}{value:>12.3f}" + (f"   x {value / reference:.4f}" if reference else "") for name, value in known]
 
 
 def _accuracies(accuracies: dict[str, Any]) -> list[str]:
@@ -86,9 +87,9 @@ def _accuracies(accuracies: dict[str, Any]) -> list[str]:
         if not tasks:
             continue
         lines.append(f"  {title}  " + "".join(f"{task:>16}" for task in tasks) + f"{'mean':>9}")
-        for name, key in NETWORK_NAMES:
-            if found := accuracies.get(key):
+        for network, label in NETWORKS.items():
+            if found := accuracies.get(network):
                 cells = [f"{100 * found[task][metric]:.2f} +- {100 * found[task].get(f'{metric}_stderr', 0):.2f}" for task in tasks]
                 mean = 100 * sum(found[task][metric] for task in tasks) / len(tasks)
-                lines.append(f"    {name:<12}" + "".join(f"{cell:>16}" for cell in cells) + f"{mean:>9.2f}")
+                lines.append(f"    {label.short:<{WIDTH}}" + "".join(f"{cell:>16}" for cell in cells) + f"{mean:>9.2f}")
     return lines

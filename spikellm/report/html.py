@@ -12,6 +12,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from spikellm.config.checks import InputError
+from spikellm.config.labels import NETWORKS
 from spikellm.config.schema import Config
 from spikellm.report import plots
 from spikellm.report.results import (
@@ -31,9 +32,6 @@ from spikellm.report.results import (
 from spikellm.store.artifacts import intact_json, read_json, write_text
 
 REPORT, PICTURE = "report.html", "summary.png"
-NETWORK_LABELS = {
-    "ann": "pretrained (ANN)", "ann_prefix": "pretrained, same prefix", "base2": "base-2 phase code", "snn": "fitted code (SNN)",
-}  # fmt: skip
 SHOWN_MAPS = {"relative_error": "relative squared error", "firing_rate": "firing rate [spikes / (neuron x T)]"}
 
 
@@ -155,15 +153,15 @@ def _networks(results: dict[str, Any]) -> list[list[str]]:
     perplexity = results.get("perplexity") or {}
     shot = results.get("zero_shot") or {}
     tasks = {name: key.split(".")[2:] for name, (key, _) in FIGURES.items() if key.startswith("zero_shot")}
-    tasks = {name: path for name, path in tasks.items() if any(value_at(shot, f"{network}.{'.'.join(path)}") for network in NETWORK_LABELS)}
+    tasks = {name: path for name, path in tasks.items() if any(value_at(shot, f"{network}.{'.'.join(path)}") for network in NETWORKS)}
     lines = []
     reference = reference_perplexity(perplexity)
-    for network, label in NETWORK_LABELS.items():
+    for network, label in NETWORKS.items():
         scores = [value_at(shot, f"{network}.{'.'.join(path)}") for path in tasks.values()]
         if network in perplexity or any(score is not None for score in scores):
             value = perplexity.get(network)
             numbers = [f"{value:.3f}" if value else "", f"{value / reference:.4f}" if value and reference else ""]
-            lines.append([label, *numbers, *("" if score is None else f"{100 * score:.2f}" for score in scores)])
+            lines.append([label.long, *numbers, *("" if score is None else f"{100 * score:.2f}" for score in scores)])
     return [["network", "perplexity", "x ANN", *map(heading, tasks)], *lines] if lines else []
 
 

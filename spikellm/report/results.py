@@ -18,17 +18,14 @@ from typing import Any
 from filelock import FileLock
 
 from spikellm.config.extras import PICTURES, lack
+from spikellm.config.labels import NETWORKS
 from spikellm.store.artifacts import intact_json, write_json, write_text
 
 log = logging.getLogger(__name__)
 
 RESULTS, SITES, SPIKES, FAILURE, SWEEP = "results.json", "sites.csv", "spikes.csv", "error.json", "sweep.json"
 # column of summary.csv -> key of results.json, and the column's heading in summary.md
-FIGURES = {
-    "ann": ("perplexity.ann", "ppl ANN"),
-    "ann_prefix": ("perplexity.ann_prefix", "ppl ANN, same prefix"),
-    "base2": ("perplexity.base2", "ppl base 2"),
-    "snn": ("perplexity.snn", "ppl SNN"),
+FIGURES = {network: (f"perplexity.{network}", f"ppl {label.short}") for network, label in NETWORKS.items()} | {
     "wino": ("zero_shot.snn.winogrande.acc", "Wino"),
     "arc_c": ("zero_shot.snn.arc_challenge.acc_norm", "ArcC"),
     "arc_e": ("zero_shot.snn.arc_easy.acc_norm", "ArcE"),

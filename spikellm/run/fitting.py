@@ -34,7 +34,7 @@ class Calibrate(KeyedStage):
     """Statistics of every site, prefix tokens."""
 
     name = "calibrate"
-    code = Code(1, ("evaluation.networks", "calibration.calibrate", "evaluation.texts"))
+    code = Code(2, ("evaluation.networks", "calibration.calibrate", "evaluation.texts"))
 
     def inputs(self, work: Workspace) -> dict[str, Any]:
         config = work.config
@@ -77,7 +77,7 @@ class Search(KeyedStage):
 
     name = "search"
     needs = (CALIBRATE,)
-    code = Code(1, ("search.methods",))
+    code = Code(2, ("search.methods",))
 
     def inputs(self, work: Workspace) -> dict[str, Any]:
         options, snn = work.options, work.config.snn
@@ -127,7 +127,7 @@ class Convert(KeyedStage):
 
     name = "convert"
     needs = (CALIBRATE, SEARCH)
-    code = Code(1, ("evaluation.networks", "model.checkpoint"))
+    code = Code(2, ("evaluation.networks", "model.checkpoint"))
 
     def inputs(self, work: Workspace) -> dict[str, Any]:
         return {"code": self.code.key(), "search": SEARCH.key(work), "save_model": work.config.save_model}

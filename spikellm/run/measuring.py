@@ -28,7 +28,7 @@ class Spikes(KeyedStage):
 
     name = "spikes"
     needs = (CALIBRATE, SEARCH)
-    code = Code(1, ("evaluation.networks", "spikes.ledger"))
+    code = Code(2, ("evaluation.networks", "spikes.ledger"))
 
     def inputs(self, work: Workspace) -> dict[str, Any]:
         return folded_figures(work) | {"code": self.code.key(), "windows": work.config.spikes.windows}
@@ -83,7 +83,7 @@ class Diagnose(KeyedStage):
 
     name = "diagnose"
     needs = (CALIBRATE, SEARCH)
-    code = Code(1, ("evaluation.networks", "evaluation.diagnostics", "evaluation.density_plots"))
+    code = Code(2, ("evaluation.networks", "evaluation.diagnostics", "evaluation.density_plots"))
 
     def inputs(self, work: Workspace) -> dict[str, Any]:
         return folded_figures(work) | {"code": self.code.key(), "windows": work.config.diagnostics.windows}

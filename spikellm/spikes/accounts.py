@@ -8,8 +8,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from spikellm.config.choices import EnergyTable
+from spikellm.config.labels import SiteKind
 from spikellm.config.schema import EnergyConfig
-from spikellm.model.sites import SiteKind
 from spikellm.spikes.energy import (
     COST_TABLES,
     HOROWITZ,
