@@ -278,7 +278,7 @@ def test_latency_is_the_longest_way_through_the_networks_own_graph(name, after, 
     trains = longest(model(ids).logits.grad_fn, {})
     assert found.latency_steps == T * trains
     assert trains == (8 if two_sided else 7) * 3 + 1
-    assert accounts.spikes_record(found)["latency_steps"] == found.latency_steps
+    assert accounts.spikes_record(found).latency_steps == found.latency_steps
     comparing = sum(sum(site.neurons) for site in found.sites) + two_sided * 3 * 6 * model.config.intermediate_size
     (neurons,) = (each for each in accounts.dense_operations(found) if each.name.startswith("neurons"))
     assert neurons.ac == T * comparing + found.spikes

@@ -152,7 +152,7 @@ def test_a_run_imports_and_knows_the_file_by_its_content(tmp_path, caplog):
 
     def run(*arguments: str):
         found = run_stages(configure(*SMALL, f"output_root={tmp_path}", "snn.T=4", "grain='2'", *arguments))
-        return found.results, found.tables["sites.csv"]
+        return found.results.to_json(), found.tables["sites.csv"]
 
     _, rows = run()
     first, second = ({authors_name(row["name"]): entry(tau=tau, v0=0.2) for row in rows} for tau in (3.0, 4.0))

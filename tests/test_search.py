@@ -166,7 +166,7 @@ def test_the_second_part_decides_and_the_third_does_not():
     taken = evolution({"site": observe(torch.cat([small, torch.ones(1)]), small, wide)}, asked(T, 1))["site"]
     assert not taken.fallback.any()
     assert taken.relative_error > 2 * taken.relative_error_base2
-    assert search_summary({"kept": kept, "taken": taken})["worse_than_base2"] == 1
+    assert search_summary({"kept": kept, "taken": taken}).worse_than_base2 == 1
 
 
 def test_no_code_knows_the_largest_activation_of_the_reporting_part():

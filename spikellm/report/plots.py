@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from spikellm.config.labels import NETWORKS, SiteKind
+from spikellm.store.record import Row
 
 INK = "#1d2733"  # text and axes; `svg` replaces it by the colour of the surrounding text
 # Okabe and Ito's colours: told apart also without red or green.
@@ -34,7 +35,7 @@ STYLE: dict[Any, Any] = {
 WIDTH = 4.8  # of a figure [inch]: two beside each other on a desktop, one on a phone with its text still readable
 KINDS = [kind.name for kind in SiteKind if kind is not SiteKind.head_input]  # of the layers
 
-Rows = list[dict[str, Any]]  # of a summary (`results.summary_rows`)
+Rows = list[Row]  # of a summary (`results.summary_rows`)
 
 
 def measured(rows: Rows, *columns: str) -> Rows:
@@ -166,7 +167,7 @@ def _lines(rows: Rows) -> Iterator[tuple[Rows, str, str]]:
         yield sorted((row for row in rows if row["grain"] == grain), key=lambda row: row["T"]), colour, marker
 
 
-def _pretrained(axes: Axes, row: dict[str, Any]) -> None:
+def _pretrained(axes: Axes, row: Row) -> None:
     """The levels of the pretrained network, as it is and with the spiking one's prefix."""
     for network, style in (("ann", ":"), ("ann_prefix", "-.")):
         if measured([row], network):

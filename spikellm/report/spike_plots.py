@@ -1,24 +1,24 @@
 """Heat maps of a run's spikes: layers x sites, and sites over time steps. From the rows of spikes.csv; no torch."""
 
 from pathlib import Path
-from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from spikellm.config.labels import SiteKind
+from spikellm.store.record import Row
 
 FOLDER = "plots"
 
 
-def draw_spikes(folder: Path, rows: list[dict[str, Any]]) -> None:
+def draw_spikes(folder: Path, rows: list[Row]) -> None:
     """Write plots/firing_rate_by_layer.png and plots/firing_rate_by_step.png below `folder`."""
     (folder / FOLDER).mkdir(parents=True, exist_ok=True)
     for name, figure in (("firing_rate_by_layer", _by_layer(rows)), ("firing_rate_by_step", _by_step(rows))):
         figure.savefig(folder / FOLDER / f"{name}.png", dpi=140)
 
 
-def _by_layer(rows: list[dict[str, Any]]) -> Figure:
+def _by_layer(rows: list[Row]) -> Figure:
     """Firing rate and SOPs, layers x sites; the one site after the last layer is in the title."""
     kinds = [kind.name for kind in SiteKind if any(row["kind"] == kind.name and row["layer"] is not None for row in rows)]
     layers = 1 + max(row["layer"] for row in rows if row["layer"] is not None)
@@ -40,7 +40,7 @@ def _by_layer(rows: list[dict[str, Any]]) -> Figure:
     return figure
 
 
-def _by_step(rows: list[dict[str, Any]]) -> Figure:
+def _by_step(rows: list[Row]) -> Figure:
     """Firing rate, kinds of site x time steps: spikes of all layers over their neurons."""
     kinds = [kind.name for kind in SiteKind if any(row["kind"] == kind.name for row in rows)]
     steps = len(rows[0]["firing_rate_by_step"])
