@@ -17,8 +17,8 @@ class Label(NamedTuple):
 # Networks that are measured, by their keys in results.json and in dataset.zero_shot.networks.
 NETWORKS = {
     "ann": Label("ANN", "pretrained (ANN)"),
-    "ann_prefix": Label("ANN, same prefix", "pretrained, same prefix"),
-    "base2": Label("base 2", "base-2 phase code"),
+    "ann_prefix": Label("ANN, prefix", "pretrained, same prefix"),
+    "base2": Label("base-2 SNN", "base-2 phase code"),
     "snn": Label("SNN", "fitted code (SNN)"),
 }
 

@@ -6,7 +6,7 @@ from spikellm.config.labels import NETWORKS
 from spikellm.report.results import RESULTS, extent, value_at
 from spikellm.store.record import AccuracyRecord, DiagnosticsRecord, EnergyRecord, PerplexityRecord, Results, SpikesRecord
 
-WIDTH = max(len(label.short) for label in NETWORKS.values())
+WIDTH = 1 + max(len(label.short) for label in NETWORKS.values())
 
 
 def console_table(results: Results, folder: Path) -> str:
