@@ -57,7 +57,7 @@ class Conversion:
     @property
     def relative_error(self) -> float:
         """Weighted squared error of the codes over that of sending nothing: mean of the sites, on text that decided nothing."""
-        return search_summary(self.fits)["relative_mse"]
+        return search_summary(self.fits).relative_mse
 
     @property
     def worse_than_base2(self) -> list[str]:
@@ -75,8 +75,8 @@ class Conversion:
         T, (worst, fit) = next(iter(self.fits.values())).table.T, max(self.fits.items(), key=lambda item: item[1].relative_error)
         return (
             f"{type(self.model).__name__}, spiking: T={T}, {len(self.fits)} sites, prefix tokens {self.prefix_tokens}\n"
-            f"relative error {found['relative_mse']:.2e}, with base 2 {found['relative_mse_base2']:.2e}; "
-            f"{found['worse_than_base2']} sites were better off with base 2\n"
+            f"relative error {found.relative_mse:.2e}, with base 2 {found.relative_mse_base2:.2e}; "
+            f"{found.worse_than_base2} sites were better off with base 2\n"
             f"largest at {worst}: {fit.relative_error:.2e}"
         )
 

@@ -6,9 +6,9 @@ from spikellm.calibration.statistics import CHOOSE, FIT, REPORT, Observer
 from spikellm.coding.grains import base2_amplitudes, default_v0
 from spikellm.coding.neuron import PhaseTable
 from spikellm.config.choices import Coding
+from spikellm.config.labels import SiteKind
 from spikellm.config.snn import SearchConfig, SpikingConfig
 from spikellm.model.conversion import model_sites
-from spikellm.model.sites import SiteKind
 from spikellm.search.options import Options
 
 

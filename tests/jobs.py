@@ -14,7 +14,7 @@ SMALL = [*WITH_REPORT, "report.html=false"]
 
 def run(root: Path, *arguments: str) -> dict:
     """One job in this process: the content of results.json."""
-    return run_stages(configure(*SMALL, f"output_root={root}", *arguments)).results
+    return run_stages(configure(*SMALL, f"output_root={root}", *arguments)).results.to_json()
 
 
 def cached(results: dict) -> dict[str, bool]:

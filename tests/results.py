@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 
 from spikellm.report.results import write_failure, write_results
+from spikellm.store.record import JobRecord, Results
 
-SITE = "model.layers.{}.{}"
+SITE = "layers.{}.{}"
 OPTIONS = f"seed=0 dataset.evaluation.path=/a/{'long/' * 20}name.txt"
-KINDS = ("input_layernorm.output", "self_attn.q_Identity.input", "self_attn.softmax_Identity.input", "mlp.down_proj.input")
+KINDS = ("attention_input", "query", "softmax", "mlp_product")
 
 
 def results(T: int, grain: int | str, snn: float, **more) -> dict:
@@ -21,12 +22,17 @@ def results(T: int, grain: int | str, snn: float, **more) -> dict:
     } | more  # fmt: skip
 
 
+def leave(folder: Path, found: dict, tables: dict, plots: list) -> None:
+    """A finished job's files."""
+    write_results(folder, Results.from_json(found), tables, plots)
+
+
 def sites(layers: int = 3) -> list[dict]:
     return [
         {"name": SITE.format(layer, kind), "tau": [1.0], "relative_error": 10.0**-layer, "firing_rate": 0.1 * (layer + 1)}
         for layer in range(layers)
         for kind in KINDS
-    ] + [{"name": "model.norm.output", "tau": [1.0], "relative_error": 0.5, "firing_rate": 0.5}]
+    ] + [{"name": "head_input", "tau": [1.0], "relative_error": 0.5, "firing_rate": 0.5}]
 
 
 ZERO_SHOT = {
@@ -39,6 +45,7 @@ ZERO_SHOT = {
     },
     "spikes": {
         "sops_per_token": 1234567.0, "firing_rate": 0.25, "firing_rate_at_synapses": 0.5, "windows": 1, "window": 64, "latency_steps": 60,
+        "spikes_per_token": 4096.0,
     },
     "energy": {
         "ann_pj_per_token": 4e6, "snn_pj_per_token": 1.11e6, "int_pj_per_token": 5e5, "int_bits": 5, "table": "fp32", "mac_pj": 4.6,
@@ -52,11 +59,11 @@ ZERO_SHOT = {
 
 def sweep(folder: Path) -> Path:
     """A sweep with two finished jobs, a failed and an unfinished one."""
-    write_results(make(folder / "0-T4-G1"), results(4, 1, 12.0, **ZERO_SHOT), {"sites.csv": sites()}, [])
-    write_results(make(folder / "1-T4-Gauto"), results(4, "auto", 11.0, **ZERO_SHOT), {"sites.csv": sites()}, [])
+    leave(make(folder / "0-T4-G1"), results(4, 1, 12.0, **ZERO_SHOT), {"sites.csv": sites()}, [])
+    leave(make(folder / "1-T4-Gauto"), results(4, "auto", 11.0, **ZERO_SHOT), {"sites.csv": sites()}, [])
     reason = "snn.T=4 with grain=3: <b>too | few</b> steps"
     write_failure(
-        make(folder / "2-T4-G3"), reason, {"model": "tiny", "T": 4, "grain": 3, "command": f"python main.py model=tiny snn.T=4 {OPTIONS}"}
+        make(folder / "2-T4-G3"), reason, JobRecord(model="tiny", T=4, grain=3, command=f"python main.py model=tiny snn.T=4 {OPTIONS}")
     )
     make(folder / "10-T6-G1" / ".hydra")
     (folder / "sweep.json").write_text(json.dumps({"command": "python main.py -m snn.T=4,6", "overrides": [], "jobs": 4}))

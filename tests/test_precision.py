@@ -244,7 +244,7 @@ def test_statistics_and_codes_do_not_depend_on_query_blocks(dtype):
     for other in tensors[1:]:
         assert other.keys() == tensors[0].keys()
         assert all(torch.equal(value, other[key]) for key, value in tensors[0].items())
-    softmax = found[0].statistics["model.layers.0.self_attn.softmax_Identity.input"]
+    softmax = found[0].statistics["layers.0.softmax"]
     pairs = sum(row + 1 for row in range(0, 256, 8))  # every eighth query, and the keys that it may see
     assert (softmax.counts.sum(-1) + softmax.zeros).sum(0).tolist() == [4 * pairs] * 4
 

@@ -21,6 +21,7 @@ from spikellm.report.results import NOT_FINISHED, finished_results, summary_rows
 from spikellm.run.command import explain
 from spikellm.run.stages import run_stages
 from spikellm.run.sweep import RUNNING, Reporter
+from spikellm.store.record import JobRecord, Results
 from tests.configure import composed, configure
 from tests.jobs import WITH_REPORT
 from tests.launch import launch, one_line
@@ -214,7 +215,7 @@ def test_a_sweep_of_the_same_second_gets_another_folder(tmp_path):
 def test_a_summary_that_cannot_be_written_is_an_error(tmp_path):
     job = tmp_path / "sweep" / "0-T4-G1"
     job.mkdir(parents=True)
-    write_failure(job, "no", {})
+    write_failure(job, "no", JobRecord())
     (tmp_path / "sweep" / "summary.csv").mkdir()
     config = composed("model=tiny", f"hydra.sweep.dir={tmp_path}/sweep")
     with pytest.raises(SystemExit, match=r"summary\.csv"):
@@ -225,7 +226,7 @@ def test_a_summary_that_cannot_be_written_is_an_error(tmp_path):
 def test_a_damaged_record_is_made_again(content, tmp_path):
     job = tmp_path / "0-T4-G1"
     job.mkdir()
-    write_results(job, {"schema": 1, "config": "0123", "model": "m", "T": 4, "grain": 1}, {}, [])
+    write_results(job, Results(schema=1, config="0123", model="m", T=4, grain=1, stages={}), {}, [])
     assert finished_results(job, "0123")
     (job / "results.json").write_bytes(content)
     assert finished_results(job, "0123") is None

@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from spikellm.calibration.statistics import CHOOSE, FIT, REPORT, Observer, SiteStatistics
+from spikellm.config.labels import SiteKind
 from spikellm.config.snn import PrefixConfig
 from spikellm.model.attention import attentions
 from spikellm.model.blocks import Block, enter
@@ -39,7 +40,6 @@ from spikellm.model.sites import (
     MLP_NORM,
     UP,
     Site,
-    SiteKind,
 )
 from spikellm.store.artifacts import read_json, write_json, write_tensors
 

@@ -7,9 +7,9 @@ from omegaconf import MISSING
 
 from spikellm.config.checks import check, check_names
 from spikellm.config.choices import DatasetSource
+from spikellm.config.labels import NETWORKS
 
 ZERO_SHOT_TASKS = ("winogrande", "arc_challenge", "arc_easy", "piqa", "hellaswag")
-NETWORKS = ("ann", "ann_prefix", "base2", "snn")  # pretrained; with the prefix of the next; base-2 phase coding, same T; fitted codes
 
 
 @dataclass(kw_only=True, slots=True)
@@ -58,7 +58,7 @@ class ZeroShotConfig:
 
     def __post_init__(self) -> None:
         check_names("dataset.zero_shot.tasks", self.tasks, ZERO_SHOT_TASKS)
-        check_names("dataset.zero_shot.networks", self.networks, NETWORKS)
+        check_names("dataset.zero_shot.networks", self.networks, tuple(NETWORKS))
         check(self.limit is None or self.limit >= 1, "dataset.zero_shot.limit", self.limit, "must be at least 1 or null")
         check(self.batch_size >= 1, "dataset.zero_shot.batch_size", self.batch_size, "must be at least 1")
 

@@ -32,6 +32,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from spikellm.config.boundary import blamed_on, read_file
 from spikellm.config.checks import InputError
 from spikellm.config.dataset import ZeroShotConfig
+from spikellm.store.record import AccuracyRecord
 
 log = logging.getLogger(__name__)
 
@@ -203,7 +204,7 @@ def accuracy(
     limit: int | None,
     batch_size: int,
     prefix_tokens: list[int],
-) -> dict[str, float]:
+) -> AccuracyRecord:
     """Accuracy of `model` on one of `load_tasks`.
 
     Args:
@@ -212,7 +213,7 @@ def accuracy(
         prefix_tokens: what stands before every sequence by itself: where BOS is among them, the tokenizer must not add another.
 
     Returns:
-        acc and acc_norm (where the benchmark has it) with their standard errors (from two rows on), in [0, 1]; `rows`.
+        acc and acc_norm (where the benchmark has it) with their standard errors (from two rows on).
     """
     assert tokenizer is not None
     with _only(logging.ERROR):  # that arguments for loading a model by name may be ignored
@@ -242,9 +243,8 @@ def accuracy(
     with _only(logging.WARNING):
         found = evaluate(scorer, {"tasks": {task.task_name: task}}, limit=limit, log_samples=False)
     scores = {name.partition(",")[0]: value for name, value in found["results"][task.task_name].items()}
-    return {name: scores[name] for name in METRICS if isinstance(scores.get(name), float)} | {
-        "rows": found["n-samples"][task.task_name]["effective"]
-    }
+    known = {name: scores[name] for name in METRICS if isinstance(scores.get(name), float)}
+    return AccuracyRecord(**known, rows=found["n-samples"][task.task_name]["effective"])
 
 
 @contextmanager

@@ -44,7 +44,7 @@ from spikellm.model.modules import OnlineHadamard
 from spikellm.model.sites import ARCHITECTURES, GROUP_AXIS, ROTARY, SPIKING_TYPE, decoder_layers
 
 METHOD = "spikellm"
-SCHEMA = 3  # of `SpikingModelConfig`; raised when what is written no longer means the same
+SCHEMA = 4  # of `SpikingModelConfig`; raised when what is written no longer means the same
 NOTICE = "none for a plain model: pip install spikellm, import spikellm, then AutoModelForCausalLM.from_pretrained"
 CURE = "copy or convert it again"
 EXECUTION = ("query_block", "compiled")  # how the network is computed, not which one it is: free to be edited

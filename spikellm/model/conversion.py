@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from spikellm.coding.neuron import PhaseNeuron, PhaseTable, Slot
 from spikellm.config.choices import RotationPart
+from spikellm.config.labels import SiteKind
 from spikellm.model.attention import IMPLEMENTATION, SpikingAttention, refuse_other_implementation
 from spikellm.model.modules import SpikingActivation, SpikingLinear, SpikingRMSNorm, WideEmbedding, WideLinear, wide
 from spikellm.model.rotation import PARTS, rotate
@@ -40,7 +41,6 @@ from spikellm.model.sites import (
     UP,
     VALUE,
     Site,
-    SiteKind,
     check_architecture,
     decoder_layers,
     head_width,

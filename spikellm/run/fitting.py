@@ -26,6 +26,7 @@ from spikellm.search.options import Options
 from spikellm.search.published import configured_neurons, file_hash
 from spikellm.store.artifacts import read_json, write_json
 from spikellm.store.provenance import Code
+from spikellm.store.record import Findings, SearchRecord
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ class Calibrate(KeyedStage):
     """Statistics of every site, prefix tokens."""
 
     name = "calibrate"
-    code = Code(1, ("evaluation.networks", "calibration.calibrate", "evaluation.texts"))
+    code = Code(2, ("evaluation.networks", "calibration.calibrate", "evaluation.texts"))
 
     def inputs(self, work: Workspace) -> dict[str, object]:
         """Code, model, rotation, prefix options and text."""
@@ -70,8 +71,8 @@ class Calibrate(KeyedStage):
         """Prefix tokens and rotation, for results.json."""
         artefact = self.artefact(work)
         found = Calibration.load(artefact.folder)
-        record = {"sites": len(found.statistics), "prefix_tokens": found.prefix_tokens, "rotation": work.rotation_record}
-        return StageOutcome(artefacts=[artefact], results=record)
+        findings = Findings(sites=len(found.statistics), prefix_tokens=found.prefix_tokens, rotation=work.rotation_record)
+        return StageOutcome(artefacts=[artefact], findings=findings)
 
 
 CALIBRATE = Calibrate()
@@ -82,7 +83,7 @@ class Search(KeyedStage):
 
     name = "search"
     needs = (CALIBRATE,)
-    code = Code(1, ("search.methods",))
+    code = Code(2, ("search.methods",))
 
     def inputs(self, work: Workspace) -> dict[str, object]:
         """Code, calibration and options of the search."""
@@ -114,7 +115,7 @@ class Search(KeyedStage):
         start = time.perf_counter()
         fits = find_codes(statistics, work.options)
         save_fits(folder / "codes.safetensors", fits)
-        write_json(folder / "search.json", {"seconds": round(time.perf_counter() - start, 3)} | search_summary(fits))
+        write_json(folder / "search.json", search_summary(fits, seconds=round(time.perf_counter() - start, 3)).to_json())
 
     def found(self, work: Workspace) -> dict[str, CodeFit]:
         """The codes by site name."""
@@ -125,8 +126,9 @@ class Search(KeyedStage):
         artefact = self.artefact(work)
         codes = artefact.folder / "codes.safetensors"
         rows = [site_row(name, fit) for name, fit in load_fits(codes).items()]
-        record = {"sites": len(rows), "search": read_json(artefact.folder / "search.json"), "codes": str(codes)}
-        return StageOutcome(artefacts=[artefact], results=record, tables={"sites.csv": rows})
+        summary = SearchRecord.from_json(read_json(artefact.folder / "search.json"))
+        findings = Findings(sites=len(rows), search=summary, codes=str(codes))
+        return StageOutcome(artefacts=[artefact], findings=findings, tables={"sites.csv": rows})
 
 
 SEARCH = Search()
@@ -137,7 +139,7 @@ class Convert(KeyedStage):
 
     name = "convert"
     needs = (CALIBRATE, SEARCH)
-    code = Code(1, ("evaluation.networks", "model.checkpoint"))
+    code = Code(2, ("evaluation.networks", "model.checkpoint"))
 
     def inputs(self, work: Workspace) -> dict[str, object]:
         """Code, codes, and whether the model is saved."""
@@ -150,15 +152,15 @@ class Convert(KeyedStage):
             raise ValueError(f"codes do not fit the model: {len(absent)} sites with a code or statistics alone, {absent[:3]}")
         write_json(folder / "neurons.json", {name: {"groups": len(fit.tau), "T": fit.assignment.shape[-1]} for name, fit in fits.items()})
         if work.config.save_model:
-            checkpoint.save(spiking(work), folder / "model", rotation=work.rotation_record)
+            checkpoint.save(spiking(work), folder / "model", rotation=work.rotation_record.to_json())
             if work.tokenizer is not None:
                 work.tokenizer.save_pretrained(folder / "model")
 
     def run(self, work: Workspace) -> StageOutcome:
         """Where the saved model lies."""
         artefact = self.artefact(work)
-        saved = {"saved_model": str(artefact.folder / "model")} if work.config.save_model else {}
-        return StageOutcome(artefacts=[artefact], results=saved)
+        saved = str(artefact.folder / "model") if work.config.save_model else None
+        return StageOutcome(artefacts=[artefact], findings=Findings(saved_model=saved))
 
 
 CONVERT = Convert()

@@ -19,16 +19,17 @@ from spikellm.run.workspace import Workspace
 from spikellm.spikes import accounts, ledger
 from spikellm.store.artifacts import read_json, write_json
 from spikellm.store.provenance import Code
+from spikellm.store.record import DiagnosticsRecord, Findings
 
 log = logging.getLogger(__name__)
 
 
 class Spikes(KeyedStage):
-    """`spikes` and `energy` of results.json, the rows of spikes.csv; a part of evaluate."""
+    """Spikes and energy of the spiking model, the rows of spikes.csv; a part of evaluate."""
 
     name = "spikes"
     needs = (CALIBRATE, SEARCH)
-    code = Code(1, ("evaluation.networks", "spikes.ledger"))
+    code = Code(2, ("evaluation.networks", "spikes.ledger"))
 
     def inputs(self, work: Workspace) -> dict[str, object]:
         """What the folded network is made of, and the windows."""
@@ -45,11 +46,9 @@ class Spikes(KeyedStage):
         found, wanted = ledger.Ledger.from_json(read_json(artefact.folder / "ledger.json")), work.config.spikes.windows
         if found.windows < wanted:
             log.warning("spikes.windows=%d: the evaluation text has %d", wanted, found.windows)
-        records = {
-            "spikes": accounts.spikes_record(found),
-            "energy": accounts.energy_record(found, accounts.cost_table(work.config.energy)),
-        }
-        return StageOutcome(artefacts=[artefact], results=records, tables={"spikes.csv": accounts.spike_rows(found)})
+        energy = accounts.energy_record(found, accounts.cost_table(work.config.energy))
+        findings = Findings(spikes=accounts.spikes_record(found), energy=energy)
+        return StageOutcome(artefacts=[artefact], findings=findings, tables={"spikes.csv": accounts.spike_rows(found)})
 
 
 SPIKES = Spikes()
@@ -76,9 +75,11 @@ class Evaluate(Stage):
 
     def run(self, work: Workspace) -> StageOutcome:
         """Figures of all networks for results.json."""
-        counted = SPIKES.run(work) if work.config.spikes.enabled else StageOutcome(artefacts=[], results={})
-        results, artefacts = figures.evaluate(work.config.dataset, lambda: work.tokenizer, work.store, self.networks(work), work.benchmarks)
-        return StageOutcome(artefacts=artefacts + counted.artefacts, results=results | counted.results, tables=counted.tables)
+        counted = SPIKES.run(work) if work.config.spikes.enabled else StageOutcome(artefacts=[], findings=Findings())
+        findings, artefacts = figures.evaluate(
+            work.config.dataset, lambda: work.tokenizer, work.store, self.networks(work), work.benchmarks
+        )
+        return StageOutcome(artefacts=artefacts + counted.artefacts, findings=findings | counted.findings, tables=counted.tables)
 
 
 EVALUATE = Evaluate()
@@ -89,7 +90,7 @@ class Diagnose(KeyedStage):
 
     name = "diagnose"
     needs = (CALIBRATE, SEARCH)
-    code = Code(1, ("evaluation.networks", "evaluation.diagnostics", "evaluation.density_plots"))
+    code = Code(2, ("evaluation.networks", "evaluation.diagnostics", "evaluation.density_plots"))
 
     def inputs(self, work: Workspace) -> dict[str, object]:
         """What the folded network is made of, and the windows."""
@@ -118,9 +119,9 @@ class Diagnose(KeyedStage):
         record = read_json(artefact.folder / "diagnostics.json")
         rows = record["sites"]
         above = sorted(row["above_bound"] for row in rows if row["above_bound"] is not None)
-        found = record.get("damage", {}) | {"median_above_bound": above[len(above) // 2] if above else None}
+        found = DiagnosticsRecord(**record.get("damage", {}), median_above_bound=above[len(above) // 2] if above else None)
         plots = sorted((artefact.folder / "plots").glob("*.png"))
-        return StageOutcome(artefacts=[artefact], results={"diagnostics": found}, tables={"diagnostics.csv": rows}, plots=plots)
+        return StageOutcome(artefacts=[artefact], findings=Findings(diagnostics=found), tables={"diagnostics.csv": rows}, plots=plots)
 
 
 DIAGNOSE = Diagnose()

@@ -7,11 +7,12 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from spikellm.run.workspace import Workspace
 from spikellm.store.artifacts import Artefact, artifact_key
 from spikellm.store.provenance import Code
+from spikellm.store.record import Findings, Row
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,8 +20,8 @@ class StageOutcome:
     """What a stage adds to results.json, and the artefacts that it is from."""
 
     artefacts: list[Artefact]
-    results: dict[str, Any]
-    tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # rows by the name of a csv file
+    findings: Findings
+    tables: dict[str, list[Row]] = field(default_factory=dict)  # rows by the name of a csv file
     plots: list[Path] = field(default_factory=list)  # pictures to copy into the run's folder
 
 

@@ -16,6 +16,7 @@ from spikellm.evaluation.networks import Networks
 from spikellm.model.load import load_tokenizer, pinned, vocabulary
 from spikellm.search.options import Options
 from spikellm.store.artifacts import ArtifactStore, artifact_key
+from spikellm.store.record import RotationRecord
 from spikellm.store.sources import model_source, text_source
 
 
@@ -88,11 +89,12 @@ class Workspace:
         return text_source(self.config.dataset.evaluation, self.store.digests)
 
     @property
-    def rotation_record(self) -> dict[str, object]:
+    def rotation_record(self) -> RotationRecord:
         """`rotation` of results.json: kind, seed, parts, and a hash of these with the model."""
         rotation = self.config.rotation
-        record: dict[str, object] = {"kind": rotation.kind.value, "seed": rotation.seed, "parts": rotation.acting}
-        return record | {"hash": artifact_key(record | {"model": self.model_source})}
+        kind, seed, parts = rotation.kind.value, rotation.seed, list(rotation.acting)
+        found = artifact_key({"kind": kind, "seed": seed, "parts": parts, "model": self.model_source})
+        return RotationRecord(kind=kind, seed=seed, parts=[str(part) for part in parts], hash=found)
 
 
 @contextmanager

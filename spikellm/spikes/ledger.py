@@ -36,6 +36,7 @@ from transformers import PreTrainedModel
 
 from spikellm.coding.neuron import PhaseNeuron
 from spikellm.config.choices import RotationPart
+from spikellm.config.labels import SiteKind
 from spikellm.execution.modules import SteppedNeuron
 from spikellm.model.attention import SpikingAttention, attentions
 from spikellm.model.conversion import get_neuron, model_sites, online_parts, set_neuron, site_groups
@@ -46,13 +47,13 @@ from spikellm.model.sites import (
     GROUP_AXIS,
     HEAD,
     KEY,
+    ONE_SYNAPSE,
     OUTPUT,
     QUERY,
     SPIKING_ATTENTION,
     UP,
     VALUE,
     Site,
-    SiteKind,
     decoder_layers,
     head_width,
 )
@@ -181,7 +182,7 @@ def site_fan_out(model: PreTrainedModel, site: Site) -> int:
     layer: Any = decoder_layers(model)[site.layer or 0]
     if site.kind in READERS:
         return sum(layer.get_submodule(name).out_features for name in READERS[site.kind])
-    if site.kind.one_synapse:
+    if site.kind in ONE_SYNAPSE:
         return 1
     attention: SpikingAttention = layer.get_submodule(f"{ATTENTION}.{SPIKING_ATTENTION}")
     return attention.head_width + attention.normalise_after if site.kind is SiteKind.softmax else 0

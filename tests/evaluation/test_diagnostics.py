@@ -5,11 +5,11 @@ import torch
 from torch import nn
 
 from spikellm.coding.neuron import PhaseTable
+from spikellm.config.labels import SiteKind
 from spikellm.evaluation.density_plots import write_density_plots
 from spikellm.evaluation.diagnostics import damage, lloyd_max, site_levels, site_rows, spelled_levels
 from spikellm.evaluation.perplexity import perplexity
 from spikellm.model.conversion import get_neuron, install, model_sites
-from spikellm.model.sites import SiteKind
 from spikellm.search.search import base2, evolution
 from spikellm.search.traditional import classic
 from tests.codes import asked, observed

@@ -63,7 +63,7 @@ def test_accuracy_is_that_of_log_likelihoods_by_hand(make, tasks, folder):
         scores = torch.tensor(by_hand(model, tokenizer, [(f"Question: {row['goal']}\nAnswer:", f" {choice}") for choice in choices]))
         right.append(int(scores.argmax()) == row["label"])
         right_by_length.append(int((scores / torch.tensor([len(choice) for choice in choices])).argmax()) == row["label"])
-    found = zero_shot.accuracy(model, tokenizer, tasks["piqa"], limit=None, batch_size=5, prefix_tokens=[])
+    found = zero_shot.accuracy(model, tokenizer, tasks["piqa"], limit=None, batch_size=5, prefix_tokens=[]).to_json()
     assert found["rows"] == len(rows)
     for name, hits in (("acc", right), ("acc_norm", right_by_length)):
         share = sum(hits) / len(hits)
@@ -74,7 +74,9 @@ def test_accuracy_is_that_of_log_likelihoods_by_hand(make, tasks, folder):
 @pytest.mark.parametrize("task", ZERO_SHOT_TASKS)
 def test_the_batch_size_is_not_felt(task, tasks):
     model, tokenizer = spiking_tiny(), byte_tokenizer()
-    one, eight = (zero_shot.accuracy(model, tokenizer, tasks[task], limit=12, batch_size=size, prefix_tokens=[]) for size in (1, 8))
+    one, eight = (
+        zero_shot.accuracy(model, tokenizer, tasks[task], limit=12, batch_size=size, prefix_tokens=[]).to_json() for size in (1, 8)
+    )
     assert one == eight
     assert one["rows"] == 12
     assert ("acc_norm" in one) == (task != "winogrande")
@@ -89,7 +91,7 @@ def test_bos_in_the_prefix_is_the_bos_that_the_tokenizer_adds(tasks):
     installed.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
 
     def accuracy(model, prefix: list[int]) -> dict:
-        return zero_shot.accuracy(model, tokenizer, tasks["arc_easy"], limit=None, batch_size=4, prefix_tokens=prefix)
+        return zero_shot.accuracy(model, tokenizer, tasks["arc_easy"], limit=None, batch_size=4, prefix_tokens=prefix).to_json()
 
     assert accuracy(installed, [BOS]) == accuracy(plain, [])
     assert not any((ids == BOS).any() for ids in read)
@@ -104,7 +106,8 @@ def test_every_set_of_special_tokens_will_do(special, tasks):
     model, tokenizer = tiny_model(vocab_size=258), byte_tokenizer(special=special)
     for name in ("piqa", "winogrande"):
         found, wanted = (
-            zero_shot.accuracy(model, each, tasks[name], limit=4, batch_size=4, prefix_tokens=[]) for each in (tokenizer, byte_tokenizer())
+            zero_shot.accuracy(model, each, tasks[name], limit=4, batch_size=4, prefix_tokens=[]).to_json()
+            for each in (tokenizer, byte_tokenizer())
         )
         assert found == wanted
     assert len(tokenizer) == BOS + len(special)  # lm-eval adds a token for padding to its own copy
@@ -114,7 +117,7 @@ def test_stages_write_accuracies_and_keep_them(folder, tmp_path):
     arguments = [*WITH_REPORT, *byte_model(tmp_path / "model"), f"output_root={tmp_path}", f"dataset.zero_shot.path={folder}"]
 
     def run(*more: str) -> dict:
-        return run_stages(configure(*arguments, "dataset.zero_shot.limit=6", *more)).results
+        return run_stages(configure(*arguments, "dataset.zero_shot.limit=6", *more)).results.to_json()
 
     first = run("dataset.zero_shot.tasks=[piqa,winogrande]")
     assert {network: list(found) for network, found in first["zero_shot"].items()} == {
@@ -261,5 +264,5 @@ def test_the_real_model_scores_as_in_lm_eval_itself(real_model, real_tokenizer, 
     direct = HFLM(pretrained=real_model, tokenizer=real_tokenizer)
     wanted = lm_eval.simple_evaluate(direct, tasks=[name], task_manager=manager, limit=10)["results"][name]
     ours = zero_shot.load_tasks(ZeroShotConfig(path=str(source)), [name])[name]
-    found = zero_shot.accuracy(real_model, real_tokenizer, ours, limit=10, batch_size=8, prefix_tokens=[])
+    found = zero_shot.accuracy(real_model, real_tokenizer, ours, limit=10, batch_size=8, prefix_tokens=[]).to_json()
     assert {f"{metric},none": value for metric, value in found.items() if metric != "rows"}.items() <= wanted.items()

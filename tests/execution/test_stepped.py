@@ -13,6 +13,7 @@ from transformers import DynamicCache
 
 from spikellm.coding.neuron import PhaseTable
 from spikellm.config.checks import InputError
+from spikellm.config.labels import SiteKind
 from spikellm.evaluation.perplexity import perplexity, readout_perplexities
 from spikellm.execution import attention as stepped_attention
 from spikellm.execution.memory import fitting_chunk, peak_bytes
@@ -23,7 +24,6 @@ from spikellm.model import attention
 from spikellm.model.conversion import fill, get_neuron, install, model_sites, prepare
 from spikellm.model.modules import SpikingRMSNorm
 from spikellm.model.prefix import attach_prefix
-from spikellm.model.sites import SiteKind
 from spikellm.spikes import ledger
 from tests.codes import base2_table, base2_tables
 from tests.models import TINY, norm_ratio, tiny_model
@@ -258,10 +258,10 @@ def test_anytime_readouts_end_at_the_logits_and_come_closer(ids):
 def test_what_cannot_be_stepped_is_refused(ids):
     model = tiny_model()
     install(model, rotated=())
-    with pytest.raises(ValueError, match=r"layers\.0\.input_layernorm\.output carries no neuron"), stepped(model):
+    with pytest.raises(ValueError, match=r"layers\.0\.attention_input carries no neuron"), stepped(model):
         pass
     model = spiking(T=6)
-    found = tables(model, 6) | {"model.norm.output": base2_table(4.0, 4)}
+    found = tables(model, 6) | {"head_input": base2_table(4.0, 4)}
     fill(model, found, compiled=False)
     with pytest.raises(ValueError, match=r"\[4, 6\]"), stepped(model):
         pass

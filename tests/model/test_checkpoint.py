@@ -13,11 +13,11 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 
 import spikellm.model.checkpoint
 from spikellm.coding.neuron import PhaseNeuron, PhaseTable
+from spikellm.config.labels import SiteKind
 from spikellm.execution.stepped import stepped
 from spikellm.kernels.encode import Digits
 from spikellm.model.conversion import fill, get_neuron, install, model_sites, prepare, set_neuron
 from spikellm.model.prefix import attach_prefix
-from spikellm.model.sites import SiteKind
 from tests.codes import base2_table, base2_tables
 from tests.models import tiny_model
 
@@ -175,7 +175,7 @@ def damaged(saved, tmp_path):
 
 
 THETA = "model.layers.1.mlp.act_fn.neuron.theta"
-SILU = "model.layers.1.mlp.silu_Identity.input"
+SILU = "layers.1.activation"
 
 
 def put(key, value):
@@ -201,7 +201,7 @@ SPOILT = {
     "integers": (put(THETA, lambda rows: rows.int()), SILU),
     "rounded": (put(THETA, lambda rows: (rows * 1.01).bfloat16()), SILU),
     "v0": (put(THETA.replace("theta", "v0"), lambda rows: rows + 0.1), SILU),
-    "two sites swapped": (swap("model.layers.0.mlp.down_proj.neuron.theta", "model.norm.neuron.theta"), "down_proj|model.norm.output"),
+    "two sites swapped": (swap("model.layers.0.mlp.down_proj.neuron.theta", "model.norm.neuron.theta"), "mlp_product|head_input"),
     "of another shape": (put(THETA, lambda rows: rows[:, 1:].contiguous()), f"{SILU}|{THETA}"),
     "missing": (lambda found: found.pop(THETA), f"{SILU}|{THETA}"),
     "a weight is missing": (lambda found: found.pop("model.layers.1.mlp.up_proj.weight"), "up_proj"),
@@ -242,6 +242,7 @@ def test_a_flag_that_was_changed_is_refused(flag, damaged):
     ("change", "message"),
     [
         (lambda found: found.update(schema=99), "schema=99.*update spikellm"),
+        (lambda found: found.update(schema=3), "schema=3, this version reads 4; convert again"),
         (lambda found: found.pop("schema"), "schema=None.*convert again"),
         (lambda found: found.update(max_spikes=1), "unknown key 'max_spikes'"),
         (lambda found: found.pop("rotated"), "'rotated' is missing"),

@@ -7,20 +7,18 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from spikellm.coding.neuron import PhaseNeuron, Slot
+from spikellm.config.labels import SiteKind
 from spikellm.execution.memory import fitting_chunk
 from spikellm.execution.stepped import stepped
 from spikellm.model.checkpoint import save
 from spikellm.model.conversion import clear, fill, get_neuron, install, model_sites, set_neuron
 from spikellm.model.rotation import PARTS
-from spikellm.model.sites import SiteKind
 from spikellm.spikes import ledger
 from tests.codes import base2_tables
 from tests.models import PUBLISHED_MODELS, TINY, norm_ratio, tiny_model
 
 PER_LAYER = [
-    "input_layernorm.output", "self_attn.q_Identity.input", "self_attn.k_Identity.input", "self_attn.v_Identity.input",
-    "self_attn.softmax_Identity.input", "self_attn.o_proj.input", "post_attention_layernorm.output", "mlp.silu_Identity.input",
-    "mlp.down_proj.input",
+    "attention_input", "query", "key", "value", "softmax", "attention_output", "mlp_input", "activation", "mlp_product",
 ]  # fmt: skip
 
 
@@ -40,7 +38,7 @@ def test_every_site_has_a_neuron_that_a_token_meets_in_order(name, ids):
     fill(model, base2_tables(model), compiled=False)
     neurons = [module for module in model.modules() if isinstance(module, PhaseNeuron)]
     assert len(neurons) == 2 * 9 + 1
-    wanted = [f"model.layers.{layer}.{part}" for layer in range(2) for part in PER_LAYER] + ["model.norm.output"]
+    wanted = [f"layers.{layer}.{part}" for layer in range(2) for part in PER_LAYER] + ["head_input"]
     assert neurons_met(model, ids) == wanted
 
 
@@ -54,7 +52,7 @@ def test_neurons_keep_the_outputs_on_their_levels(ids):
         get_neuron(model, site).register_forward_hook(lambda _m, _i, out, name=site.name: seen.__setitem__(name, out))
     model(ids)
     for name, out in seen.items():
-        step = (1.0 if SiteKind.softmax.value in name else 4.0) / 16
+        step = (1.0 if SiteKind.softmax.name in name else 4.0) / 16
         levels = out / step
         assert torch.equal(levels, levels.round()), name
         assert levels.abs().max() <= 15, name
@@ -81,11 +79,11 @@ def test_a_missing_and_an_unknown_table_are_named():
     model = tiny_model()
     install(model, rotated=(), query_block=64)
     tables = base2_tables(model)
-    lost = "model.layers.1.mlp.down_proj.input"
+    lost = "layers.1.mlp_product"
     with pytest.raises(ValueError, match=lost):
         fill(model, {name: table for name, table in tables.items() if name != lost}, compiled=False)
-    with pytest.raises(ValueError, match=r"model\.layers\.9\.nowhere"):
-        fill(model, tables | {"model.layers.9.nowhere": tables[lost]}, compiled=False)
+    with pytest.raises(ValueError, match=r"layers\.9\.nowhere"):
+        fill(model, tables | {"layers.9.nowhere": tables[lost]}, compiled=False)
     # nothing was put in place by the failed attempts
     assert not any(isinstance(module, PhaseNeuron) for module in model.modules())
 
@@ -106,7 +104,7 @@ def test_published_models_have_the_289_published_sites(name):
     install(model, rotated=PARTS, query_block=256)
     fill(model, base2_tables(model), compiled=False)
     neurons = {site.name for site in model_sites(model) if isinstance(get_neuron(model, site), PhaseNeuron)}
-    wanted = {f"model.layers.{layer}.{part}" for layer in range(32) for part in PER_LAYER} | {"model.norm.output"}
+    wanted = {f"layers.{layer}.{part}" for layer in range(32) for part in PER_LAYER} | {"head_input"}
     assert len(wanted) == 289
     assert neurons == wanted
     assert len([module for module in model.modules() if isinstance(module, PhaseNeuron)]) == 289

@@ -11,13 +11,13 @@ from transformers import AutoModelForCausalLM
 from spikellm.coding.neuron import Slot
 from spikellm.config.checks import InputError
 from spikellm.config.choices import Device, ModelSource, RotationKind, SoftmaxNorm
+from spikellm.config.labels import SiteKind
 from spikellm.config.model import HardwareConfig, ModelConfig
 from spikellm.config.snn import RotationConfig
 from spikellm.evaluation.networks import Networks
 from spikellm.model.checkpoint import save
 from spikellm.model.conversion import fill, get_neuron, install, model_sites, online_parts, set_neuron
 from spikellm.model.rotation import PARTS, R1, R2, R3, R4, rotate
-from spikellm.model.sites import SiteKind
 from tests.codes import base2_tables
 from tests.jobs import cached, run
 from tests.models import TINY, norm_ratio, tiny_model

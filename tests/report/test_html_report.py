@@ -13,11 +13,10 @@ import pytest
 from spikellm.config.checks import InputError
 from spikellm.report import plots
 from spikellm.report.html import rebuild, write_report
-from spikellm.report.results import write_results
 from tests.configure import configure
 from tests.jobs import SMALL
 from tests.launch import launch
-from tests.results import ZERO_SHOT, make, results, sites, sweep
+from tests.results import ZERO_SHOT, leave, make, results, sites, sweep
 
 VOID = {"meta", "link", "img", "br"}
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
@@ -83,16 +82,28 @@ def test_a_sweep_s_page_is_whole_in_itself(page):
 
 
 def test_a_run_s_page(tmp_path):
-    write_results(tmp_path, results(4, 1, 12.0, **ZERO_SHOT), {"sites.csv": sites()}, [])
+    leave(tmp_path, results(4, 1, 12.0, **ZERO_SHOT), {"sites.csv": sites()}, [])
     text = Balance(write_report(tmp_path).read_text()).text
     for wanted in ("tiny, T = 4, grain 1", "python main.py model=tiny", "12.000", "1.2000", "76.56", "75.00", "a table", "2 windows of 64"):
         assert wanted in text, wanted
 
 
+def test_maps_of_a_run_whose_sites_had_other_names(tmp_path):
+    """spikes.csv has their kinds and layers."""
+    old = [{"name": f"model.layers.{layer}.some.{kind}", "layer": layer, "kind": kind} for layer in (0, 1) for kind in ("query", "softmax")]
+    old.append({"name": "model.norm.output", "layer": None, "kind": "head_input"})
+    rows = [{"name": row["name"], "relative_error": 0.1, "firing_rate": 0.2} for row in old]
+    leave(tmp_path, results(4, 1, 12.0), {"sites.csv": rows}, [])
+    assert "<svg" not in write_report(tmp_path).read_text()
+    lines = [f"{row['name']},{'' if row['layer'] is None else row['layer']},{row['kind']}" for row in old]
+    (tmp_path / "spikes.csv").write_text("\n".join(["name,layer,kind", *lines]) + "\n")
+    assert write_report(tmp_path).read_text().count("<svg") == 2
+
+
 def test_ratios_of_a_page_are_to_the_same_prefix(tmp_path):
     found = results(4, 1, 12.0)
     found["perplexity"]["ann_prefix"] = 8.0
-    write_results(tmp_path, found, {}, [])
+    leave(tmp_path, found, {}, [])
     text = Balance(write_report(tmp_path).read_text()).text
     for wanted in ("pretrained, same prefix", "8.000", "1.2500", "1.5000", "3.0000", "with the same prefix"):
         assert wanted in text, wanted
@@ -101,7 +112,7 @@ def test_ratios_of_a_page_are_to_the_same_prefix(tmp_path):
 def test_a_run_of_some_stages_has_a_page_too(tmp_path):
     partial = results(4, 1, 12.0)
     del partial["perplexity"], partial["search"]
-    write_results(tmp_path, partial, {}, [])
+    leave(tmp_path, partial, {}, [])
     assert "calibrate" in Balance(write_report(tmp_path).read_text()).text
 
 
@@ -109,7 +120,7 @@ def test_rebuilding(tmp_path):
     old, new = tmp_path / "runs" / "2001-01-01" / "00-00-00-a", tmp_path / "sweeps" / "2001-01-01" / "00-00-01"
     with pytest.raises(InputError, match=r"report\.folder=null.*no run or sweep"):
         rebuild(configure("stages=[report]", f"output_root={tmp_path}"))
-    write_results(make(old), results(4, 1, 12.0), {}, [])
+    leave(make(old), results(4, 1, 12.0), {}, [])
     sweep(make(new))
     assert rebuild(configure("stages=[report]", f"output_root={tmp_path}")) == new / "report.html"
     assert rebuild(configure("stages=[report]", f"report.folder={old}")) == old / "report.html"

@@ -5,8 +5,9 @@ import csv
 import pytest
 
 from spikellm.report.console import console_table
-from spikellm.report.results import NOT_FINISHED, finished_results, summary_rows, value_at, write_failure, write_results, write_summary
-from tests.results import ZERO_SHOT, make, results, sweep
+from spikellm.report.results import NOT_FINISHED, finished_results, summary_rows, value_at, write_failure, write_summary
+from spikellm.store.record import JobRecord, Results
+from tests.results import ZERO_SHOT, leave, make, results, sweep
 
 
 def test_summary_has_the_shape_of_the_published_table(tmp_path):
@@ -37,22 +38,25 @@ def test_every_ratio_is_to_the_pretrained_network_with_the_same_prefix(tmp_path)
     new = results(4, 2, 12.0, perplexity=old["perplexity"] | {"ann_prefix": 8.0})
     new["perplexity_by_text"] = {"more": new["perplexity"]}
     for number, each in enumerate((old, new)):
-        write_results(make(tmp_path / f"{number}-T4-G{number + 1}"), each, {}, [])
+        leave(make(tmp_path / f"{number}-T4-G{number + 1}"), each, {}, [])
     assert [(row["ratio"], row["ann"], row["ann_prefix"]) for row in summary_rows(tmp_path)] == [(1.2, 10.0, None), (1.5, 10.0, 8.0)]
-    lines = [[line.split()[-1] for line in console_table(each, tmp_path).splitlines() if "   x " in line] for each in (old, new)]
+    lines = [
+        [line.split()[-1] for line in console_table(Results.from_json(each), tmp_path).splitlines() if "   x " in line]
+        for each in (old, new)
+    ]
     assert lines == [["1.0000", "2.4000", "1.2000"], ["1.2500", "1.0000", "3.0000", "1.5000"] * 2]
 
 
 def test_a_later_failure_is_told_and_a_later_success_forgets_it(tmp_path):
     job = make(tmp_path / "0-T4-G1")
-    write_results(job, results(4, 1, 12.0), {}, [])
-    write_failure(job, "disk full", {"model": "tiny"})
+    leave(job, results(4, 1, 12.0), {}, [])
+    write_failure(job, "disk full", JobRecord(model="tiny"))
     assert summary_rows(tmp_path)[0]["error"] == "disk full"
     assert (job / "results.json").is_file()  # an earlier result is not lost
     assert finished_results(job, "0123") is None
-    write_results(job, results(4, 1, 12.0), {}, [])
+    leave(job, results(4, 1, 12.0), {}, [])
     assert summary_rows(tmp_path)[0]["error"] is None
-    assert finished_results(job, "0123")["T"] == 4
+    assert finished_results(job, "0123").T == 4
     assert finished_results(job, "4567") is None
     for content in (b"", bytes(50), (job / "results.json").read_bytes()[:100], b"{}", b"[1]"):
         (job / "results.json").write_bytes(content)
@@ -63,7 +67,7 @@ def test_a_later_failure_is_told_and_a_later_success_forgets_it(tmp_path):
 
 
 def test_published_figures_stand_beside_the_measured_ones_on_the_console(tmp_path):
-    text = console_table(results(4, 1, 12.0, **ZERO_SHOT), tmp_path)
+    text = console_table(Results.from_json(results(4, 1, 12.0, **ZERO_SHOT)), tmp_path)
     lines = [line.split() for line in text.splitlines()]
     assert ["perplexity.snn", "11.5", "measured", "12"] in lines
     # like with like: each SNN beside the ANN of the same weights
@@ -72,27 +76,27 @@ def test_published_figures_stand_beside_the_measured_ones_on_the_console(tmp_pat
     assert any(line[-3:] == ["latency", "60", "steps"] for line in lines)
     assert ["zero_shot.snn.piqa.acc_norm", "0.7", "measured", "0.7656"] in lines
     assert text.splitlines()[-1].endswith(str(tmp_path / "results.json"))
-    missing = console_table(results(4, 1, 12.0, reference=ZERO_SHOT["reference"]), tmp_path)
+    missing = console_table(Results.from_json(results(4, 1, 12.0, reference=ZERO_SHOT["reference"])), tmp_path)
     assert "measured nothing" in missing
 
 
 @pytest.mark.parametrize(("key", "value"), [("perplexity.snn", 12.0), ("perplexity.nothing", None), ("T.deeper", None), ("T", 4)])
 def test_dotted_keys(key, value):
-    assert value_at(results(4, 1, 12.0), key) == value
+    assert value_at(Results.from_json(results(4, 1, 12.0)), key) == value
 
 
 def test_the_console_names_what_does_the_damage_worst_first(tmp_path):
     diagnosed = {
         "median_above_bound": 3.149,
         "perplexity_by_kind": {"none": 20.0, "query": 20.5, "softmax": 22.0},
-        "perplexity_by_site": {"model.norm.output": 21.0},
+        "perplexity_by_site": {"head_input": 21.0},
     }
-    lines = console_table(results(4, 1, 12.0, diagnostics=diagnosed), tmp_path).splitlines()
+    lines = console_table(Results.from_json(results(4, 1, 12.0, diagnostics=diagnosed)), tmp_path).splitlines()
     start = next(number for number, line in enumerate(lines) if "Lloyd-Max" in line)
     assert lines[start].endswith(" 3.15")
     assert "(20.000)" in lines[start + 1]
     assert [line.split() for line in lines[start + 2 : start + 5]] == [
-        ["1.10000", "softmax"], ["1.02500", "query"], ["1.05000", "model.norm.output"]
+        ["1.10000", "softmax"], ["1.02500", "query"], ["1.05000", "head_input"]
     ]  # fmt: skip
-    without = console_table(results(4, 1, 12.0, diagnostics={"median_above_bound": None}), tmp_path)
+    without = console_table(Results.from_json(results(4, 1, 12.0, diagnostics={"median_above_bound": None})), tmp_path)
     assert "Lloyd" not in without

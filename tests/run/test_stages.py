@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from spikellm.config.checks import InputError
-from spikellm.config.dataset import NETWORKS
+from spikellm.config.labels import NETWORKS
 from spikellm.config.schema import DEFAULT_STAGES, STAGE_NAMES
 from spikellm.run.fitting import SEARCH
 from spikellm.run.measuring import DIAGNOSE, EVALUATE

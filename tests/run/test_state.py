@@ -27,6 +27,7 @@ from spikellm.run import job
 from spikellm.run.command import quote_values
 from spikellm.run.stages import STAGES, run_stages
 from spikellm.run.workspace import Workspace
+from spikellm.store.record import Findings, Results
 from tests.codes import base2_tables
 from tests.configure import configure
 from tests.jobs import SMALL, artefacts, cached, run
@@ -67,10 +68,10 @@ def stage(results: dict, *names: str) -> dict:
 
 def in_order(root: Path, order: tuple[str, ...], *arguments: str) -> dict:
     """Stages one after the other with one workspace, in any order."""
-    work, results = Workspace(configure(*SMALL, f"output_root={root}", *FELT, *arguments)), {}
+    work, results = Workspace(configure(*SMALL, f"output_root={root}", *FELT, *arguments)), Findings()
     for name in order:
-        results |= STAGES[name].run(work).results
-    return stage(results)
+        results |= STAGES[name].run(work).findings
+    return stage(results.to_json())
 
 
 def test_diagnose_after_evaluate_is_diagnose_alone(long_prefix, tmp_path):
@@ -134,7 +135,7 @@ def test_the_pretrained_network_is_measured_with_the_prefix_too(long_prefix, tmp
         assert figures["ann_prefix"] == pytest.approx(perplexity_behind(model, [7, 200, 1], windows), rel=1e-4)
         assert figures["ann"] == pytest.approx(perplexity_behind(model, [], windows), rel=1e-4)
         assert figures["ann"] != pytest.approx(figures["ann_prefix"], rel=1e-2)
-    assert f"x {found['perplexity']['snn'] / found['perplexity']['ann_prefix']:.4f}" in console_table(found, tmp_path)
+    assert f"x {found['perplexity']['snn'] / found['perplexity']['ann_prefix']:.4f}" in console_table(Results.from_json(found), tmp_path)
     without = run(tmp_path, *arguments, "prefix.enabled=false")["perplexity"]
     assert without["ann_prefix"] == pytest.approx(without["ann"], rel=1e-5)  # rotated, and the same function
 
@@ -155,7 +156,7 @@ def test_evaluate_needs_no_preparation(tmp_path):
     arguments = [*SMALL, *byte_model(tmp_path / "model"), f"output_root={tmp_path}", "snn.T=3", "grain=1", "spikes.enabled=false"]
     arguments += [f"dataset.zero_shot.path={tmp_path}", "dataset.zero_shot.tasks=[piqa]", "dataset.zero_shot.networks=[ann_prefix]"]
     found = STAGES["evaluate"].run(Workspace(configure(*arguments)))
-    assert found.results["zero_shot"]["ann_prefix"]["piqa"]["rows"] == 4
+    assert found.findings.zero_shot["ann_prefix"]["piqa"].rows == 4
 
 
 def spoil(path: Path, number: int) -> None:
@@ -241,7 +242,7 @@ def sweep_job(tmp_path, monkeypatch):
         with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
             composed = compose("config", overrides=quote_values([*SMALL, *FELT, f"output_root={tmp_path}", *arguments]))
         before = (folder / "results.json").stat().st_ino if (folder / "results.json").is_file() else None
-        results = job.Job(composed).run()
+        results = job.Job(composed).run().to_json()
         assert json.loads((folder / "results.json").read_text()) == results
         return results, (folder / "results.json").stat().st_ino != before
 

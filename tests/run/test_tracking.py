@@ -14,11 +14,14 @@ from spikellm.config.checks import InputError
 from spikellm.config.choices import Tracker, TrackingMode
 from spikellm.config.measures import TrackingConfig
 from spikellm.run.tracking import WandbTracking, numeric_leaves, run_id, tracked
+from spikellm.store.record import Findings, PerplexityRecord, Results
 from tests.configure import configure
 from tests.jobs import WITH_REPORT
 from tests.launch import launch
 
 TREE = {"model": {"name": "tiny"}, "snn": {"T": 8, "grain": "2"}, "output_root": "/a", "tracking": {"kind": "wandb"}}
+
+NOTHING = Results(schema=1, model="tiny", T=8, grain=2, stages={})
 
 
 def offline(**options) -> TrackingConfig:
@@ -81,13 +84,14 @@ def test_what_is_sent(tmp_path):
     Image.new("RGB", (4, 3)).save(tmp_path / "plots" / "heat.png")
     (tmp_path / "results.json").write_text("{}")
     (tmp_path / "codes.safetensors").write_bytes(b"0")
-    results = {"model": "tiny", "T": 8, "grain": 2, "energy": {"snn": {"joule": 0.25}}, "codes": str(tmp_path / "codes.safetensors")}
+    results = Results(schema=1, model="tiny", T=8, grain=2, stages={}, codes=str(tmp_path / "codes.safetensors"))
     with tracked(offline(artifacts=True), TREE, folder=tmp_path, group="a sweep") as tracker:
-        tracker.log_results(results | {"energy": {}})
+        tracker.log_results(results)
+        results |= Findings(perplexity=PerplexityRecord(networks={"snn": 0.25}, windows=1, window=2, tokens=1))
         tracker.log_results(results)
         tracker.log_files(results, {"sites.csv": [{"name": "site", "tau": [1.0, 2.0], "relative_error": 0.5}]}, tmp_path)
     found = inspect(tmp_path)
-    assert found["summary"]["energy.snn.joule"] == 0.25
+    assert found["summary"]["perplexity.snn"] == 0.25
     assert found["summary"]["plots/heat"]["_type"] == "image-file"
     assert found["summary"]["sites_table"]["nrows"] == 1
     (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
@@ -114,7 +118,7 @@ def test_online_without_a_key_is_refused_with_the_cure(tmp_path):
 def test_disabled_starts_nothing(tmp_path):
     options = TrackingConfig(kind=Tracker.wandb, mode=TrackingMode.disabled)
     with tracked(options, TREE, folder=tmp_path, group=None) as tracker:
-        tracker.log_results({"a": 1})
+        tracker.log_results(NOTHING)
     assert not list(tmp_path.iterdir())
 
 
@@ -127,7 +131,7 @@ def test_a_tracker_that_breaks_costs_a_warning(caplog):
     def log(_):
         raise RuntimeError("disk full")
 
-    WandbTracking(SimpleNamespace(log=log), artifacts=False).log_results({"a": 1.0})
+    WandbTracking(SimpleNamespace(log=log), artifacts=False).log_results(NOTHING)
     assert "disk full" in caplog.text
 
 

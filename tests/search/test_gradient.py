@@ -147,5 +147,5 @@ def test_it_is_an_option_of_the_command_line(tmp_path):
     found = run_stages(config)
     results, rows = found.results, found.tables["sites.csv"]
     # four steps are not many: on data that decided nothing some codes are worse
-    assert results["search"]["worse_than_base2"] == sum(row["relative_error"] > row["relative_error_base2"] for row in rows)
-    assert len(rows) == results["search"]["groups"]
+    assert results.search.worse_than_base2 == sum(row["relative_error"] > row["relative_error_base2"] for row in rows)
+    assert len(rows) == results.search.groups

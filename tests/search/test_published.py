@@ -11,7 +11,9 @@ import torch
 from spikellm.calibration.statistics import CHOOSE, FIT, REPORT, Observer
 from spikellm.config.checks import InputError
 from spikellm.config.choices import ImportV0
-from spikellm.search.published import imported, read_neurons
+from spikellm.config.labels import SiteKind
+from spikellm.model.sites import Site, sites
+from spikellm.search.published import KINDS, imported, own_name, read_neurons
 from tests.codes import asked
 from tests.configure import configure
 
@@ -110,14 +112,36 @@ def test_all_published_files_are_read(shared_data):
         T, G = map(int, re.search(r"T-(\d+)-grains-(\d)", path.name).groups())
         raw = torch.load(path, map_location="cpu", weights_only=True)
         codes = read_neurons(path, T=T, G=G)
-        assert len(codes) == 32 * 9 + 1
+        assert set(codes) == {site.name for site in sites(32)}
         for name in list(raw)[::40]:
-            theta, h, d, v0 = codes[name].spell().at(0)
+            theta, h, d, v0 = codes[own_name(name)].spell().at(0)
             _, assignment, B, tau, H, Theta, *rest = raw[name]
             for row, bases in ((d, B), (h, H), (theta, Theta)):
                 wanted = [tau * bases[grain].item() ** -(t + 1) for t, grain in enumerate(assignment)]
                 assert row.tolist() == pytest.approx(wanted, rel=1e-5)
             assert v0.item() == pytest.approx(rest[0].item() if rest else tau * 2**-T / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("model.layers.3.self_attn.softmax_Identity.input", "layers.3.softmax"),
+        ("model.layers.0.input_layernorm.output", "layers.0.attention_input"),
+        ("model.layers.31.post_attention_layernorm.output", "layers.31.mlp_input"),
+        ("model.layers.10.mlp.silu_Identity.input", "layers.10.activation"),
+        ("model.norm.output", "head_input"),
+        ("model.layers.03.mlp.down_proj.input", "model.layers.03.mlp.down_proj.input"),  # not one of theirs
+        ("anything", "anything"),
+    ],
+)
+def test_the_authors_names_become_ours(theirs, ours):
+    assert own_name(theirs) == ours
+
+
+def authors_name(name: str) -> str:
+    site = Site.of(name)
+    kind = {kind: theirs for theirs, kind in KINDS.items()}[site.kind]
+    return kind if site.kind is SiteKind.head_input else f"model.layers.{site.layer}.{kind}"
 
 
 SMALL = ["model=tiny", "hardware.compile=false", "dataset.calibration.window=64", "dataset.calibration.max_windows=2", "stages=[search]"]
@@ -128,10 +152,10 @@ def test_a_run_imports_and_knows_the_file_by_its_content(tmp_path, caplog):
 
     def run(*arguments: str):
         found = run_stages(configure(*SMALL, f"output_root={tmp_path}", "snn.T=4", "grain='2'", *arguments))
-        return found.results, found.tables["sites.csv"]
+        return found.results.to_json(), found.tables["sites.csv"]
 
     _, rows = run()
-    first, second = ({row["name"]: entry(tau=tau, v0=0.2) for row in rows} for tau in (3.0, 4.0))
+    first, second = ({authors_name(row["name"]): entry(tau=tau, v0=0.2) for row in rows} for tau in (3.0, 4.0))
     path = write(tmp_path / "first.pth", first)
     results, imported = run(f"search.import_file={path}")
     assert {row["tau"][0] for row in imported} == {3.0}

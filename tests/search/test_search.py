@@ -10,10 +10,11 @@ from spikellm.calibration.statistics import CHOOSE, FIT, REPORT, Observer, SiteS
 from spikellm.coding.codes import FIXED, base2_codes
 from spikellm.coding.grains import assignments
 from spikellm.coding.neuron import PhaseNeuron
+from spikellm.config.labels import SiteKind
 from spikellm.config.snn import PrefixConfig
 from spikellm.kernels.encode import encode_plain
 from spikellm.model.conversion import clear, get_neuron, install, model_sites, place
-from spikellm.model.sites import SiteKind, sites
+from spikellm.model.sites import Site, sites
 from spikellm.search.evolution import first_population
 from spikellm.search.fit import CodeFit, load_fits, save_fits
 from spikellm.search.methods import search_summary
@@ -166,7 +167,7 @@ def test_the_second_part_decides_and_the_third_does_not():
     taken = evolution({"site": observe(torch.cat([small, torch.ones(1)]), small, wide)}, asked(T, 1))["site"]
     assert not taken.fallback.any()
     assert taken.relative_error > 2 * taken.relative_error_base2
-    assert search_summary({"kept": kept, "taken": taken})["worse_than_base2"] == 1
+    assert search_summary({"kept": kept, "taken": taken}).worse_than_base2 == 1
 
 
 def test_no_code_knows_the_largest_activation_of_the_reporting_part():
@@ -248,10 +249,15 @@ def test_spikes_that_reach_one_synapse_cost_nothing():
     options = asked(T, spike_weight=1.5)
     names = [site.name for site in sites(2)]
     assert [name for name in names if not options.spike_weight(name)] == [
-        f"model.layers.{layer}.{kind}" for layer in range(2) for kind in ("self_attn.v_Identity.input", "mlp.silu_Identity.input")
+        f"layers.{layer}.{kind}" for layer in range(2) for kind in ("value", "activation")
     ]
-    assert {SiteKind.of(site.name) is site.kind for site in sites(2)} == {True}
-    assert (SiteKind.of("some.site"), options.spike_weight("some.site")) == (None, 1.5)
+    assert options.spike_weight("some.site") == 1.5
+
+
+def test_a_site_is_known_by_its_name():
+    assert [Site.of(site.name) for site in sites(12)] == list(sites(12))
+    for wrong in ("some.site", "layers.softmax", "layers.1.head_input", "softmax", "model.layers.1.softmax", "layers.01.softmax", ""):
+        assert Site.of(wrong) is None
 
 
 def test_too_many_grains_are_refused(statistics):

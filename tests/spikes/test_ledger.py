@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from spikellm.coding.neuron import PhaseNeuron, PhaseTable, Slot, count_spikes, fire
+from spikellm.config.labels import SiteKind
 from spikellm.kernels.encode import Digits
 from spikellm.kernels.temporal import spike_mixture, spike_pairs, step_weights
 from spikellm.model.conversion import fill, get_neuron, install, model_sites, prepare, set_neuron, site_groups
 from spikellm.model.prefix import attach_prefix
-from spikellm.model.sites import SiteKind
 from spikellm.spikes import accounts, ledger
 from spikellm.spikes.counter import SpikeCounter, train_counts
 from tests.codes import base2_table, base2_tables
@@ -268,7 +268,7 @@ def test_latency_is_the_longest_way_through_the_networks_own_graph(name, after, 
     tables = base2_tables(model, T)
     if two_sided:
         for site, table in tables.items():
-            if SiteKind.activation.value in site:
+            if SiteKind.activation.name in site:
                 tables[site] = PhaseTable(*table.rows.map(lambda rows: torch.cat([rows, rows])), digits=Digits(sides=2))
     fill(model, tables, compiled=False)
     ids = torch.arange(2, 8)[None]
@@ -279,7 +279,7 @@ def test_latency_is_the_longest_way_through_the_networks_own_graph(name, after, 
     trains = longest(model(ids).logits.grad_fn, {})
     assert found.latency_steps == T * trains
     assert trains == (8 if two_sided else 7) * 3 + 1
-    assert accounts.spikes_record(found)["latency_steps"] == found.latency_steps
+    assert accounts.spikes_record(found).latency_steps == found.latency_steps
     comparing = sum(sum(site.neurons) for site in found.sites) + two_sided * 3 * 6 * model.config.intermediate_size
     (neurons,) = (each for each in accounts.dense_operations(found) if each.name.startswith("neurons"))
     assert neurons.ac == T * comparing + found.spikes

@@ -220,10 +220,10 @@ def test_sources_are_loaded_as_they_are_fingerprinted(hub, tmp_path):
     arguments = [*SMALL, "model.source=hub", "model.path=org/tiny", f"output_root={tmp_path}", "stages=[calibrate]"]
     from spikellm.run.stages import run_stages
 
-    first = run_stages(configure(*arguments)).results
-    assert run_stages(configure(*arguments)).results["stages"]["calibrate"]["cached"]
+    first = run_stages(configure(*arguments)).results.to_json()
+    assert run_stages(configure(*arguments)).results.stages["calibrate"].cached
     (hub / "refs" / "main").write_text("b" * 40)
-    second = run_stages(configure(*arguments)).results
+    second = run_stages(configure(*arguments)).results.to_json()
     assert not second["stages"]["calibrate"]["cached"]
     assert first["inputs"]["model"] != second["inputs"]["model"]
     assert (
