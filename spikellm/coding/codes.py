@@ -27,22 +27,25 @@ class Codes:
 
     @property
     def tau(self) -> Float[Tensor, "*n"]:
+        """Amplitude of each code, in the activation's unit."""
         return self.values[..., 0].exp()
 
     @property
     def rho(self) -> Float[Tensor, "*n"]:
+        """Factor of each code's thresholds."""
         return self.values[..., 2].exp2()
 
     @property
     def G(self) -> int:
+        """Number of grains."""
         return (self.values.shape[-1] - FIXED) // 3
 
     def bases(self) -> tuple[Tensor, ...]:
-        """log2 of B, H and Theta, each [*n, G]."""
+        """log2 of B, H and Theta, each `[*n, G]`."""
         return self.values[..., FIXED:].chunk(3, dim=-1)
 
     def spell(self) -> Rows:
-        """The rows of every code, [*n, T] and [*n]."""
+        """The rows of every code, `[*n, T]` and `[*n]`."""
         v0 = self.tau * self.values[..., 1] * 2.0 ** -(self.assignment.shape[-1] + 1)
         d, h, theta = (phase_amplitudes(self.tau, part.exp2(), self.assignment) for part in self.bases())
         return Rows(self.rho[..., None] * theta, h, d, v0)
@@ -60,6 +63,7 @@ class Codes:
         return Codes(values=torch.cat([self.values[..., :FIXED], *parts], -1), assignment=self.assignment)
 
     def at(self, index: Any) -> "Codes":
+        """The codes at an index of the leading shape."""
         return Codes(values=self.values[index], assignment=self.assignment[index])
 
 
@@ -71,7 +75,7 @@ class IntervalCodes:
     """A code for each of K intervals of |x|, and where the intervals 1 .. K-1 begin, ascending [units of x]."""
 
     codes: Codes  # [K, *n]
-    cuts: Float[Tensor, "ends *n"]  # [K-1, *n]
+    cuts: Float[Tensor, " ends *n"]  # [K-1, *n]
 
     @classmethod
     def single(cls, codes: Codes) -> "IntervalCodes":
@@ -80,10 +84,11 @@ class IntervalCodes:
 
     @property
     def K(self) -> int:
+        """Intervals."""
         return len(self.codes.values)
 
     @property
-    def used(self) -> Bool[Tensor, "K *n"]:
+    def used(self) -> Bool[Tensor, " K *n"]:
         """Whether an interval is."""
         return torch.cat([torch.ones_like(self.codes.tau[:1], dtype=torch.bool), self.cuts < BEYOND])
 

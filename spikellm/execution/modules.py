@@ -29,17 +29,21 @@ class SteppedNeuron(PhaseNeuron):
 
     @property
     def T(self) -> int:
+        """Time steps."""
         return self.theta.shape[1]
 
     @property
     def populations(self) -> int:
+        """P, wires in a step."""
         return self.digits.populations
 
     @property
     def wires(self) -> Float[Tensor, "C S"]:
+        """Output weights of all wires."""
         return self.table.wires
 
-    def forward(self, x: Float[Tensor, "*shape"]) -> Int8[Tensor, "S *shape"]:
+    def forward(self, x: Float[Tensor, "*shape"]) -> Int8[Tensor, " S *shape"]:
+        """Spikes -1, 0 or 1 of every step, from the integrated input."""
         return fire(self.grouped(x), self.table, compiled=self.compiled).view(-1, *x.shape)
 
 
@@ -55,7 +59,7 @@ def neuron_of(owner: nn.Module, slot: str = "neuron") -> PhaseNeuron:
     return neuron
 
 
-def unbatch(x: Shaped[Tensor, "TB *shape"], T: int) -> Shaped[Tensor, "T B *shape"]:
+def unbatch(x: Shaped[Tensor, " TB *shape"], T: int) -> Shaped[Tensor, "T B *shape"]:
     """Time, or wires, out of the batch axis."""
     return x.unflatten(0, (T, -1))
 
@@ -75,6 +79,7 @@ class SteppedEmbedding(nn.Embedding):
         return module
 
     def forward(self, input: Int[Tensor, "B L"]) -> Float[Tensor, "TB L D"]:
+        """Embeddings as the current of step 0; zero after it."""
         first = super().forward(input)
         currents = first.new_zeros(self.T, *first.shape, dtype=wide(first.dtype))
         currents[0] = first
@@ -98,6 +103,7 @@ class SteppedRMSNorm(SpikingRMSNorm):
         return module
 
     def forward(self, x: Float[Tensor, "TB L D"]) -> Int8[Tensor, "..."]:
+        """Spikes of the norm's neuron, from the integrated currents."""
         spikes = self.neuron(self.normalise(integrate(unbatch(x, self.neuron.T))))
         if self.last:
             return spikes.permute(1, 2, 0, 3)
@@ -112,6 +118,7 @@ class SteppedHeadNorm(nn.Module):
         self.norm, self.T = norm, T
 
     def forward(self, x: Float[Tensor, "TB L H E"]) -> Float[Tensor, "TB L H E"]:
+        """The norm of the integrated currents, as the current of the last step."""
         return at_last_step(self.norm(integrate(unbatch(x, self.T))), self.T).flatten(0, 1)
 
 
@@ -128,6 +135,7 @@ class SteppedActivation(SpikingActivation):
         return module
 
     def forward(self, x: Float[Tensor, "TB L F"]) -> Int8[Tensor, "SB L F"]:
+        """Spikes of SiLU's neuron on its S wires."""
         return self.neuron(self.function(integrate(unbatch(x, self.neuron.T)))).flatten(0, 1)
 
 
@@ -158,6 +166,7 @@ class SteppedLinear(nn.Linear):
 
     @property
     def T(self) -> int:
+        """Time steps."""
         return self.wires.shape[1] // self.populations
 
     def wire_by_wire(self, input: Int8[Tensor, "TB L W"]) -> Int8[Tensor, "S B L I"]:
@@ -165,6 +174,7 @@ class SteppedLinear(nn.Linear):
         return unbatch(input, self.T).unflatten(-1, (self.populations, -1)).movedim(-2, 1).flatten(0, 1)
 
     def forward(self, input: Int8[Tensor, "TB L W"]) -> Float[Tensor, "TB L O"]:
+        """Currents d_t (W s_t) of every step."""
         return joined(self.parts(self.wire_by_wire(input)), self.T).flatten(0, 1)
 
 
@@ -174,6 +184,7 @@ class SteppedUp(SteppedLinear):
     held: int
 
     def forward(self, input: Int8[Tensor, "TB L W"]) -> Float[Tensor, "HB L O"]:
+        """The summed current at each of the S steps of SiLU's spikes."""
         total = integrate(current for part in self.parts(self.wire_by_wire(input)) for current in part)
         return total.expand(self.held, *total.shape).flatten(0, 1)  # a view for batch 1
 
@@ -182,6 +193,7 @@ class SteppedHead(SteppedLinear):
     """lm_head: spikes [*rows, S, D] of the final norm to logits [*rows, V], summed over time."""
 
     def forward(self, input: Int8[Tensor, "*rows S D"]) -> Float[Tensor, "*rows V"]:
+        """Logits: the sum of the currents over time."""
         return integrate(current for part in self.parts(input.movedim(-2, 0)) for current in part)
 
     def readouts(self, input: Int8[Tensor, "*rows S D"]) -> Iterator[Float[Tensor, "*rows V"]]:
@@ -212,6 +224,7 @@ class SteppedSpikingLinear(SpikingLinear):
         return module
 
     def forward(self, x: Float[Tensor, "SB L I"]) -> Float[Tensor, "TB L O"]:
+        """Currents d_t (W s_t) of the neuron's spikes, from the currents that it integrates."""
         T = self.neuron.T
         if self.incoming is None:
             total = integrate(unbatch(x, T))

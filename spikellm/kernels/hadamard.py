@@ -1,7 +1,7 @@
 """Hadamard matrices by construction, and the fast transform x -> x H / sqrt(n).
 
 Problem: the rotations R1..R4 need orthogonal matrices with entries +-1/sqrt(n) at every width of a LLaMA-family model:
-576 = 36*16, 1536 = 12*128, 11008 = 172*64, 13824 = 108*128, 14336 = 28*512, ...
+576 = 36 x 16, 1536 = 12 x 128, 11008 = 172 x 64, 13824 = 108 x 128, 14336 = 28 x 512, ...
 
 Constructions, for n = K * 2^k with K the smallest order that one of them reaches:
 
@@ -9,7 +9,7 @@ Constructions, for n = K * 2^k with K the smallest order that one of them reache
 * Paley I:    order q + 1,   q = 3 (mod 4) prime
 * Paley II:   order 2q + 2,  q = 1 (mod 4) prime
 * Williamson: order 4m, four symmetric circulants A, B, C, D with A^2 + B^2 + C^2 + D^2 = 4m I; searched among those that
-  are constant on the cosets of a subgroup of the units of Z_m (Williamson 1944 found order 172 = 4*43 in this way).
+  are constant on the cosets of a subgroup of the units of Z_m (Williamson 1944 found order 172 = 4 x 43 in this way).
 
 The transform never forms H_n: with n = P * R and H_n = H_P (x) H_R it is two matrix products on a [.., P, R] view,
 n (P + R) multiply-adds a row instead of n^2. Factors hold the signs alone, which every dtype represents exactly, and the scale

@@ -40,7 +40,7 @@ def integrate(currents: Iterable[Tensor]) -> Tensor:
     return total
 
 
-def at_last_step(value: Float[Tensor, "*shape"], T: int) -> Float[Tensor, "T *shape"]:
+def at_last_step(value: Float[Tensor, "*shape"], T: int) -> Float[Tensor, " T *shape"]:
     """Currents of something that is known when T steps are over: nothing before the last."""
     currents = value.new_zeros(T, *value.shape)
     currents[-1] = value
@@ -52,7 +52,7 @@ def step_weights(wires: Float[Tensor, "C S"], size: int) -> Float[Tensor, "S siz
     return wires.T.repeat_interleave(size // wires.shape[0], dim=1)
 
 
-def weighted(spikes: Int8[Tensor, "S *shape"], weights: Float[Tensor, "S *#shape"]) -> Iterator[Float[Tensor, "*shape"]]:
+def weighted(spikes: Int8[Tensor, " S *shape"], weights: Float[Tensor, "S *#shape"]) -> Iterator[Float[Tensor, "*shape"]]:
     """The currents d s of spikes that meet no other weight, wire by wire."""
     return (step * weight for step, weight in zip(spikes, weights, strict=True))
 

@@ -44,6 +44,7 @@ class SpikeCounter(Slot):
         self.synapses = torch.zeros(columns, dtype=torch.int64)
 
     def forward(self, x: Tensor) -> Tensor:
+        """The neuron's values of x, after its spikes are counted."""
         self.add_values(x)
         return self.neuron(x)
 
@@ -58,7 +59,7 @@ class SpikeCounter(Slot):
         """`add_train` as a forward hook of a `SteppedNeuron`."""
         self.add_train(train)
 
-    def add_train(self, train: Int[Tensor, "S *x"]) -> None:
+    def add_train(self, train: Int[Tensor, " S *x"]) -> None:
         """Count a spike train on all its wires, in time-stepped execution."""
         counts = torch.stack([train_counts(self._arranged(wire, self.columns)[None])[0] for wire in train])
         self._add(counts.unflatten(0, (len(self.spikes), -1)).sum(1), train[0].numel())
