@@ -91,6 +91,8 @@ def convert(
     window: int = 1024,
     max_windows: int | None = 8,
     coding: str = "phase",
+    intervals: int | str = 1,
+    min_grain_length: int = 2,
     max_spikes: int | None = None,
     method: str = "evolution",
     groups: str = "head",
@@ -112,10 +114,12 @@ def convert(
         model: as `AutoModelForCausalLM.from_pretrained` gives it, in any floating dtype, on the CPU or on GPUs.
         tokenizer_or_windows: the model's tokenizer, which then reads `text`; or token ids [W, L] to calibrate on, 8 windows of 1024, say.
         T: time steps, 1 to 16.
-        grain: grains of a code, 1, 2, 3, at least two time steps each; "auto": as many as a neuron group needs.
+        grain: grains of a code, 1, 2, 3; "auto": as many as a neuron group needs.
         text: to calibrate on, thousands of tokens in the model's own field; None: the language reference that CPython carries.
         window, max_windows: the text is cut into windows of so many tokens, and so many of them are used.
         coding: phase, phase_signed, rate, ttfs or few_spike.
+        intervals: of the range of |x|, a table and a wire each; "auto": as many as a neuron group needs. Of phase codes.
+        min_grain_length: time steps of a grain, at least.
         max_spikes: of a neuron, with few_spike.
         method: evolution, gradient (hours) or base2.
         groups: head: one code an attention head, one for each sign at SiLU; site: one a site.
@@ -139,7 +143,9 @@ def convert(
         snn=SpikingConfig(
             T=T,
             grain=str(grain),
+            min_grain_length=min_grain_length,
             coding=_choice(Coding, "coding", coding),
+            intervals=str(intervals),
             max_spikes=max_spikes,
             softmax_norm=_choice(SoftmaxNorm, "softmax_norm", softmax_norm),
         ),

@@ -11,7 +11,12 @@ WIDTH = 1 + max(len(label.short) for label in NETWORKS.values())
 
 def console_table(results: Results, folder: Path) -> str:
     """The last lines of a run."""
-    lines = [f"{results.model}  T={results.T}  grain={results.grain}"]
+    code = f"{results.model}  T={results.T}  grain={results.grain}"
+    if results.coding not in (None, "phase"):
+        code += f"  {results.coding}"
+    if results.intervals not in (None, 1):
+        code += f"  intervals={results.intervals}"
+    lines = [code]
     if search := results.search:
         lines.append(
             f"  relative error  base 2 {search.relative_mse_base2:.3g}   fitted {search.relative_mse:.3g}"

@@ -74,6 +74,10 @@ def _run(folder: Path) -> dict[str, Any]:
     if results is None:
         raise InputError(f"report.folder={folder}: {RESULTS} there is damaged; run the job again")
     name = f"{results.model}, T = {results.T}, grain {results.grain}"
+    if results.coding not in (None, "phase"):
+        name += f", {results.coding}"
+    if results.intervals not in (None, 1):
+        name += f", intervals {results.intervals}"
     return {
         "title": name,
         "folder": folder.name,

@@ -29,7 +29,7 @@ class Spikes(KeyedStage):
 
     name = "spikes"
     needs = (CALIBRATE, SEARCH)
-    code = Code(2, ("evaluation.networks", "spikes.ledger"))
+    code = Code(3, ("evaluation.networks", "spikes.ledger"))
 
     def inputs(self, work: Workspace) -> dict[str, object]:
         """What the folded network is made of, and the windows."""
@@ -90,7 +90,7 @@ class Diagnose(KeyedStage):
 
     name = "diagnose"
     needs = (CALIBRATE, SEARCH)
-    code = Code(2, ("evaluation.networks", "evaluation.diagnostics", "evaluation.density_plots"))
+    code = Code(3, ("evaluation.networks", "evaluation.diagnostics", "evaluation.density_plots"))
 
     def inputs(self, work: Workspace) -> dict[str, object]:
         """What the folded network is made of, and the windows."""

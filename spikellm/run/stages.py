@@ -57,6 +57,7 @@ def _run(work: Workspace, progress: Callable[[Results], None]) -> Outcome:
         T=config.snn.T,
         grain=config.snn.grains or "auto",
         coding=config.snn.coding.value,
+        intervals=config.snn.interval_count or "auto",
         execution=config.snn.execution.value,
         seed=config.seed,
         stages={},

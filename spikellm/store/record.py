@@ -234,6 +234,7 @@ class Header(Record):
     T: int
     grain: int | str
     coding: str | None = None
+    intervals: int | str | None = None  # None: written before there were any
     execution: str | None = None
     seed: int | None = None
     stages: dict[str, StageRecord]
