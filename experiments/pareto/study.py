@@ -1,4 +1,4 @@
-"""Perplexity against synaptic operations per token, over codes, T, grain and `search.spike_weight`.
+"""Perplexity against synaptic operations per token, over codes, T, grain, `snn.intervals` and `search.spike_weight`.
 
     python experiments/pareto/study.py [OVERRIDE ..]
 
@@ -27,6 +27,7 @@ class Point(NamedTuple):
 
     code: str
     T: int
+    intervals: str
     grain: str
     weight: float  # search.spike_weight
     ratio: float = 0.0  # perplexity, SNN / ANN with the same prefix
@@ -36,19 +37,22 @@ class Point(NamedTuple):
 
     @property
     def overrides(self) -> list[str]:
-        return [f"snn.coding={self.code}", f"snn.T={self.T}", f"grain={self.grain}", f"search.spike_weight={self.weight}"]
+        code = [f"snn.coding={self.code}", f"snn.T={self.T}", f"snn.intervals={self.intervals}", f"grain={self.grain}"]
+        return [*code, f"search.spike_weight={self.weight}"]
 
 
 CODES = ("phase", "phase_signed")
 POINTS = [
-    *(Point("phase", T, "2", weight) for T in (6, 8) for weight in (0.0, 1.0, 2.0)),
-    *(Point("phase", T, "2", 0.0) for T in (4, 5, 7)),
-    *(Point("phase", 6, grain, 0.0) for grain in ("1", "3", "auto")),
-    *(Point("phase_signed", T, "2", weight) for T in (6, 8) for weight in (0.0, 1.5, 2.5, 3.0, 4.0)),
-    *(Point("phase_signed", 5, "2", weight) for weight in (0.0, 1.5, 2.5)),
-    *(Point("phase_signed", 4, "2", weight) for weight in (0.0, 2.5)),
-    Point("phase_signed", 7, "2", 2.5),
-    *(Point("phase_signed", 6, grain, 2.5) for grain in ("1", "3", "auto")),
+    *(Point("phase", T, "1", "2", weight) for T in (6, 8) for weight in (0.0, 1.0, 2.0)),
+    *(Point("phase", T, "1", "2", 0.0) for T in (4, 5, 7)),
+    *(Point("phase", 6, "1", grain, 0.0) for grain in ("1", "3", "auto")),
+    *(Point("phase_signed", T, "1", "2", weight) for T in (6, 8) for weight in (0.0, 1.5, 2.5, 3.0, 4.0)),
+    *(Point("phase_signed", 5, "1", "2", weight) for weight in (0.0, 1.5, 2.5)),
+    *(Point("phase_signed", 4, "1", "2", weight) for weight in (0.0, 2.5)),
+    Point("phase_signed", 7, "1", "2", 2.5),
+    *(Point("phase_signed", 6, "1", grain, 2.5) for grain in ("1", "3", "auto")),
+    *(Point("phase_signed", T, "2", "2", weight) for T in (4, 5, 6) for weight in (1.5, 2.5, 3.0, 3.5)),
+    *(Point("phase_signed", T, "3", "1", weight) for T in (3, 4) for weight in (0.0, 2.5, 3.0)),
 ]
 
 
@@ -93,9 +97,15 @@ def draw(points: list[Point]) -> Figure:
         steps = sorted({point.T for point in points})
         for code, colour in zip(CODES, plots.COLOURS, strict=False):
             for T, marker in zip(steps, cycle(plots.MARKERS), strict=False):
-                chosen = sorted(point for point in points if (point.code, point.T, point.grain) == (code, T, "2"))
+                chosen = sorted(point for point in points if point[:4] == (code, T, "1", "2"))
                 axes.plot([point.sops / 1e6 for point in chosen], [point.ratio for point in chosen], color=colour, marker=marker,
                           markersize=4, linewidth=1, label=f"{code}, T={T}")  # fmt: skip
+        for (T, intervals), marker in zip(
+            sorted({point[1:3] for point in points} - {(T, "1") for T in steps}), cycle(plots.MARKERS), strict=False
+        ):
+            chosen = sorted(point for point in points if point[1:3] == (T, intervals))
+            axes.plot([point.sops / 1e6 for point in chosen], [point.ratio for point in chosen], color=plots.COLOURS[2], marker=marker,
+                      markersize=4, linewidth=1, label=f"{intervals} intervals, T={T}")  # fmt: skip
         axes.axhline(TARGET, color=plots.INK, linewidth=0.8, linestyle=":")
         axes.set(xlabel="synaptic operations per token [M]", ylabel="perplexity, SNN / ANN", ylim=(0.99, 1.11))
         axes.legend(ncols=2, fontsize=7)
@@ -110,19 +120,21 @@ def main() -> None:
         logging.info("%d of %d: %s", number, len(POINTS), " ".join(point.overrides))
         found.append(measure(point, overrides))
     best = set(front(found))
-    print("\n| code | T | grain | spike weight | perplexity / ANN | SOPs / token [M] | firing rate | energy / ANN | on the front |")
-    print("|" + " --- |" * 9)
-    for point in sorted(found, key=lambda point: point[:4]):
-        cells = [point.code, point.T, point.grain, f"{point.weight:g}", f"{point.ratio:.4f}", f"{point.sops / 1e6:.1f}"]
+    print(
+        "\n| code | T | intervals | grain | spike weight | perplexity / ANN | SOPs / token [M] | rate | energy / ANN | on the front |"
+    )
+    print("|" + " --- |" * 10)
+    for point in sorted(found, key=lambda point: point[:5]):
+        cells = [point.code, point.T, point.intervals, point.grain, f"{point.weight:g}", f"{point.ratio:.4f}", f"{point.sops / 1e6:.1f}"]
         cells += [f"{point.rate:.3f}", f"{point.energy:.3f}", "yes" if point in best else ""]
         print("| " + " | ".join(map(str, cells)) + " |")
-    print(f"\noperations at a ratio of {TARGET}\n\n| code | T | grain | SOPs / token [M] |\n|" + " --- |" * 4)
-    curves: dict[tuple[str, int, str], list[Point]] = {}
+    print(f"\noperations at a ratio of {TARGET}\n\n| code | T | intervals | grain | SOPs / token [M] |\n|" + " --- |" * 5)
+    curves: dict[tuple[str, int, str, str], list[Point]] = {}
     for point in found:
-        curves.setdefault((point.code, point.T, point.grain), []).append(point)
+        curves.setdefault(point[:4], []).append(point)
     at = {curve: sops for curve, points in curves.items() if (sops := operations_at(points, TARGET)) is not None}
-    for (code, T, grain), sops in sorted(at.items(), key=lambda item: item[1]):
-        print(f"| {code} | {T} | {grain} | {sops / 1e6:.1f} |")
+    for (code, T, intervals, grain), sops in sorted(at.items(), key=lambda item: item[1]):
+        print(f"| {code} | {T} | {intervals} | {grain} | {sops / 1e6:.1f} |")
     folder = Path(compose_config(overrides).output_root) / "studies" / "pareto"
     folder.mkdir(parents=True, exist_ok=True)
     plots.png(draw(found), folder / "pareto.png")
