@@ -11,8 +11,7 @@ from launch import die_inside, launch
 from test_config import configure
 
 from spikellm.config.checks import InputError
-from spikellm.config.dataset import NETWORKS
-from spikellm.config.schema import DEFAULT_STAGES, STAGE_NAMES
+from spikellm.config.schema import DEFAULT_NETWORKS, DEFAULT_STAGES, STAGE_NAMES
 from spikellm.run.fitting import SEARCH
 from spikellm.run.measuring import DIAGNOSE, EVALUATE
 from spikellm.run.stages import STAGES, run_stages, with_needed
@@ -211,7 +210,7 @@ def test_several_texts_and_the_main_one(tmp_path):
     assert more["perplexity"] == both["perplexity"]
     assert more["perplexity_by_text"]["again"]["tokens"] == 31
     assert before.items() <= {path: path.stat().st_mtime_ns for path in artefacts(tmp_path, "evaluate")}.items()
-    assert len(artefacts(tmp_path, "evaluate")) == len(before) + len(NETWORKS)
+    assert len(artefacts(tmp_path, "evaluate")) == len(before) + len(DEFAULT_NETWORKS)
 
 
 def test_results_do_not_depend_on_what_was_cached(tmp_path):

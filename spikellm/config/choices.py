@@ -74,6 +74,15 @@ class Device(Enum):
     auto = "auto"  # accelerate's device map over all GPUs
 
 
+class NetworkName(StrEnum):
+    ann = "ann"  # as pretrained
+    ann_prefix = "ann_prefix"  # rotated, with the prefix of the next
+    base2 = "base2"  # base-2 phase coding in T steps
+    snn = "snn"  # the fitted codes
+    int_static = "int_static"  # integers of T + 1 bits for spikes (of T at the softmax), their steps fitted to the calibration text
+    int_token = "int_token"  # such integers between the least and largest value of each token
+
+
 class EnergyTable(Enum):
     fp32 = "fp32"
     fp16 = "fp16"

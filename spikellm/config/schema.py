@@ -24,6 +24,7 @@ from spikellm.config.choices import (
     Groups,
     ImportV0,
     ModelSource,
+    NetworkName,
     RotationKind,
     RotationPart,
     SearchMethod,
@@ -37,6 +38,7 @@ from spikellm.config.places import project_root
 
 STAGE_NAMES = ("calibrate", "search", "convert", "evaluate", "diagnose", "report")
 DEFAULT_STAGES = STAGE_NAMES[:4]  # a report is written at the end of a run and of a sweep anyway
+DEFAULT_NETWORKS = (NetworkName.ann, NetworkName.ann_prefix, NetworkName.base2, NetworkName.snn)
 MAX_T = 16
 MAX_THREADS = 1024
 MAX_NAME = 100  # of a name that becomes part of a path; file systems take 255 bytes [characters]
@@ -174,6 +176,17 @@ class SearchConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class EvaluationConfig:
+    networks: list[NetworkName] = field(default_factory=lambda: list(DEFAULT_NETWORKS))  # that are measured
+
+    def __post_init__(self) -> None:
+        given = f"[{','.join(self.networks)}]"
+        check(bool(self.networks), "evaluation.networks", given, f"name at least one of {', '.join(NetworkName)}")
+        check(len(set(self.networks)) == len(self.networks), "evaluation.networks", given, "one of them is there twice")
+        self.networks.sort(key=list(NetworkName).index)
+
+
+@dataclass(kw_only=True, slots=True)
 class DiagnosticsConfig:
     windows: int = 1  # stage diagnose: evaluation windows for the loss by kind of site, about twenty forwards each; 0: none
 
@@ -253,6 +266,7 @@ class Config:
     rotation: RotationConfig = field(default_factory=RotationConfig)
     prefix: PrefixConfig = field(default_factory=PrefixConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     diagnostics: DiagnosticsConfig = field(default_factory=DiagnosticsConfig)
     spikes: SpikesConfig = field(default_factory=SpikesConfig)
     energy: EnergyConfig = field(default_factory=EnergyConfig)
@@ -281,6 +295,8 @@ class Config:
         check(binary or self.search.import_file is None, "search.import_file", given, "such a file holds codes of snn.coding=phase")
         given = f"gradient with snn.coding={self.snn.coding.value}"
         check(binary or self.search.method is not SearchMethod.gradient, "search.method", given, "it finds codes of snn.coding=phase")
+        if self.dataset.zero_shot.tasks:
+            self.dataset.zero_shot.scored(self.evaluation.networks)
         check(
             self.report.folder is None or self.stages == ["report"], "report.folder", self.report.folder,
             "stages=[report] rebuilds the report of an earlier run or sweep; other stages write into the run's own folder",

@@ -5,7 +5,14 @@ from typing import Any
 
 from spikellm.report.results import RESULTS, extent, reference_perplexity, value_at
 
-NETWORK_NAMES = (("ANN", "ann"), ("ANN, prefix", "ann_prefix"), ("base-2 SNN", "base2"), ("SNN", "snn"))
+NETWORK_NAMES = (
+    ("ANN", "ann"),
+    ("ANN, prefix", "ann_prefix"),
+    ("base-2 SNN", "base2"),
+    ("SNN", "snn"),
+    ("INT, static", "int_static"),
+    ("INT, token", "int_token"),
+)
 
 
 def console_table(results: dict[str, Any], folder: Path) -> str:
@@ -55,6 +62,10 @@ def _spike_lines(spikes: dict[str, Any], energy: dict[str, Any]) -> list[str]:
             title = f"{name}, {energy['weights'][key]} weights"
             lines.append(f"    {title:<24}{value / 1e6:>10.4g}   x {value / values[0]:.4f}")
         lines.append(f"    even at a synaptic firing rate of {energy[rate]:.3f}")
+    for name, key in NETWORK_NAMES:  # of integers: beside the integer pair
+        if key.startswith("int") and (value := energy.get(f"{key}_pj_per_token")) is not None:
+            title = f"{name}, {energy['weights'][key]} weights"
+            lines.append(f"    {title:<24}{value / 1e6:>10.4g}   x {value / energy['int_pj_per_token']:.4f}")
     return lines
 
 

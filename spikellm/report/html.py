@@ -33,6 +33,7 @@ from spikellm.store.artifacts import intact_json, read_json, write_text
 REPORT, PICTURE = "report.html", "summary.png"
 NETWORK_LABELS = {
     "ann": "pretrained (ANN)", "ann_prefix": "pretrained, same prefix", "base2": "base-2 phase code", "snn": "fitted code (SNN)",
+    "int_static": "integers, fixed steps", "int_token": "integers, a step a token",
 }  # fmt: skip
 SHOWN_MAPS = {"relative_error": "relative squared error", "firing_rate": "firing rate [spikes / (neuron x T)]"}
 
@@ -199,5 +200,8 @@ def _facts(results: dict[str, Any]) -> list[tuple[str, str]]:
         "synaptic operations per token": value_at(results, "spikes.sops_per_token"),
         "energy per token, SNN [pJ]": value_at(results, "energy.snn_pj_per_token"),
         "energy per token, ANN [pJ]": value_at(results, "energy.ann_pj_per_token"),
+        "energy per token, SNN on integers [pJ]": value_at(results, "energy.snn_int_pj_per_token"),
+        "energy per token, integers with fixed steps [pJ]": value_at(results, "energy.int_static_pj_per_token"),
+        "energy per token, integers with a step a token [pJ]": value_at(results, "energy.int_token_pj_per_token"),
     }
     return [(name, f"{value:.4g}" if isinstance(value, float) else str(value)) for name, value in known.items() if value is not None]
