@@ -177,7 +177,7 @@ class SearchConfig:
 
 @dataclass(kw_only=True, slots=True)
 class EvaluationConfig:
-    networks: list[NetworkName] = field(default_factory=lambda: list(DEFAULT_NETWORKS))  # that are measured
+    networks: list[NetworkName] = field(default_factory=lambda: list(DEFAULT_NETWORKS))  # that are measured; the integer rivals at request
 
     def __post_init__(self) -> None:
         given = f"[{','.join(self.networks)}]"
