@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from jaxtyping import Int
@@ -24,7 +24,8 @@ from spikellm.calibration.calibrate import calibrate, enough_pieces
 from spikellm.config.checks import InputError
 from spikellm.config.choices import Coding, DatasetSource, Groups, SearchMethod, SoftmaxNorm
 from spikellm.config.dataset import TextConfig
-from spikellm.config.schema import HardwareConfig, PrefixConfig, SearchConfig, SpikingConfig
+from spikellm.config.model import HardwareConfig
+from spikellm.config.snn import PrefixConfig, SearchConfig, SpikingConfig
 from spikellm.evaluation.texts import cut, read_text, tokenise
 from spikellm.model import checkpoint
 from spikellm.model.attention import SpikingAttention
@@ -46,7 +47,7 @@ class Conversion:
     tokenizer: PreTrainedTokenizerBase | None  # where one was given
     prefix_tokens: list[int]  # their keys and values stand before every sequence
     fits: dict[str, CodeFit]  # by name of the site, in the order in which a token meets them
-    rotation: dict[str, Any]  # kind and seed
+    rotation: dict[str, object]  # kind and seed
 
     @property
     def sites(self) -> list[str]:
@@ -56,7 +57,7 @@ class Conversion:
     @property
     def relative_error(self) -> float:
         """Weighted squared error of the codes over that of sending nothing: mean of the sites, on text that decided nothing."""
-        return search_summary(self.fits)["relative_mse"]
+        return search_summary(self.fits).relative_mse
 
     @property
     def worse_than_base2(self) -> list[str]:
@@ -74,8 +75,8 @@ class Conversion:
         T, (worst, fit) = next(iter(self.fits.values())).table.T, max(self.fits.items(), key=lambda item: item[1].relative_error)
         return (
             f"{type(self.model).__name__}, spiking: T={T}, {len(self.fits)} sites, prefix tokens {self.prefix_tokens}\n"
-            f"relative error {found['relative_mse']:.2e}, with base 2 {found['relative_mse_base2']:.2e}; "
-            f"{found['worse_than_base2']} sites were better off with base 2\n"
+            f"relative error {found.relative_mse:.2e}, with base 2 {found.relative_mse_base2:.2e}; "
+            f"{found.worse_than_base2} sites were better off with base 2\n"
             f"largest at {worst}: {fit.relative_error:.2e}"
         )
 
@@ -167,7 +168,7 @@ def convert(
     except ValueError as error:
         raise ValueError(f"{error}; the model is rotated by now and has no neurons: load it again") from error
     fill(model, {name: fit.table for name, fit in fits.items()}, compiled=compiled)
-    rotation = {"kind": "none" if rotation_seed is None else "hadamard", "seed": rotation_seed}
+    rotation: dict[str, object] = {"kind": "none" if rotation_seed is None else "hadamard", "seed": rotation_seed}
     return Conversion(model=model, tokenizer=tokenizer, prefix_tokens=found.prefix_tokens, fits=fits, rotation=rotation)
 
 

@@ -36,6 +36,7 @@ class Watch(MetaPathFinder):
         self.depth = 0  # modules of transformers that are being imported, one inside the other
 
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        """The spec that the finders behind this one give, with a loader that tells the watch."""
         if fullname.partition(".")[0] != LIBRARY or self not in sys.meta_path:
             return None
         for finder in sys.meta_path[sys.meta_path.index(self) + 1 :]:
@@ -61,9 +62,11 @@ class WatchedLoader(Loader):
         self.loader, self.watch = loader, watch
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        """As the module's own loader."""
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
+        """As the module's own loader; the watch hears when the outermost import has ended."""
         module.__loader__ = self.loader
         if module.__spec__ is not None:
             module.__spec__.loader = self.loader

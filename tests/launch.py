@@ -15,7 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-MAIN = Path(__file__).resolve().parents[1] / "main.py"
+from tests.places import MAIN
+
 SERVER = multiprocessing.get_context("forkserver")
 
 
@@ -46,6 +47,16 @@ def plain(*arguments: str, timeout: float = 300) -> Finished:
     """Run main.py in a fresh interpreter, from a folder that is not the repository's."""
     done = subprocess.run([sys.executable, MAIN, *arguments], cwd="/", capture_output=True, text=True, timeout=timeout, check=False)
     return Finished(done.returncode, done.stdout, done.stderr)
+
+
+def one_line(done: Finished) -> str:
+    """The message of a refused command line."""
+    assert done.code == 2, done.err
+    lines = done.err.splitlines()
+    assert len(lines) == 1, done.err
+    assert lines[0].startswith("error:"), done.err
+    assert "Traceback" not in done.err + done.out
+    return lines[0]
 
 
 def die_inside(stage: str, number: int = signal.SIGKILL, time: int = 1) -> None:

@@ -9,9 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import asked, observed
-from test_config import configure
-from test_stages import SMALL
 from transformers import AutoModelForCausalLM
 
 from spikellm.calibration.statistics import FIT, SiteStatistics
@@ -24,6 +21,9 @@ from spikellm.search.fit import CodeFit, load_fits
 from spikellm.search.methods import METHODS
 from spikellm.search.options import Options
 from spikellm.search.search import group_maxima
+from tests.codes import asked, observed
+from tests.configure import configure
+from tests.jobs import SMALL
 
 BURST = 2  # spikes of a digit, at most
 SHARES = torch.linspace(0.5, 1.1, 13)  # tried amplitudes, in units of the largest activation
@@ -95,7 +95,7 @@ def test_one_entry_takes_a_code_the_whole_way(registered, tmp_path):
     arguments = [*SMALL, f"output_root={tmp_path}", f"snn.T={T}", "grain=1", "model.options.num_hidden_layers=1", "save_model=true"]
     config = configure(*arguments)
     config.search.method = Method.burst
-    found = run_stages(config).results
+    found = run_stages(config).results.to_json()
     fits = load_fits(Path(found["codes"]))
     assert len(fits) == found["sites"] == 10
     for fit in fits.values():
@@ -104,7 +104,7 @@ def test_one_entry_takes_a_code_the_whole_way(registered, tmp_path):
     assert 0 < found["spikes"]["firing_rate"] < 1
     assert found["perplexity"]["snn"] != found["perplexity"]["base2"]
     config.snn.execution = Execution.stepped
-    steps = run_stages(config).results
+    steps = run_stages(config).results.to_json()
     assert steps["stages"]["search"]["cached"]
     assert steps["perplexity"]["snn"] == pytest.approx(found["perplexity"]["snn"], rel=1e-3)
     assert len(steps["anytime"]["perplexity"]) == T

@@ -6,13 +6,12 @@ from enum import Enum
 
 import pytest
 import torch
-from test_config import CONF, configure
 
-from spikellm.config.help import comments, describe, field_help
+from spikellm.config.help import describe, field_docs, field_help
 from spikellm.config.schema import Config
+from tests.configure import configure
+from tests.places import CONF, README, ROOT
 
-PROJECT_ROOT = CONF.parent
-README = (PROJECT_ROOT / "README.md").read_text(encoding="utf-8")
 READING_ORDER = README.partition("## Reading order")[2].partition("\n## ")[0]
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 # The published table: WikiText-2 perplexity, WinoGrande, ARC-c, ARC-e, PIQA [%].
@@ -32,29 +31,33 @@ ANN = {"llama2_7b": 5.47, "llama3_8b": 6.1}
 @pytest.mark.parametrize("row", describe(Config), ids=lambda row: row[0])
 def test_every_field_is_documented(row):
     name, kind, _, meaning = row
-    assert len(meaning.split()) >= 2, f"{name} ({kind}) has no comment in config/schema.py; --help shows it"
+    assert len(meaning.split()) >= 2, f"{name} ({kind}) has no docstring under it in config/; --help shows it"
 
 
-def test_help_text_is_made_of_names_defaults_comments_and_choices():
+def test_help_text_is_made_of_names_defaults_docstrings_and_choices():
     class Colour(Enum):
-        red = 1  # like a rose
+        red = 1
+        """like a rose"""
         blue = 2
 
     @dataclass
     class Inner:
-        size: float = 0.5  # how large [m]
+        size: float = 0.5
+        """how large [m]"""
 
     @dataclass
     class Outer:
         inner: Inner
-        colour: Colour = Colour.red  # of the petals
-        names: list[str] = field(default_factory=lambda: ["a", "b"])  # what it is called
+        colour: Colour = Colour.red
+        """of the petals"""
+        names: list[str] = field(default_factory=lambda: ["a", "b"])  # in no order
+        """what it is called"""
         bare: int | None = None
 
     # get_type_hints looks names up where the class was made
     Outer.__annotations__ = {"inner": Inner, "colour": Colour, "names": list[str], "bare": int | None}
     Inner.__annotations__ = {"size": float}
-    assert comments(Colour) == {"red": "like a rose"}
+    assert field_docs(Colour) == {"red": "like a rose"}
     assert describe(Outer) == [
         ("inner.size", "float", "0.5", "how large [m]"),
         ("colour", "red: like a rose; blue", "red", "of the petals"),
@@ -67,13 +70,11 @@ def test_help_text_is_made_of_names_defaults_comments_and_choices():
 
 
 def files_of_the_tree() -> list[str]:
-    rooms = [path.parent.name for path in (PROJECT_ROOT / "spikellm").glob("*/__init__.py")]
-    files = [
-        f"{room}: {path.name}" for room in rooms for path in (PROJECT_ROOT / "spikellm" / room).rglob("*") if path.suffix in (".py", ".j2")
-    ]
-    folders = [f"experiments/{path.parent.name}" for path in (PROJECT_ROOT / "experiments").glob("*/README.md")]
+    rooms = [path.parent.name for path in (ROOT / "spikellm").glob("*/__init__.py")]
+    files = [f"{room}: {path.name}" for room in rooms for path in (ROOT / "spikellm" / room).rglob("*") if path.suffix in (".py", ".j2")]
+    folders = [f"experiments/{path.parent.name}" for path in (ROOT / "experiments").glob("*/README.md")]
     groups = [f"conf/{path.name}" for path in CONF.iterdir() if path.is_dir()]
-    files += [path.name for path in (PROJECT_ROOT / "spikellm").glob("[!_]*.py")]
+    files += [path.name for path in (ROOT / "spikellm").glob("[!_]*.py")]
     return sorted(
         {
             "main.py",
@@ -96,7 +97,7 @@ def test_every_file_is_named_in_the_reading_order(name):
 
 
 def test_every_experiment_folder_says_what_it_asks_and_how():
-    for folder in (path for path in (PROJECT_ROOT / "experiments").iterdir() if path.is_dir() and path.name != "__pycache__"):
+    for folder in (path for path in (ROOT / "experiments").iterdir() if path.is_dir() and path.name != "__pycache__"):
         text = (folder / "README.md").read_text(encoding="utf-8")
         assert text.startswith("# "), folder
         assert re.search(r"^ *(python (experiments/|main\.py)|make )", text, re.M), f"{folder}: no command"

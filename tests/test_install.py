@@ -11,15 +11,13 @@ from pathlib import Path
 from shutil import copy, copytree, ignore_patterns
 
 import pytest
-from launch import launch
-from test_cli import one_line
-from test_stages import SMALL
 
 from spikellm.config.extras import EXTRA, PICTURES, lack
+from tests.jobs import SMALL, WITH_REPORT
+from tests.launch import launch, one_line
+from tests.places import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-WITH_REPORT = [argument for argument in SMALL if argument != "report.html=false"]
 # Runs the script argv[2] with the libraries of argv[1] missing; last on stderr: what it opened of the checkout's code and configuration.
 WATCHED = f"""
 import atexit, runpy, sys

@@ -8,16 +8,12 @@ from dataclasses import fields
 
 import pytest
 import torch
-from conftest import base2_tables, tiny_model
-from test_config import configure
-from test_docs import README
-from test_stages import SMALL
-from test_zero_shot import byte_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import spikellm
 from spikellm.coding.neuron import PhaseNeuron
-from spikellm.config.schema import HardwareConfig, PrefixConfig, RotationConfig, SearchConfig, SpikingConfig
+from spikellm.config.model import HardwareConfig
+from spikellm.config.snn import PrefixConfig, RotationConfig, SearchConfig, SpikingConfig
 from spikellm.evaluation.texts import token_windows
 from spikellm.kernels.compiled import fused
 from spikellm.model.conversion import fill, prepare
@@ -25,6 +21,11 @@ from spikellm.run.fitting import CALIBRATE, SEARCH
 from spikellm.run.fitting import spiking as of_the_command
 from spikellm.run.workspace import Workspace
 from spikellm.spikes import ledger
+from tests.codes import base2_tables
+from tests.configure import configure
+from tests.jobs import SMALL
+from tests.models import byte_tokenizer, tiny_model
+from tests.places import README
 
 QUICK = {"T": 4, "grain": 1, "compiled": False, "method": "base2"}
 

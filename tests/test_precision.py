@@ -5,14 +5,14 @@ from copy import deepcopy
 
 import pytest
 import torch
-from conftest import asked, base2_table, base2_tables, norm_ratio, tiny_model
 from torch import nn
 
 from spikellm.calibration.calibrate import calibrate, observing
 from spikellm.calibration.statistics import Observer
 from spikellm.coding.neuron import PhaseNeuron, decode, fire
 from spikellm.config.choices import Device, DType, ModelSource
-from spikellm.config.schema import HardwareConfig, ModelConfig, PrefixConfig
+from spikellm.config.model import HardwareConfig, ModelConfig
+from spikellm.config.snn import PrefixConfig
 from spikellm.evaluation.perplexity import perplexity
 from spikellm.execution.stepped import stepped
 from spikellm.kernels.hadamard import hadamard_matrix, split
@@ -25,6 +25,8 @@ from spikellm.model.prefix import attach_prefix
 from spikellm.model.rotation import PARTS, random_signs, rotate
 from spikellm.search.fit import CodeFit
 from spikellm.search.search import base2, evolution
+from tests.codes import asked, base2_table, base2_tables
+from tests.models import norm_ratio, tiny_model
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 HALF = (torch.float16, torch.bfloat16)
@@ -242,7 +244,7 @@ def test_statistics_and_codes_do_not_depend_on_query_blocks(dtype):
     for other in tensors[1:]:
         assert other.keys() == tensors[0].keys()
         assert all(torch.equal(value, other[key]) for key, value in tensors[0].items())
-    softmax = found[0].statistics["model.layers.0.self_attn.softmax_Identity.input"]
+    softmax = found[0].statistics["layers.0.softmax"]
     pairs = sum(row + 1 for row in range(0, 256, 8))  # every eighth query, and the keys that it may see
     assert (softmax.counts.sum(-1) + softmax.zeros).sum(0).tolist() == [4 * pairs] * 4
 

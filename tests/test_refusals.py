@@ -8,18 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, tiny_model
 from filelock import FileLock
-from launch import MAIN, launch
-from test_cli import SMALL, one_line
-from test_config import configure
-from test_data import text_config
-from test_sweep import composed
 
 from spikellm.config.boundary import reason
 from spikellm.config.checks import InputError
 from spikellm.config.choices import Device, ModelSource
-from spikellm.config.schema import HardwareConfig, ModelConfig
+from spikellm.config.model import HardwareConfig, ModelConfig
 from spikellm.evaluation.perplexity import perplexity
 from spikellm.evaluation.texts import read_text
 from spikellm.model.load import context_warning, load_model, load_tokenizer
@@ -27,6 +21,13 @@ from spikellm.report.results import NOT_FINISHED, finished_results, summary_rows
 from spikellm.run.command import explain
 from spikellm.run.stages import run_stages
 from spikellm.run.sweep import RUNNING, Reporter
+from spikellm.store.record import JobRecord, Results
+from tests.configure import composed, configure
+from tests.jobs import WITH_REPORT
+from tests.launch import launch, one_line
+from tests.models import TINY, tiny_model
+from tests.places import MAIN
+from tests.texts import text_config
 
 CPU = HardwareConfig(device=Device.cpu)
 
@@ -50,7 +51,7 @@ def test_options_that_make_no_model_are_refused_by_key_and_value(option):
 
 def test_bytes_beyond_the_vocabulary_are_refused_before_the_search(tmp_path):
     with pytest.raises(InputError, match=r"dataset\.calibration: token .*vocab_size=10"):
-        run_stages(configure(*SMALL, f"output_root={tmp_path}", "model.options.vocab_size=10"))
+        run_stages(configure(*WITH_REPORT, f"output_root={tmp_path}", "model.options.vocab_size=10"))
     assert not list(tmp_path.glob("artifacts/*/*/*"))
 
 
@@ -102,8 +103,10 @@ def test_no_dtype_is_advised_that_is_there_already(dtype):
 def test_windows_beyond_the_context_are_told_with_both_numbers(name, tmp_path):
     tiny_model(name, max_position_embeddings=100).save_pretrained(tmp_path)
     model = ["model.source=hub", f"model.path={tmp_path}"]
-    assert context_warning(configure(*SMALL, *model, "dataset.calibration.window=100")) is None
-    told = context_warning(configure(*SMALL, *model, "dataset.evaluation.window=101", "texts=[local]", "dataset.extra.local.window=300"))
+    assert context_warning(configure(*WITH_REPORT, *model, "dataset.calibration.window=100")) is None
+    told = context_warning(
+        configure(*WITH_REPORT, *model, "dataset.evaluation.window=101", "texts=[local]", "dataset.extra.local.window=300")
+    )
     assert all(part in told for part in ("dataset.evaluation.window=101", "dataset.extra.local.window=300", "100 tokens"))
     assert "calibration" not in told
 
@@ -158,7 +161,7 @@ def test_a_name_stays_in_the_folder_of_runs(name, tmp_path):
 
 def test_a_refused_name_leaves_nothing_outside(tmp_path):
     root = tmp_path / "a" / "b" / "c"
-    assert "model.name='../../../../esc'" in one_line(launch(*SMALL, "model.name=../../../../esc", f"output_root={root}"))
+    assert "model.name='../../../../esc'" in one_line(launch(*WITH_REPORT, "model.name=../../../../esc", f"output_root={root}"))
     assert [path.name for path in tmp_path.rglob("*esc*")] == [path.name for path in root.rglob("*esc*")]
 
 
@@ -212,7 +215,7 @@ def test_a_sweep_of_the_same_second_gets_another_folder(tmp_path):
 def test_a_summary_that_cannot_be_written_is_an_error(tmp_path):
     job = tmp_path / "sweep" / "0-T4-G1"
     job.mkdir(parents=True)
-    write_failure(job, "no", {})
+    write_failure(job, "no", JobRecord())
     (tmp_path / "sweep" / "summary.csv").mkdir()
     config = composed("model=tiny", f"hydra.sweep.dir={tmp_path}/sweep")
     with pytest.raises(SystemExit, match=r"summary\.csv"):
@@ -223,7 +226,7 @@ def test_a_summary_that_cannot_be_written_is_an_error(tmp_path):
 def test_a_damaged_record_is_made_again(content, tmp_path):
     job = tmp_path / "0-T4-G1"
     job.mkdir()
-    write_results(job, {"schema": 1, "config": "0123", "model": "m", "T": 4, "grain": 1}, {}, [])
+    write_results(job, Results(schema=1, config="0123", model="m", T=4, grain=1, stages={}), {}, [])
     assert finished_results(job, "0123")
     (job / "results.json").write_bytes(content)
     assert finished_results(job, "0123") is None

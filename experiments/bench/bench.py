@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 import spikellm
 from spikellm.config.choices import DatasetSource, Device, ModelSource
 from spikellm.config.dataset import TextConfig
-from spikellm.config.schema import HardwareConfig, ModelConfig
+from spikellm.config.model import HardwareConfig, ModelConfig
 from spikellm.evaluation.perplexity import perplexity
 from spikellm.evaluation.texts import token_windows
 from spikellm.model.load import load_model, load_tokenizer

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from spikellm.calibration.calibrate import Calibration
 from spikellm.calibration.statistics import CHOOSE, FIT, REPORT, Observer, SiteStatistics
 from spikellm.config.places import project_root
-from spikellm.config.schema import SearchConfig, SpikingConfig
+from spikellm.config.snn import SearchConfig, SpikingConfig
 from spikellm.kernels.encode import BINARY
 from spikellm.search.fit import part_points, weighted_error
 from spikellm.search.gradient import descend_grains, draw_samples

@@ -16,7 +16,7 @@ from bench import MODEL, peak_mib, spiking
 
 from spikellm.config.choices import DatasetSource, Device
 from spikellm.config.dataset import TextConfig
-from spikellm.config.schema import HardwareConfig
+from spikellm.config.model import HardwareConfig
 from spikellm.evaluation.perplexity import perplexity
 from spikellm.evaluation.texts import token_windows
 from spikellm.execution.memory import peak_bytes

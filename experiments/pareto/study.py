@@ -10,7 +10,7 @@ import logging
 import sys
 from itertools import cycle, pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -54,10 +54,13 @@ POINTS = [
 
 def measure(point: Point, overrides: list[str]) -> Point:
     """The point with its figures."""
-    results: dict[str, Any] = run_stages(compose_config([*overrides, *point.overrides])).results
-    perplexity, spikes, energy = results["perplexity"], results["spikes"], results["energy"]
-    ratio, share = perplexity["snn"] / perplexity["ann_prefix"], energy["snn_pj_per_token"] / energy["ann_pj_per_token"]
-    return point._replace(ratio=ratio, sops=spikes["sops_per_token"], rate=spikes["firing_rate"], energy=share)
+    results = run_stages(compose_config([*overrides, *point.overrides])).results
+    perplexity, spikes, energy = results.perplexity, results.spikes, results.energy
+    assert perplexity is not None
+    assert spikes is not None
+    assert energy is not None
+    ratio, share = perplexity.networks["snn"] / perplexity.networks["ann_prefix"], energy.snn_pj_per_token / energy.ann_pj_per_token
+    return point._replace(ratio=ratio, sops=spikes.sops_per_token, rate=spikes.firing_rate, energy=share)
 
 
 def front(points: list[Point]) -> list[Point]:

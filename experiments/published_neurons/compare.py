@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from spikellm.calibration.statistics import CHOOSE, FIT, REPORT, Observer, SiteStatistics
 from spikellm.coding.codes import Codes, base2_codes
-from spikellm.config.schema import SpikingConfig
+from spikellm.config.snn import SpikingConfig
 from spikellm.kernels.encode import BINARY
 from spikellm.search.evolution import squared_error
 from spikellm.search.fit import part_points

@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 from spikellm.report import plots
-from spikellm.report.results import reference_perplexity, write_summary
+from spikellm.report.results import write_summary
+from spikellm.store.record import reference_perplexity
 
 ROOT = Path(__file__).resolve().parents[2]
 OUTPUT = ROOT / "outputs" / "studies" / "t_by_grain"

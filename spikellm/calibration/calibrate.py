@@ -26,7 +26,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from spikellm.calibration.statistics import CHOOSE, FIT, REPORT, Observer, SiteStatistics
-from spikellm.config.schema import PrefixConfig
+from spikellm.config.labels import SiteKind
+from spikellm.config.snn import PrefixConfig
 from spikellm.model.attention import attentions
 from spikellm.model.blocks import Block, enter
 from spikellm.model.conversion import get_neuron, set_neuron, site_groups
@@ -39,7 +40,6 @@ from spikellm.model.sites import (
     MLP_NORM,
     UP,
     Site,
-    SiteKind,
 )
 from spikellm.store.artifacts import read_json, write_json, write_tensors
 
@@ -75,6 +75,7 @@ class Calibration:
 
     @classmethod
     def load(cls, folder: Path) -> Self:
+        """What `save` wrote into a folder."""
         tensors = load_file(folder / "statistics.safetensors")
         record = read_json(folder / "calibration.json")
         statistics = {name: SiteStatistics.from_tensors(tensors, name) for name in record["sites"]}
@@ -181,8 +182,9 @@ def _observer(model: PreTrainedModel, site: Site) -> Observer:
 class MlpImportance:
     """Hooks on one layer that tell the observers at its activation and its product what an error there counts."""
 
-    def __init__(self, layer: Any) -> None:
-        self.activation, self.product = layer.get_submodule(ACTIVATION), layer.get_submodule(DOWN)
+    def __init__(self, layer: nn.Module) -> None:
+        self.activation: Any = layer.get_submodule(ACTIVATION)
+        self.product: Any = layer.get_submodule(DOWN)
         self.residual_power = self.up_power = torch.empty(0)
         self.handles = [
             layer.get_submodule(MLP_NORM).register_forward_pre_hook(self._keep_residual),
@@ -202,5 +204,6 @@ class MlpImportance:
         self.product.neuron.weigh(importance)
 
     def remove(self) -> None:
+        """Take the hooks off."""
         for handle in self.handles:
             handle.remove()

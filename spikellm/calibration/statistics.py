@@ -101,6 +101,7 @@ class SiteStatistics:
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], name: str) -> Self:
+        """The statistics of a site among the tensors of a file: the inverse of `tensors`."""
         return cls(
             counts=tensors[f"{name}.counts"],
             weights=tensors.get(f"{name}.weights"),
@@ -148,6 +149,7 @@ class Observer(Slot):
         self._lengths = torch.zeros(2, dtype=torch.float64)  # of rows: sum, sum of squares
 
     def forward(self, x: Tensor) -> Tensor:
+        """Count x, or hold it until its importance is known; x comes out as it is."""
         if self.held:
             self._passed = x
         else:

@@ -24,14 +24,17 @@ class Codes:
 
     @property
     def tau(self) -> Float[Tensor, "*n"]:
+        """Amplitude of each code, in the activation's unit."""
         return self.values[..., 0].exp()
 
     @property
     def rho(self) -> Float[Tensor, "*n"]:
+        """Factor of each code's thresholds."""
         return self.values[..., 2].exp2()
 
     @property
     def G(self) -> int:
+        """Number of grains."""
         return (self.values.shape[-1] - FIXED) // 3
 
     def bases(self) -> tuple[Tensor, ...]:
@@ -57,6 +60,7 @@ class Codes:
         return Codes(values=torch.cat([self.values[..., :FIXED], *parts], -1), assignment=self.assignment)
 
     def at(self, index: tuple[Tensor, ...] | slice) -> "Codes":
+        """The codes at an index of the leading shape."""
         return Codes(values=self.values[index], assignment=self.assignment[index])
 
 

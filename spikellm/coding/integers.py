@@ -59,6 +59,7 @@ class IntegerQuantizer(Slot):
         self.axis = axis
 
     def forward(self, x: Tensor) -> Tensor:
+        """What the integers of x [..] stand for, same shape."""
         levels = Levels(*(values[:, None] for values in (self.step, self.low, self.high)))
         groups = len(self.step)
         axis = self.axis % x.ndim
@@ -66,6 +67,7 @@ class IntegerQuantizer(Slot):
         return quantised(x.reshape(outer, groups, -1), levels).view(x.shape)
 
     def extra_repr(self) -> str:
+        """Number of groups, in the printed model."""
         return f"groups={len(self.step)}"
 
 
@@ -86,6 +88,7 @@ class TokenQuantizer(Slot):
         self.T, self.signed, self.groups, self.axis = T, signed, groups, axis
 
     def forward(self, x: Float[Tensor, "*shape N"]) -> Float[Tensor, "*shape N"]:
+        """What the integers of x stand for."""
         axis = self.axis % x.ndim
         parts = x.unflatten(axis, (self.groups, -1))
         values = sorted({axis + 1, parts.ndim - 1})  # the group's channels, or those of its heads
@@ -97,4 +100,5 @@ class TokenQuantizer(Slot):
         return quantised(parts, Levels(step, low, low + span)).view(x.shape)
 
     def extra_repr(self) -> str:
+        """Bits, sign and number of groups, in the printed model."""
         return f"T={self.T}, signed={self.signed}, groups={self.groups}"

@@ -67,14 +67,17 @@ class PhaseTable:
 
     @property
     def rows(self) -> Rows:
+        """The table as plain tensors, for the kernels."""
         return Rows(self.theta, self.h, self.d, self.v0)
 
     @property
     def T(self) -> int:
+        """Time steps."""
         return self.theta.shape[1]
 
     @property
     def groups(self) -> int:
+        """Neuron groups: the rows, or pairs of rows for two-sided digits."""
         return len(self.v0) // self.digits.populations
 
     @property
@@ -90,6 +93,7 @@ class PhaseTable:
         return type(self)(*self.rows.map(change), digits=self.digits)
 
     def to(self, *args, **kwargs) -> Self:
+        """The table on another device or in another dtype: arguments of `torch.Tensor.to`."""
         return self.map(lambda rows: rows.to(*args, **kwargs))
 
 
@@ -141,6 +145,7 @@ class Slot(nn.Module):
         return type(self) is Slot
 
     def forward(self, x: Tensor) -> Tensor:
+        """What comes in, unchanged."""
         return x
 
     def weigh(self, importance: Float[Tensor, "..."] | None, neurons: Bool[Tensor, "..."] | None = None) -> None:
@@ -171,6 +176,7 @@ class PhaseNeuron(Slot):
 
     @property
     def table(self) -> PhaseTable:
+        """The buffers as a table."""
         return PhaseTable(self.theta, self.h, self.d, self.v0, digits=self.digits, checked=True)
 
     def grouped(self, x: Tensor) -> Float[Tensor, "A C I"]:
@@ -183,7 +189,9 @@ class PhaseNeuron(Slot):
         return x.reshape(outer, groups, x.shape[axis] // groups * inner)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Decoded values of the spikes that x [..] causes, same shape."""
         return encode(self.grouped(x), self.table, compiled=self.compiled).reshape(x.shape)
 
     def extra_repr(self) -> str:
+        """What `print(model)` shows of the neurons."""
         return f"T={self.table.T}, groups={self.table.groups}, {self.digits}"

@@ -6,25 +6,35 @@ from dataclasses import dataclass, field
 from omegaconf import MISSING
 
 from spikellm.config.checks import check, check_names
-from spikellm.config.choices import DatasetSource, NetworkName
+from spikellm.config.choices import DatasetSource
+from spikellm.config.labels import NETWORKS, NetworkName
 
 ZERO_SHOT_TASKS = ("winogrande", "arc_challenge", "arc_easy", "piqa", "hellaswag")
-SCORED = (NetworkName.ann, NetworkName.snn, NetworkName.int_static, NetworkName.int_token)  # by zero_shot.networks=null
+ASKED_BY_NAME = (NetworkName.ann_prefix, NetworkName.base2)  # not by zero_shot.networks=null
 
 
 @dataclass(kw_only=True, slots=True)
 class TextConfig:
     """Where a stream of tokens comes from and how it is cut into windows."""
 
-    source: DatasetSource = MISSING  # where the text comes from
-    path: str | None = None  # local file (source=text) or hub id (source=hub)
-    name: str | None = None  # configuration of the hub data set
-    split: str | None = None  # split of the hub data set; part of the topics for pydocs
-    field: str = "text"  # column of the hub data set that holds the text
-    skip_rows: int = 0  # first rows of the hub data set that are left out
-    max_rows: int | None = None  # rows read from the hub data set after these (streamed where set)
-    window: int = 2048  # length of a window [tokens]
-    max_windows: int | None = None  # windows used; null: all
+    source: DatasetSource = MISSING
+    """where the text comes from"""
+    path: str | None = None
+    """local file (source=text) or hub id (source=hub)"""
+    name: str | None = None
+    """configuration of the hub data set"""
+    split: str | None = None
+    """split of the hub data set; part of the topics for pydocs"""
+    field: str = "text"
+    """column of the hub data set that holds the text"""
+    skip_rows: int = 0
+    """first rows of the hub data set that are left out"""
+    max_rows: int | None = None
+    """rows read from the hub data set after these (streamed where set)"""
+    window: int = 2048
+    """length of a window [tokens]"""
+    max_windows: int | None = None
+    """windows used; null: all"""
 
     def __post_init__(self) -> None:
         check(self.window >= 2, "dataset.*.window", self.window, "must be at least 2 tokens")
@@ -36,15 +46,20 @@ class TextConfig:
 class ZeroShotConfig:
     """Multiple-choice accuracy without examples, through lm-eval."""
 
-    tasks: list[str] = field(default_factory=list)  # of winogrande, arc_challenge, arc_easy, piqa, hellaswag; none: no zero-shot
-    networks: list[str] | None = None  # of evaluation.networks; null: all of them but ann_prefix and base2
-    path: str | None = None  # folder with a TASK.jsonl for every task, in the fields of the hub's data sets; null: the hub
-    limit: int | None = None  # first rows of each task; null: all
-    batch_size: int = 8  # sequences a forward; not felt in the results
+    tasks: list[str] = field(default_factory=list)
+    """of winogrande, arc_challenge, arc_easy, piqa, hellaswag; none: no zero-shot"""
+    networks: list[str] | None = None
+    """of evaluation.networks, those that answer; null: all of them but ann_prefix and base2"""
+    path: str | None = None
+    """folder with a TASK.jsonl for every task, in the fields of the hub's data sets; null: the hub"""
+    limit: int | None = None
+    """first rows of each task; null: all"""
+    batch_size: int = 8
+    """sequences a forward; not felt in the results"""
 
     def __post_init__(self) -> None:
         check_names("dataset.zero_shot.tasks", self.tasks, ZERO_SHOT_TASKS)
-        check_names("dataset.zero_shot.networks", self.networks or [], tuple(NetworkName))
+        check_names("dataset.zero_shot.networks", self.networks or [], tuple(NETWORKS))
         check(self.limit is None or self.limit >= 1, "dataset.zero_shot.limit", self.limit, "must be at least 1 or null")
         check(self.batch_size >= 1, "dataset.zero_shot.batch_size", self.batch_size, "must be at least 1")
 
@@ -55,7 +70,7 @@ class ZeroShotConfig:
             InputError: one is asked for that is not measured, or there is none.
         """
         named = self.networks
-        chosen = [name for name in NetworkName if name in measured and name in (SCORED if named is None else named)]
+        chosen = [name for name in NetworkName if name in measured and (name not in ASKED_BY_NAME if named is None else name in named)]
         absent = [name for name in named or [] if name not in measured]
         given = "null" if named is None else f"[{','.join(named)}]"
         measure = f"evaluation.networks=[{','.join(measured)}]"
@@ -66,10 +81,14 @@ class ZeroShotConfig:
 
 @dataclass(kw_only=True, slots=True)
 class DatasetConfig:
-    name: str = MISSING  # short name, in results
+    """The texts and benchmarks of a job."""
+
+    name: str = MISSING
+    """short name, in results"""
     calibration: TextConfig = MISSING
     evaluation: TextConfig = MISSING
-    extra: dict[str, TextConfig] = field(default_factory=dict)  # further evaluation texts by name; the group `texts` has presets
+    extra: dict[str, TextConfig] = field(default_factory=dict)
+    """further evaluation texts by name; the group `texts` has presets"""
     zero_shot: ZeroShotConfig = field(default_factory=ZeroShotConfig)
 
     def __post_init__(self) -> None:

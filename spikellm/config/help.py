@@ -1,15 +1,15 @@
-"""The fields of a dataclass as text, for `--help`: name, type, default, and the comment that stands behind each in its source.
+"""The fields of a dataclass as text, for `--help`: name, type, default, and the docstring that stands under each in its source.
 
-The comment is the documentation's only home; a field without one is found by `tests/test_docs.py`.
+The docstring is the documentation's only home; a field without one is found by `tests/test_docs.py`.
 """
 
+import ast
 import inspect
-import io
 import textwrap
-import tokenize
 from dataclasses import MISSING, Field, fields, is_dataclass
 from enum import Enum
 from functools import cache
+from itertools import pairwise
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -17,17 +17,18 @@ WIDTH, COLUMN = 140, 34  # of the text, of the meaning's column [characters]
 
 
 @cache
-def comments(owner: type) -> dict[str, str]:
-    """Field or member name -> the comment behind its definition, for a dataclass or an Enum."""
-    source = textwrap.dedent(inspect.getsource(owner))
-    found: dict[str, str] = {}
-    first: dict[int, str] = {}  # line -> first word in it
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        line = token.start[0]
-        if token.type == tokenize.NAME:
-            first.setdefault(line, token.string)
-        elif token.type == tokenize.COMMENT and line in first:
-            found.setdefault(first[line], token.string.lstrip("# "))
+def field_docs(owner: type) -> dict[str, str]:
+    """Field or member name -> the docstring under its definition, for a dataclass or an Enum."""
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
+    assert isinstance(definition, ast.ClassDef)
+    found = {}
+    for field, below in pairwise(definition.body):
+        match field, below:
+            case (
+                ast.AnnAssign(target=ast.Name(id=name)) | ast.Assign(targets=[ast.Name(id=name)]),
+                ast.Expr(value=ast.Constant(value=str(text))),
+            ):
+                found[name] = inspect.cleandoc(text)
     return found
 
 
@@ -41,7 +42,7 @@ def describe(owner: type, prefix: str = "") -> list[tuple[str, str, str, str]]:
             assert isinstance(hint, type)
             rows += describe(hint, f"{name}.")
         else:
-            rows.append((name, _type(hint), _default(each), comments(owner).get(each.name, "")))
+            rows.append((name, _type(hint), _default(each), field_docs(owner).get(each.name, "")))
     return rows
 
 
@@ -64,7 +65,7 @@ def _type(hint: Any) -> str:
     if get_origin(hint) in (Union, UnionType):
         return " or ".join("null" if part is NoneType else _type(part) for part in get_args(hint))
     if isinstance(hint, type) and issubclass(hint, Enum):
-        notes = comments(hint)
+        notes = field_docs(hint)
         return "; ".join(f"{member.name}: {notes[member.name]}" if member.name in notes else member.name for member in hint)
     if get_origin(hint) is not None:
         return f"{get_origin(hint).__name__} of {', '.join(_type(part) for part in get_args(hint))}"

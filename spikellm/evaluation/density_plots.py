@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from spikellm.calibration.statistics import REPORT, SiteStatistics
+from spikellm.config.labels import SiteKind
 from spikellm.evaluation.diagnostics import site_levels
-from spikellm.model.sites import SiteKind
+from spikellm.model.sites import Site
 from spikellm.search.fit import CodeFit
 
 COLUMNS = 6
@@ -30,20 +31,22 @@ def write_density_plots(folder: Path, statistics: Mapping[str, SiteStatistics], 
 
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
+    sites = {name: site for name in fits if (site := Site.of(name)) is not None}
     for kind in SiteKind:
-        names = [name for name in fits if name.endswith(kind.value)]
+        names = [name for name, site in sites.items() if site.kind is kind]
         rows = -(-len(names) // COLUMNS)
         figure = Figure(figsize=(max(6.0, 2.6 * min(COLUMNS, len(names)) + 0.6), 1.7 * rows + 1.0), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots(rows, min(COLUMNS, len(names)), squeeze=False).flatten()
         for axis, name in zip(axes, names, strict=False):
             _panel(axis, statistics[name], fits[name])
-            axis.set_title(name.removesuffix(kind.value).strip(".").replace("model.layers.", "layer ") or name, fontsize=7, pad=2)
+            layer = sites[name].layer
+            axis.set_title(kind.value if layer is None else f"layer {layer}", fontsize=7, pad=2)
         for axis in axes[len(names) :]:
             axis.set_visible(False)
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper right", ncols=3, fontsize=8, frameon=False)
-        figure.suptitle(f"{kind.name}: levels of the code on the density of |x|", x=0.01, ha="left", fontsize=9)
+        figure.suptitle(f"{kind.value}: levels of the code on the density of |x|", x=0.01, ha="left", fontsize=9)
         paths.append(folder / f"density_{kind.name}.png")
         figure.savefig(paths[-1], dpi=90)
     return paths

@@ -11,7 +11,6 @@ Damage is measured, not estimated: perplexity with neurons at one kind of site, 
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -21,10 +20,11 @@ from transformers import PreTrainedModel
 
 from spikellm.calibration.statistics import REPORT, SiteStatistics
 from spikellm.coding.neuron import PhaseTable, encode
+from spikellm.config.labels import SiteKind
 from spikellm.evaluation.perplexity import perplexity
 from spikellm.model.conversion import clear, model_sites, place
-from spikellm.model.sites import SiteKind
 from spikellm.search.fit import CodeFit, part_points
+from spikellm.store.record import Row
 
 # Of the histogram, where it has least: with fewer points around each level, what levels could gain between them is lost (1.6 % at 8).
 POINTS_PER_LEVEL = 8
@@ -183,7 +183,7 @@ def damage(
     return by_kind, dict(sorted(by_site.items(), key=lambda item: -item[1]))
 
 
-def site_rows(statistics: Mapping[str, SiteStatistics], fits: Mapping[str, CodeFit]) -> list[dict[str, Any]]:
+def site_rows(statistics: Mapping[str, SiteStatistics], fits: Mapping[str, CodeFit]) -> list[Row]:
     """One row per site: its relative errors, and how far the code's is above the bound, where there is one."""
     rows = []
     for name, fit in tqdm(fits.items(), desc="Lloyd-Max bound", unit="site", disable=None):

@@ -19,12 +19,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spikellm.config.checks import InputError
-from spikellm.config.choices import DatasetSource, NetworkName
+from spikellm.config.choices import DatasetSource
 from spikellm.config.dataset import DatasetConfig, TextConfig, ZeroShotConfig
 from spikellm.config.extras import require
+from spikellm.config.labels import NetworkName
 from spikellm.evaluation import texts, zero_shot
 from spikellm.evaluation.perplexity import perplexity
 from spikellm.store.artifacts import Artefact, ArtifactStore, read_json, write_json
+from spikellm.store.record import AccuracyRecord, AnytimeRecord, Findings, PerplexityRecord, Record
 from spikellm.store.sources import text_source
 
 log = logging.getLogger(__name__)
@@ -33,9 +35,20 @@ log = logging.getLogger(__name__)
 Tokenizer = Callable[[], PreTrainedTokenizerBase | None]
 
 
-def folded_perplexity(model: PreTrainedModel, windows: Int[Tensor, "W L"], label: str) -> dict[str, Any]:
-    """`perplexity` in JSON types."""
-    return asdict(perplexity(model, windows, label=label))
+@dataclass(frozen=True, kw_only=True)
+class Measurement(Record):
+    """The artefact of one perplexity: `Perplexity`, and what stepped execution adds."""
+
+    value: float
+    windows: int
+    window: int  # [tokens]
+    tokens: int  # targets
+    anytime: list[float] | None = None  # read after 1 .. T steps
+
+
+def folded_perplexity(model: PreTrainedModel, windows: Int[Tensor, "W L"], label: str) -> Measurement:
+    """`perplexity` as an artefact holds it."""
+    return Measurement(**asdict(perplexity(model, windows, label=label)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +59,7 @@ class Network:
     inputs: dict[str, Any]  # everything its figures depend on beside the data
     build: Callable[[], PreTrainedModel]
     prefix_tokens: Callable[[], list[int]]  # stand before every sequence by themselves
-    measure: Callable[[PreTrainedModel, Tensor, str], dict[str, Any]] = folded_perplexity  # fields of `Perplexity`; anytime if stepped
+    measure: Callable[[PreTrainedModel, Tensor, str], Measurement] = folded_perplexity
 
 
 def named_texts(dataset: DatasetConfig) -> dict[str, TextConfig]:
@@ -101,36 +114,43 @@ def prepare(
 
 def evaluate(
     dataset: DatasetConfig, tokenizer: Tokenizer, store: ArtifactStore, networks: Sequence[Network], benchmarks: Benchmarks
-) -> tuple[dict[str, Any], list[Artefact]]:
+) -> tuple[Findings, list[Artefact]]:
     """Measure `networks`, one after the other.
 
     Returns:
-        What results.json gets: perplexity, and where asked for perplexity_by_text and zero_shot; the artefacts that it is from.
+        Perplexities, and accuracies where asked for; the artefacts that they are from.
     """
-    options, artefacts = dataset.zero_shot, []
-    perplexities: dict[str, dict[str, Any]] = {key: {} for key in named_texts(dataset)}
+    options, artefacts, anytime = dataset.zero_shot, [], None
+    perplexities: dict[str, dict[str, Measurement]] = {key: {} for key in named_texts(dataset)}
     scored = options.scored([network.name for network in networks]) if options.tasks else []
-    accuracies: dict[str, dict[str, Any]] = {name.value: {} for name in scored}
-    results: dict[str, Any] = {}
+    accuracies: dict[str, dict[str, AccuracyRecord]] = {name.value: {} for name in scored}
     for network in networks:
         model = cache(network.build)
         for key, text in named_texts(dataset).items():
             artefact = _perplexity(store, network, model, tokenizer, text, key)
-            found = read_json(artefact.folder / "perplexity.json")
-            if (curve := found.pop("anytime", None)) is not None and key == "dataset.evaluation":
-                results["anytime"] = {"perplexity": curve}
-            perplexities[key] |= {network.name.value: found.pop("value")} | found
+            found = Measurement.from_json(read_json(artefact.folder / "perplexity.json"))
+            if found.anytime is not None and key == "dataset.evaluation":
+                anytime = AnytimeRecord(perplexity=found.anytime)
+            perplexities[key][network.name.value] = found
             artefacts.append(artefact)
         for task in options.tasks if network.name in scored else ():
             artefact = _accuracy(store, network, model, tokenizer, options, task, benchmarks)
-            accuracies[network.name.value][task] = read_json(artefact.folder / "accuracy.json")
+            accuracies[network.name.value][task] = AccuracyRecord.from_json(read_json(artefact.folder / "accuracy.json"))
             artefacts.append(artefact)
-    results["perplexity"] = perplexities.pop("dataset.evaluation")
-    if perplexities:
-        results["perplexity_by_text"] = {key.rpartition(".")[2]: figures for key, figures in perplexities.items()}
-    if options.tasks:
-        results["zero_shot"] = accuracies
-    return results, artefacts
+    by_text = {key.rpartition(".")[2]: _on_one_text(measured) for key, measured in perplexities.items()}
+    findings = Findings(
+        anytime=anytime,
+        perplexity=by_text.pop("evaluation"),
+        perplexity_by_text=by_text or None,
+        zero_shot=accuracies if options.tasks else None,
+    )
+    return findings, artefacts
+
+
+def _on_one_text(measured: dict[str, Measurement]) -> PerplexityRecord:
+    some = next(iter(measured.values()))
+    networks = {name: found.value for name, found in measured.items()}
+    return PerplexityRecord(networks=networks, windows=some.windows, window=some.window, tokens=some.tokens)
 
 
 def _perplexity(
@@ -139,7 +159,7 @@ def _perplexity(
     def measure(folder: Path) -> None:
         measured = model()
         windows = texts.token_windows(text, key, tokenizer(), measured.config.vocab_size)
-        write_json(folder / "perplexity.json", network.measure(measured, windows, f"{network.name} {key.rpartition('.')[2]}"))
+        write_json(folder / "perplexity.json", network.measure(measured, windows, f"{network.name} {key.rpartition('.')[2]}").to_json())
 
     inputs = network.inputs | {"network": network.name.value, "text": text_source(text, store.digests)}
     return store.load_or_compute("evaluate", inputs, measure)
@@ -158,8 +178,8 @@ def _accuracy(
         start = time.perf_counter()
         prefix, limit, batch_size = network.prefix_tokens(), options.limit, options.batch_size
         found = zero_shot.accuracy(model(), tokenizer(), benchmarks[task], limit=limit, batch_size=batch_size, prefix_tokens=prefix)
-        write_json(folder / "accuracy.json", found)
-        log.info("zero-shot %s %s: acc %.4f, %.1f s", network.name, task, found["acc"], time.perf_counter() - start)
+        write_json(folder / "accuracy.json", found.to_json())
+        log.info("zero-shot %s %s: acc %.4f, %.1f s", network.name, task, found.acc, time.perf_counter() - start)
 
     return store.load_or_compute("zero_shot", _task_inputs(options, task, network), measure)
 

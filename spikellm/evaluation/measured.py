@@ -21,8 +21,9 @@ from transformers import PreTrainedModel
 from spikellm.calibration.calibrate import Calibration
 from spikellm.calibration.statistics import SiteStatistics
 from spikellm.coding.neuron import Slot
-from spikellm.config.choices import Execution, NetworkName
-from spikellm.evaluation.figures import Network, folded_perplexity
+from spikellm.config.choices import Execution
+from spikellm.config.labels import NetworkName
+from spikellm.evaluation.figures import Measurement, Network, folded_perplexity
 from spikellm.evaluation.networks import Networks
 from spikellm.evaluation.perplexity import readout_perplexities
 from spikellm.execution.memory import fitting_chunk
@@ -47,7 +48,7 @@ def measured_networks(
     names: Collection[NetworkName],
     models: Networks,
     options: Options,
-    keys: dict[str, Any],
+    keys: Mapping[str, object],
     calibration: Callable[[], Calibration],
     fits: Callable[[], dict[str, CodeFit]],
 ) -> list[Network]:
@@ -115,8 +116,8 @@ def measured_networks(
 
 def stepped_perplexity(
     model: PreTrainedModel, windows: Int[Tensor, "W L"], label: str, *, chunk: int | None, max_gib: float | None
-) -> dict[str, Any]:
-    """Perplexity with spikes step by step in JSON types, and as `anytime` what the logits give after 1 .. T steps.
+) -> Measurement:
+    """Perplexity with spikes step by step, and as `anytime` what the logits give after 1 .. T steps.
 
     Args:
         chunk: time steps per matrix product, at most; None: all.
@@ -130,4 +131,4 @@ def stepped_perplexity(
     with stepped(model, chunk=chunk):
         readouts: Any = model.get_submodule(HEAD)
         curve = readout_perplexities(model, windows, readouts=readouts.readouts, label=f"{label}, stepped")
-    return asdict(curve[-1]) | {"anytime": [point.value for point in curve]}
+    return Measurement(**asdict(curve[-1]), anytime=[point.value for point in curve])

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from spikellm.coding.neuron import PhaseTable, Slot
 from spikellm.config.checks import InputError
 from spikellm.config.choices import RotationKind, RotationPart, SoftmaxNorm
-from spikellm.config.schema import HardwareConfig, ModelConfig, RotationConfig
+from spikellm.config.model import HardwareConfig, ModelConfig
+from spikellm.config.snn import RotationConfig
 from spikellm.kernels.hadamard import HAS_CUDA_KERNEL
 from spikellm.model import conversion
 from spikellm.model.load import load_model

@@ -1,5 +1,7 @@
-"""Windowed perplexity, as the field reports it for WikiText-2: mean token loss inside each window (window - 1 targets), mean over
-the windows, exp. lm-eval's `wikitext` task is a word perplexity: another number under another name.
+"""Windowed perplexity, as the field reports it for WikiText-2.
+
+Mean token loss inside each window (window - 1 targets), mean over the windows, exp. lm-eval's `wikitext` task is a word perplexity:
+another number under another name.
 """
 
 import math

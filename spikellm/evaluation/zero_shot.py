@@ -32,6 +32,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from spikellm.config.boundary import blamed_on, read_file
 from spikellm.config.checks import InputError
 from spikellm.config.dataset import ZeroShotConfig
+from spikellm.store.record import AccuracyRecord
 
 log = logging.getLogger(__name__)
 
@@ -45,20 +46,20 @@ class Kind:
     """What a field of a row may hold."""
 
     meaning: str
-    accepts: Callable[[Any], bool]
+    accepts: Callable[[object], bool]
 
 
-def _is_text(value: Any) -> bool:
+def _is_text(value: object) -> bool:
     """JSON can spell half a surrogate pair, which no tokenizer reads."""
     return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 
-def _is_answer(value: Any) -> bool:
+def _is_answer(value: object) -> bool:
     """A text of which something is left without [brackets], which HellaSwag's task strips: nothing has no likelihood."""
-    return _is_text(value) and re.sub(r"\[.*?\]", "", value).strip() != ""
+    return isinstance(value, str) and _is_text(value) and re.sub(r"\[.*?\]", "", value).strip() != ""
 
 
-def _are_choices(value: Any) -> bool:
+def _are_choices(value: object) -> bool:
     if not isinstance(value, dict) or not all(isinstance(value.get(key), list) for key in ("text", "label")):
         return False
     texts, labels = value["text"], value["label"]
@@ -86,7 +87,7 @@ def _arc(file: str) -> Benchmark:
     return Benchmark(file=file, split="test", fields=fields, has_answer=lambda row: row["answerKey"] in row["choices"]["label"])
 
 
-def _whole(value: Any) -> int:
+def _whole(value: object) -> int:
     """A number as JSON or as text; -1 for anything else. True is no 1."""
     return int(value) if type(value) is int or (isinstance(value, str) and re.fullmatch("[0-9]{1,9}", value)) else -1
 
@@ -130,7 +131,7 @@ def read_rows(folder: str, task: str) -> list[dict[str, Any]]:
     return rows
 
 
-def _read_row(line: str, place: str, task: str, wanted: str) -> dict[str, Any]:
+def _read_row(line: str, place: str, task: str, wanted: str) -> dict[str, object]:
     benchmark = BENCHMARKS[task]
     with blamed_on(f"{place} is not JSON", wanted):
         row = json.loads(line)
@@ -146,13 +147,13 @@ def _read_row(line: str, place: str, task: str, wanted: str) -> dict[str, Any]:
     return {name: row[name] for name in benchmark.fields}
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     """As it stands in the file, in ASCII, not too long."""
     text = json.dumps(value)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]} .."
 
 
-def fingerprint(config: ZeroShotConfig, task: str) -> dict[str, Any]:
+def fingerprint(config: ZeroShotConfig, task: str) -> dict[str, object]:
     """What decides a task's rows: their content where they are local."""
     source = "hub"
     if config.path is not None:
@@ -160,7 +161,7 @@ def fingerprint(config: ZeroShotConfig, task: str) -> dict[str, Any]:
     return {"task": task, "rows": source, "limit": config.limit, "lm_eval": version("lm-eval")}
 
 
-def load_tasks(config: ZeroShotConfig, names: list[str]) -> dict[str, Any]:
+def load_tasks(config: ZeroShotConfig, names: list[str]) -> dict[str, object]:
     """lm-eval's task objects by name.
 
     Raises:
@@ -171,7 +172,7 @@ def load_tasks(config: ZeroShotConfig, names: list[str]) -> dict[str, Any]:
 
         for name in names:
             benchmark = BENCHMARKS[name]
-            task: dict[str, Any] = {"include": str(Path(lm_eval.tasks.__file__).parent / benchmark.file), "task": name}
+            task: dict[str, object] = {"include": str(Path(lm_eval.tasks.__file__).parent / benchmark.file), "task": name}
             if config.path is not None:
                 rows = Path(folder) / f"{name}.jsonl"
                 rows.write_text("".join(json.dumps(row) + "\n" for row in read_rows(config.path, name)), encoding="utf-8")
@@ -203,7 +204,7 @@ def accuracy(
     limit: int | None,
     batch_size: int,
     prefix_tokens: list[int],
-) -> dict[str, float]:
+) -> AccuracyRecord:
     """Accuracy of `model` on one of `load_tasks`.
 
     Args:
@@ -212,7 +213,7 @@ def accuracy(
         prefix_tokens: what stands before every sequence by itself: where BOS is among them, the tokenizer must not add another.
 
     Returns:
-        acc and acc_norm (where the benchmark has it) with their standard errors (from two rows on), in [0, 1]; `rows`.
+        acc and acc_norm (where the benchmark has it) with their standard errors (from two rows on).
     """
     assert tokenizer is not None
     with _only(logging.ERROR):  # that arguments for loading a model by name may be ignored
@@ -226,7 +227,7 @@ def accuracy(
                 with blamed_on(f"dataset.zero_shot.tasks=[{task.task_name}]: lm-eval cannot score it", "take other rows or another model"):
                     return super().loglikelihood(requests, disable_tqdm=disable_tqdm or not sys.stderr.isatty())
 
-            def _model_call(self, inps: Tensor, *_: Any, **__: Any) -> Tensor:
+            def _model_call(self, inps: Tensor, *_: object, **__: object) -> Tensor:
                 length = inps.shape[1]
                 return super()._model_call(pad(inps, (0, max(0, MIN_TOKENS - length))))[:, :length]
 
@@ -242,9 +243,8 @@ def accuracy(
     with _only(logging.WARNING):
         found = evaluate(scorer, {"tasks": {task.task_name: task}}, limit=limit, log_samples=False)
     scores = {name.partition(",")[0]: value for name, value in found["results"][task.task_name].items()}
-    return {name: scores[name] for name in METRICS if isinstance(scores.get(name), float)} | {
-        "rows": found["n-samples"][task.task_name]["effective"]
-    }
+    known = {name: scores[name] for name in METRICS if isinstance(scores.get(name), float)}
+    return AccuracyRecord(**known, rows=found["n-samples"][task.task_name]["effective"])
 
 
 @contextmanager

@@ -55,6 +55,7 @@ class SteppedAttention(SpikingAttention):
         mask: Tensor,
         scaling: float,
     ) -> Float[Tensor, "TB L H E"]:
+        """Currents of the heads' outputs, from currents of queries, keys and values."""
         T = self.query.T
         q, k, v = (integrate(unbatch(x, T)) for x in (query, key, value))
         q, k, v, mask, prefix = self.operands(q, k, v, mask[: len(q)])

@@ -29,9 +29,11 @@ class SteppedNeuron(PhaseNeuron):
 
     @property
     def T(self) -> int:
+        """Time steps."""
         return self.theta.shape[1]
 
-    def forward(self, x: Float[Tensor, "*shape"]) -> Int8[Tensor, "T *shape"]:
+    def forward(self, x: Float[Tensor, "*shape"]) -> Int8[Tensor, " T *shape"]:
+        """Spikes -1, 0 or 1 of every step, from the integrated input."""
         return fire(self.grouped(x), self.table, compiled=self.compiled).view(self.T, *x.shape)
 
 
@@ -47,7 +49,7 @@ def neuron_of(owner: nn.Module, slot: str = "neuron") -> PhaseNeuron:
     return neuron
 
 
-def unbatch(x: Shaped[Tensor, "TB *shape"], T: int) -> Shaped[Tensor, "T B *shape"]:
+def unbatch(x: Shaped[Tensor, " TB *shape"], T: int) -> Shaped[Tensor, "T B *shape"]:
     """Time out of the batch axis."""
     return x.unflatten(0, (T, -1))
 
@@ -67,6 +69,7 @@ class SteppedEmbedding(nn.Embedding):
         return module
 
     def forward(self, input: Int[Tensor, "B L"]) -> Float[Tensor, "TB L D"]:
+        """Embeddings as the current of step 0; zero after it."""
         first = super().forward(input)
         currents = first.new_zeros(self.T, *first.shape, dtype=wide(first.dtype))
         currents[0] = first
@@ -87,6 +90,7 @@ class SteppedRMSNorm(SpikingRMSNorm):
         return module
 
     def forward(self, x: Float[Tensor, "TB L D"]) -> Int8[Tensor, "..."]:
+        """Spikes of the norm's neuron, from the integrated currents."""
         spikes = self.neuron(self.normalise(integrate(unbatch(x, self.neuron.T))))
         return spikes.permute(1, 2, 0, 3) if self.last else spikes.flatten(0, 1)
 
@@ -99,6 +103,7 @@ class SteppedHeadNorm(nn.Module):
         self.norm, self.T = norm, T
 
     def forward(self, x: Float[Tensor, "TB L H E"]) -> Float[Tensor, "TB L H E"]:
+        """The norm of the integrated currents, as the current of the last step."""
         return at_last_step(self.norm(integrate(unbatch(x, self.T))), self.T).flatten(0, 1)
 
 
@@ -119,6 +124,7 @@ class SteppedActivation(SpikingActivation):
         return module
 
     def forward(self, x: Float[Tensor, "TB L F"]) -> Int8[Tensor, "SB L F"]:
+        """Spikes of SiLU's neuron in S = T steps, or 2 T where it is two-sided."""
         spikes = self.neuron(self.function(integrate(unbatch(x, self.neuron.T))))
         return torch.cat(self.neuron.digits.parts(spikes)).flatten(0, 1)
 
@@ -146,6 +152,7 @@ class SteppedLinear(nn.Linear):
         return spike_linear(spikes, self.weight, self.d, bias=self.bias, chunk=self.chunk)
 
     def forward(self, input: Int8[Tensor, "TB L I"]) -> Float[Tensor, "TB L O"]:
+        """Currents d_t (W s_t) of every step."""
         return joined(self.parts(unbatch(input, self.d.shape[1])), self.d.shape[1]).flatten(0, 1)
 
 
@@ -155,6 +162,7 @@ class SteppedUp(SteppedLinear):
     held: int
 
     def forward(self, input: Int8[Tensor, "TB L I"]) -> Float[Tensor, "SB L O"]:
+        """The summed current at each of the S steps of SiLU's spikes."""
         total = integrate(current for part in self.parts(unbatch(input, self.d.shape[1])) for current in part)
         return total.expand(self.held, *total.shape).flatten(0, 1)  # a view for batch 1
 
@@ -163,6 +171,7 @@ class SteppedHead(SteppedLinear):
     """lm_head: spikes `[*rows, T, D]` of the final norm to logits `[*rows, V]`, summed over time."""
 
     def forward(self, input: Int8[Tensor, "*rows T D"]) -> Float[Tensor, "*rows V"]:
+        """Logits: the sum of the currents over time."""
         return integrate(current for part in self.parts(input.movedim(-2, 0)) for current in part)
 
     def readouts(self, input: Int8[Tensor, "*rows T D"]) -> Iterator[Float[Tensor, "*rows V"]]:
@@ -193,6 +202,7 @@ class SteppedSpikingLinear(SpikingLinear):
         return module
 
     def forward(self, x: Float[Tensor, "SB L I"]) -> Float[Tensor, "TB L O"]:
+        """Currents d_t (W s_t) of the neuron's spikes, from the currents that it integrates."""
         T = self.neuron.T
         if self.incoming is None:
             total = integrate(unbatch(x, T))

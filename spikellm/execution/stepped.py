@@ -102,7 +102,7 @@ def _siblings(model: PreTrainedModel, chunk: int | None) -> dict[str, nn.Module]
     return found
 
 
-def _repeat(value: Any, T: int) -> Any:
+def _repeat(value: object, T: int) -> object:
     """A mask of B rows for T * B."""
     if isinstance(value, dict):
         return {key: _repeat(entry, T) for key, entry in value.items()}
@@ -131,13 +131,13 @@ def stepped(model: PreTrainedModel, *, chunk: int | None = None) -> Iterator[Pre
         raise ValueError(f"sites differ in their number of time steps, {sorted(steps)}: stepped execution needs one T")
     T = steps.pop()
 
-    def repeat_masks(_: nn.Module, arguments: tuple, keywords: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    def repeat_masks(_: nn.Module, arguments: tuple, keywords: dict[str, object]) -> tuple[tuple, dict[str, object]]:
         if keywords.get("inputs_embeds") is not None:
             raise ValueError("stepped execution takes input_ids: the embedding decides at which step a token's current comes")
         keywords = dict(keywords)
         keywords["attention_mask"] = _repeat(keywords.get("attention_mask"), T)
         positions = keywords.get("position_ids")
-        if positions is not None and len(positions) > 1:
+        if isinstance(positions, Tensor) and len(positions) > 1:
             keywords["position_ids"] = _repeat(positions, T)
         return arguments, keywords
 

@@ -35,7 +35,7 @@ def integrate(currents: Iterable[Tensor]) -> Tensor:
     return total
 
 
-def at_last_step(value: Float[Tensor, "*shape"], T: int) -> Float[Tensor, "T *shape"]:
+def at_last_step(value: Float[Tensor, "*shape"], T: int) -> Float[Tensor, " T *shape"]:
     """Currents of something that is known when T steps are over: nothing before the last."""
     currents = value.new_zeros(T, *value.shape)
     currents[-1] = value
@@ -47,7 +47,7 @@ def step_weights(d: Float[Tensor, "C T"], size: int) -> Float[Tensor, "T size"]:
     return d.T.repeat_interleave(size // d.shape[0], dim=1)
 
 
-def weighted(spikes: Int8[Tensor, "T *shape"], weights: Float[Tensor, "T *#shape"]) -> Iterator[Float[Tensor, "*shape"]]:
+def weighted(spikes: Int8[Tensor, " T *shape"], weights: Float[Tensor, "T *#shape"]) -> Iterator[Float[Tensor, "*shape"]]:
     """The currents d_t s_t of spikes that meet no other weight."""
     return (step * weight for step, weight in zip(spikes, weights, strict=True))
 

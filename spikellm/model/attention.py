@@ -113,6 +113,7 @@ class SpikingAttention(nn.Module):
         mask: Bool[Tensor, "B 1 L S"],
         scaling: float,
     ) -> Float[Tensor, "B L H E"]:
+        """Heads' outputs: each of query, key, softmax and value passes its neuron, in blocks of queries."""
         query, key, value, mask, prefix = self.operands(query, key, value, mask)
         query, key, value = self.query(query), self.key(key), self.value(value)
         mix = self._mix_then_normalise if self.normalise_after else self._normalise_then_mix
@@ -138,7 +139,7 @@ class SpikingAttention(nn.Module):
             prefix = prefix and (self.rotation(prefix[0]), prefix[1])
         return query, key, value, mask, prefix
 
-    def _normalise_then_mix(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, _: Any) -> Float[Tensor, "B H l E"]:
+    def _normalise_then_mix(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, _: object) -> Float[Tensor, "B H l E"]:
         weights = self.softmax(probabilities(per_key_head(query, key.mT), mask))
         self.softmax.weigh(None, mask)
         return per_key_head(weights, value)
@@ -231,13 +232,13 @@ def visible(mask: Tensor, query: Float[Tensor, "B H L E"], key: Float[Tensor, "B
     return mask.expand(wanted[0], -1, -1, -1)
 
 
-def refuse_other_implementation(module: nn.Module, *_: Any) -> None:
+def refuse_other_implementation(module: nn.Module, *_: object) -> None:
     """Forward hook of a layer's attention: any other attention function has passed its neurons and prefix by.
 
     Raises:
         ValueError: the model was set to another implementation.
     """
-    chosen: Any = getattr(module.config, "_attn_implementation", None)
+    chosen: object = getattr(module.config, "_attn_implementation", None)
     if chosen != IMPLEMENTATION:
         raise ValueError(
             f"attn_implementation={chosen!r} leaves out neurons of a spiking model; {IMPLEMENTATION!r} is the one that has them"

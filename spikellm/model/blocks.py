@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -29,7 +28,7 @@ class Block:
     layer: int | None  # None: the final norm
     module: nn.Module
     sites: list[Site]  # nine, or one
-    arguments: dict[str, Any]  # of the module, beside the hidden state
+    arguments: dict[str, object]  # of the module, beside the hidden state
 
     def __call__(self, state: Float[Tensor, "1 L D"]) -> Float[Tensor, "1 L D"]:
         """A window's hidden state behind the block; behind the last block it is what lm_head reads."""
@@ -59,14 +58,14 @@ def enter(model: PreTrainedModel, windows: Int[Tensor, "W L"]) -> tuple[list[Flo
 
 
 @contextmanager
-def _passed_by(model: PreTrainedModel) -> Iterator[tuple[list[Tensor], list[dict[str, Any]]]]:
+def _passed_by(model: PreTrainedModel) -> Iterator[tuple[list[Tensor], list[dict[str, object]]]]:
     """Within: a forward passes the decoder layers by. What comes to the first is collected, and what every layer is called with."""
     layers = decoder_layers(model)
     states: list[Tensor] = []
-    arguments: list[dict[str, Any]] = [{} for _ in layers]
+    arguments: list[dict[str, object]] = [{} for _ in layers]
 
     def twin(index: int, layer: nn.Module) -> nn.Module:
-        def forward(state: Tensor, **given: Any) -> Tensor:
+        def forward(state: Tensor, **given: object) -> Tensor:
             arguments[index] = given
             if index == 0:
                 states.append(state)

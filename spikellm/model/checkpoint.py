@@ -44,7 +44,7 @@ from spikellm.model.modules import OnlineHadamard
 from spikellm.model.sites import ARCHITECTURES, GROUP_AXIS, ROTARY, SPIKING_TYPE, decoder_layers
 
 METHOD = "spikellm"
-SCHEMA = 3  # of `SpikingModelConfig`; raised when what is written no longer means the same
+SCHEMA = 4  # of `SpikingModelConfig`; raised when what is written no longer means the same
 NOTICE = "none for a plain model: pip install spikellm, import spikellm, then AutoModelForCausalLM.from_pretrained"
 CURE = "copy or convert it again"
 EXECUTION = ("query_block", "compiled")  # how the network is computed, not which one it is: free to be edited
@@ -106,7 +106,7 @@ class SpikingModelConfig(QuantizationConfigMixin):
     prefix_length: int  # P
     prefix_sha256: str | None  # of the prefix's keys and values, layer by layer
     rotary_dtype: str  # of RoPE's frequencies, which no checkpoint holds: model.to(bfloat16) rounds them, from_pretrained does not
-    rotation: dict[str, Any] | None = None  # kind, seed, parts and hash of the rotation, where the caller of `save` knows them
+    rotation: dict[str, object] | None = None  # kind, seed, parts and hash of the rotation, where the caller of `save` knows them
     sites: dict[str, SiteRecord]  # by name
     query_block: int  # queries per block of attention [tokens]
     compiled: bool  # neurons run fused
@@ -120,11 +120,12 @@ class SpikingModelConfig(QuantizationConfigMixin):
         content = {key: value for key, value in self.to_dict().items() if key not in (*EXECUTION, "sha256")}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
+        """In JSON types, as transformers asks for it."""
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], *_: Any, **__: Any) -> Self:
+    def from_dict(cls, config_dict: dict[str, Any], *_: object, **__: object) -> Self:
         """What `to_dict` gave.
 
         Raises:
@@ -145,7 +146,7 @@ class SpikingModelConfig(QuantizationConfigMixin):
         return config
 
 
-def _check_keys(place: str, kind: Any, found: Any) -> None:
+def _check_keys(place: str, kind: type, found: object) -> None:
     wanted = {field.name for field in fields(kind)}
     if not isinstance(found, dict):
         raise InputError(f"{place}: is no table of {', '.join(sorted(wanted))}; {CURE}")
@@ -171,7 +172,7 @@ class SpikingModelQuantizer(HfQuantizer):
     requires_calibration = True
     quantization_config: SpikingModelConfig
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: object) -> PreTrainedModel:
         config = self.quantization_config
         rotated = [RotationPart(part) for part in config.rotated]
         install(model, rotated=rotated, normalise_after=config.normalise_after, query_block=config.query_block)
@@ -189,7 +190,7 @@ class SpikingModelQuantizer(HfQuantizer):
                 attention.set_prefix(empty, empty)
         return model
 
-    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: object) -> PreTrainedModel:
         config, folder = self.quantization_config, model.config.name_or_path
         for site in model_sites(model):
             neuron: Any = get_neuron(model, site)
@@ -216,10 +217,12 @@ class SpikingModelQuantizer(HfQuantizer):
         return model
 
     def is_serializable(self) -> bool:
+        """Yes: the model is saved as it is."""
         return True
 
     @property
     def is_trainable(self) -> bool:
+        """No: spikes have no derivative."""
         return False
 
 
@@ -227,10 +230,12 @@ class SpikingConfig(PreTrainedConfig):
     """Mixed into an architecture's config: its own model type, and no file of weights for who takes it for the plain one."""
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **options: Any) -> Any:
+    def from_dict(cls, config_dict: dict[str, object], **options: Any) -> Any:
+        """From config.json, without the notice that `to_dict` adds."""
         return super().from_dict({key: value for key, value in config_dict.items() if key != "transformers_weights"}, **options)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
+        """For config.json, with the notice for who takes the checkpoint for the plain architecture's."""
         return super().to_dict() | {"transformers_weights": NOTICE}
 
 
@@ -239,6 +244,11 @@ class SpikingModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *arguments: Any, output_loading_info: bool = False, **options: Any) -> Any:
+        """The model with its neurons, as transformers' own; every weight finds its place or none is taken.
+
+        Raises:
+            InputError: the checkpoint does not fill the model.
+        """
         place = str(arguments[0] if arguments else options.get("pretrained_model_name_or_path"))
         options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
         load: Any = super().from_pretrained
@@ -254,6 +264,7 @@ class SpikingModel(PreTrainedModel):
         return found if output_loading_info else found[0]
 
     def save_pretrained(self, save_directory: Any, *arguments: Any, **options: Any) -> None:
+        """Save weights, neurons and the description of both, as transformers' own."""
         known = getattr(self.config, "quantization_config", None)
         self.config.quantization_config = described(self, rotation=known and known.rotation)
         super().save_pretrained(save_directory, *arguments, **options)
@@ -281,7 +292,7 @@ def prefix_digest(model: PreTrainedModel) -> str | None:
     return digest(found) if found else None
 
 
-def described(model: PreTrainedModel, *, rotation: dict[str, Any] | None = None) -> SpikingModelConfig:
+def described(model: PreTrainedModel, *, rotation: dict[str, object] | None = None) -> SpikingModelConfig:
     """What is recorded of a converted model.
 
     Raises:
@@ -313,7 +324,7 @@ def described(model: PreTrainedModel, *, rotation: dict[str, Any] | None = None)
     )
 
 
-def save(model: PreTrainedModel, folder: Path, *, rotation: dict[str, Any] | None = None) -> None:
+def save(model: PreTrainedModel, folder: Path, *, rotation: dict[str, object] | None = None) -> None:
     """Write a converted model to `folder`: weights, tables, prefix, config. The model itself stays as it is.
 
     Args:

@@ -9,7 +9,7 @@ fill       puts `PhaseNeuron`s at all sites, or fails
 occupy     puts anything else there
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from spikellm.coding.neuron import PhaseNeuron, PhaseTable, Slot
 from spikellm.config.choices import RotationPart
+from spikellm.config.labels import SiteKind
 from spikellm.model.attention import IMPLEMENTATION, SpikingAttention, refuse_other_implementation
 from spikellm.model.modules import SpikingActivation, SpikingLinear, SpikingRMSNorm, WideEmbedding, WideLinear, wide
 from spikellm.model.rotation import PARTS, rotate
@@ -41,7 +42,6 @@ from spikellm.model.sites import (
     UP,
     VALUE,
     Site,
-    SiteKind,
     check_architecture,
     decoder_layers,
     head_width,
@@ -95,14 +95,15 @@ def install(model: PreTrainedModel, *, rotated: Collection[RotationPart], normal
 
 def install_block(layer: nn.Module, head_width: int, *, rotated: Collection[RotationPart], normalise_after: bool, query_block: int) -> None:
     """The slots of one decoder layer; arguments as in `install`."""
-    weight: Any = layer.get_submodule(OUTPUT).weight
+    part: Callable[[str], Any] = layer.get_submodule  # torch knows no class of it
+    weight = part(OUTPUT).weight
     for norm in (ATTENTION_NORM, MLP_NORM):
-        replace(layer, norm, SpikingRMSNorm.adopt(layer.get_submodule(norm)))
+        replace(layer, norm, SpikingRMSNorm.adopt(part(norm)))
     for reader in (QUERY, KEY, VALUE, GATE, UP):
-        replace(layer, reader, WideLinear.adopt(layer.get_submodule(reader)))
-    replace(layer, ACTIVATION, SpikingActivation(layer.get_submodule(ACTIVATION)))
-    replace(layer, OUTPUT, SpikingLinear.adopt(layer.get_submodule(OUTPUT)))
-    replace(layer, DOWN, SpikingLinear.adopt(layer.get_submodule(DOWN), rotated=RotationPart.R4 in rotated))
+        replace(layer, reader, WideLinear.adopt(part(reader)))
+    replace(layer, ACTIVATION, SpikingActivation(part(ACTIVATION)))
+    replace(layer, OUTPUT, SpikingLinear.adopt(part(OUTPUT)))
+    replace(layer, DOWN, SpikingLinear.adopt(part(DOWN), rotated=RotationPart.R4 in rotated))
     spiking = SpikingAttention(
         head_width,
         rotated=RotationPart.R3 in rotated,
@@ -118,9 +119,10 @@ def install_block(layer: nn.Module, head_width: int, *, rotated: Collection[Rota
 
 def install_ends(model: PreTrainedModel) -> None:
     """The slot of the final norm, and float32 currents from the embedding and into the logits."""
-    replace(model, EMBEDDING, WideEmbedding.adopt(model.get_submodule(EMBEDDING)))
-    replace(model, FINAL_NORM, SpikingRMSNorm.adopt(model.get_submodule(FINAL_NORM)))
-    replace(model, HEAD, WideLinear.adopt(model.get_submodule(HEAD)))
+    part: Callable[[str], Any] = model.get_submodule
+    replace(model, EMBEDDING, WideEmbedding.adopt(part(EMBEDDING)))
+    replace(model, FINAL_NORM, SpikingRMSNorm.adopt(part(FINAL_NORM)))
+    replace(model, HEAD, WideLinear.adopt(part(HEAD)))
 
 
 def online_parts(layer: nn.Module) -> list[RotationPart]:
@@ -132,7 +134,7 @@ def online_parts(layer: nn.Module) -> list[RotationPart]:
     return [part for part, owner in owners.items() if owner.rotation is not None]
 
 
-def _refuse_saving(*_: Any, **__: Any) -> None:
+def _refuse_saving(*_: object, **__: object) -> None:
     """`save_pretrained` of a class that knows no neurons: anybody would open what it writes as a plain model.
 
     Raises:

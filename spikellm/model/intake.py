@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from spikellm.config.boundary import blamed_on
 from spikellm.config.checks import InputError
-from spikellm.config.schema import ModelConfig
+from spikellm.config.model import ModelConfig
 from spikellm.model.sites import ARCHITECTURES, EMBEDDING, FINAL_NORM, HEAD, SPIKING_TYPE
 
 DESCRIPTIONS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "*.index.json")
@@ -70,7 +70,7 @@ def _holds_weights(pickle: Path) -> bool:
     return isinstance(found, Mapping) and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in found.items())
 
 
-def check_config(config: ModelConfig, content: Mapping[str, Any]) -> None:
+def check_config(config: ModelConfig, content: Mapping[str, object]) -> None:
     """Refuse a model by its config.json, before any of its code could be asked for and before its weights are fetched.
 
     Raises:
@@ -100,7 +100,7 @@ def check_type(config: ModelConfig, model_type: str) -> None:
         )
 
 
-def check_vocabulary(config: ModelConfig, content: Mapping[str, Any], tokens: int) -> None:
+def check_vocabulary(config: ModelConfig, content: Mapping[str, object], tokens: int) -> None:
     """Refuse a tokenizer whose own vocabulary (without tokens added to it) goes beyond the embedding.
 
     Raises:

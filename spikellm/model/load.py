@@ -18,7 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from spikellm.config.boundary import blamed_on
 from spikellm.config.checks import InputError
 from spikellm.config.choices import Device, ModelSource
-from spikellm.config.schema import Config, HardwareConfig, ModelConfig
+from spikellm.config.model import HardwareConfig, ModelConfig
+from spikellm.config.schema import Config
 from spikellm.model.intake import CURE, check_config, check_finite, check_folder, check_type, check_vocabulary, unfilled
 from spikellm.model.sites import check_architecture
 from spikellm.store.sources import cached_commit, packaged_file
@@ -113,7 +114,7 @@ def pinned(config: ModelConfig) -> ModelConfig:
     return replace(config, revision=cached_commit(config.path, config.revision or "main") or config.revision)
 
 
-def _location(config: ModelConfig) -> dict[str, Any]:
+def _location(config: ModelConfig) -> dict[str, object]:
     if config.source is ModelSource.gguf:
         folder, name = packaged_file(config)
         return {"pretrained_model_name_or_path": str(folder), "gguf_file": name}
@@ -142,7 +143,7 @@ def _from_hub(config: ModelConfig, loader: Any, **arguments: Any) -> Any:
     return found
 
 
-def _looked_at(config: ModelConfig) -> dict[str, Any]:
+def _looked_at(config: ModelConfig) -> dict[str, object]:
     """The content of config.json, of a model that may be loaded; nothing for a packed file, which has none."""
     if config.source is not ModelSource.hub:
         return {}
@@ -161,7 +162,7 @@ def _device_map(hardware: HardwareConfig) -> str | None:
     return hardware.device.value
 
 
-def _check_in_memory(config: ModelConfig, hardware: HardwareConfig, model: Any) -> None:
+def _check_in_memory(config: ModelConfig, hardware: HardwareConfig, model: PreTrainedModel) -> None:
     """accelerate's device map offloads what does not fit and leaves meta tensors in its place: they cannot be rotated."""
     offloaded = sorted(name for name, parameter in model.named_parameters() if parameter.is_meta)
     if offloaded:
@@ -171,7 +172,7 @@ def _check_in_memory(config: ModelConfig, hardware: HardwareConfig, model: Any) 
         )
 
 
-def _random_config(config: ModelConfig) -> Any:
+def _random_config(config: ModelConfig) -> PretrainedConfig:
     check_type(config, config.path)
     for key in SIZES:
         if isinstance(size := config.options.get(key, 1), int) and size < 1:

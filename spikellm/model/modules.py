@@ -46,13 +46,14 @@ class WideEmbedding(nn.Embedding):
     """Token ids to float32 currents: transformers derives the dtype of RoPE's tables from them, too."""
 
     @classmethod
-    def adopt(cls, embedding: Any) -> Self:
+    def adopt(cls, embedding: nn.Embedding) -> Self:
         """Take over the weight."""
         module = cls(embedding.num_embeddings, embedding.embedding_dim, padding_idx=embedding.padding_idx, device="meta")
         module.weight = embedding.weight
         return module
 
     def forward(self, input: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch D"]:
+        """Rows of the embedding, float32 at least."""
         rows = super().forward(input)
         return rows.to(wide(rows.dtype))
 
@@ -61,13 +62,14 @@ class WideLinear(nn.Linear):
     """A Linear of weights as they are and activations in float32: see `wide_product`."""
 
     @classmethod
-    def adopt(cls, linear: Any) -> Self:
+    def adopt(cls, linear: nn.Linear) -> Self:
         """Take over weight and bias."""
         module = cls(linear.in_features, linear.out_features, bias=False, device="meta")
         module.weight, module.bias = linear.weight, linear.bias
         return module
 
     def forward(self, input: Float[Tensor, "*batch I"]) -> Float[Tensor, "*batch O"]:
+        """W x + b, float32 at least."""
         product = wide_product(input, self.weight)
         return product if self.bias is None else product + self.bias
 
@@ -92,6 +94,7 @@ class SpikingRMSNorm(nn.Module):
         return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps))
 
     def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
+        """The neuron's values of the normalised x."""
         return self.neuron(self.normalise(x))
 
 
@@ -104,6 +107,7 @@ class SpikingActivation(nn.Module):
         self.neuron = Slot()
 
     def forward(self, x: Tensor) -> Tensor:
+        """The neuron's values of the function of x."""
         return self.neuron(self.function(x))
 
 
@@ -128,6 +132,7 @@ class OnlineHadamard(nn.Module):
                 buffer.copy_(factor)
 
     def forward(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
+        """x H / sqrt(n)."""
         return hadamard_transform(x, (self.left, self.right))
 
 
@@ -138,7 +143,7 @@ class SpikingLinear(WideLinear):
     rotation: OnlineHadamard | None
 
     @classmethod
-    def adopt(cls, linear: Any, *, rotated: bool = False) -> Self:
+    def adopt(cls, linear: nn.Linear, *, rotated: bool = False) -> Self:
         """Take over weight and bias; `rotated` says that the weight expects transformed input."""
         module = super().adopt(linear)
         module.neuron = Slot()
@@ -151,4 +156,5 @@ class SpikingLinear(WideLinear):
         return x if self.rotation is None else self.rotation(x)
 
     def forward(self, input: Float[Tensor, "*batch I"]) -> Float[Tensor, "*batch O"]:
+        """The Linear of the neuron's values of x, rotated first where R4 acts."""
         return super().forward(self.neuron(self.transform(input)))

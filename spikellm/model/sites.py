@@ -1,15 +1,16 @@
 """The vocabulary of places: where a LLaMA-family decoder multiplies an activation, and what the place is called.
 
-Nine sites in every decoder layer and one after the last, named as in the authors' published neuron files. The attribute
-names of transformers' LLaMA implementation are written here and nowhere else; Mistral, Qwen2 and Qwen3 share them.
+Nine sites in every decoder layer and one after the last: `layers.3.softmax`, `head_input`. The attribute names of transformers' LLaMA
+implementation are written here and nowhere else; Mistral, Qwen2 and Qwen3 share them.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
 from torch import nn
+
+from spikellm.config.labels import SiteKind
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 # After an architecture: the model type of a saved spiking model. transformers repeats it to who opens one without this package.
@@ -28,30 +29,8 @@ HEAD_NORMS = ("q_norm", "k_norm")  # of the attention module, between projection
 LAYER_PARTS = (ATTENTION_NORM, MLP_NORM, QUERY, KEY, VALUE, OUTPUT, GATE, UP, DOWN, ACTIVATION)
 
 
-class SiteKind(Enum):
-    """The ten kinds of site; the value is the name in published files after `model.layers.{i}.`."""
-
-    attention_input = "input_layernorm.output"
-    query = "self_attn.q_Identity.input"
-    key = "self_attn.k_Identity.input"
-    value = "self_attn.v_Identity.input"
-    softmax = "self_attn.softmax_Identity.input"
-    attention_output = "self_attn.o_proj.input"
-    mlp_input = "post_attention_layernorm.output"
-    activation = "mlp.silu_Identity.input"
-    mlp_product = "mlp.down_proj.input"
-    head_input = "model.norm.output"
-
-    @classmethod
-    def of(cls, site: str) -> "SiteKind | None":
-        """The kind of the site with that name; None: no site of a model."""
-        return next((kind for kind in cls if site.endswith(kind.value)), None)
-
-    @property
-    def one_synapse(self) -> bool:
-        """Whether a spike reaches a single synapse, where its product with one other number is taken."""
-        return self in (SiteKind.value, SiteKind.activation)
-
+# Where a spike reaches a single synapse: its product with one other number is taken there.
+ONE_SYNAPSE = (SiteKind.value, SiteKind.activation)
 
 # The axis that neuron groups divide: heads in [B, H, L, E] and [B, H, L, S], channels elsewhere.
 GROUP_AXIS = dict.fromkeys(SiteKind, -1) | {
@@ -62,7 +41,7 @@ GROUP_AXIS = dict.fromkeys(SiteKind, -1) | {
 }
 
 # Where a site's neuron sits: the module below the layer (below the model for the last kind) that holds the slot, and
-# the slot's attribute. The slots are made by `modules.py` and `attention.py`.
+# the slot's attribute. The slots are made by `modules.py` and `attention.py`. In the order in which a token meets them.
 SPIKING_ATTENTION = "spiking"
 SLOTS = {
     SiteKind.attention_input: (ATTENTION_NORM, "neuron"),
@@ -87,7 +66,16 @@ class Site:
 
     @property
     def name(self) -> str:
-        return self.kind.value if self.layer is None else f"{LAYERS}.{self.layer}.{self.kind.value}"
+        """`layers.{i}.{kind}`, or `head_input`."""
+        return self.kind.name if self.layer is None else f"layers.{self.layer}.{self.kind.name}"
+
+    @classmethod
+    def of(cls, name: str) -> "Site | None":
+        """The site with that name; None: there is none in any model."""
+        *place, kind = name.split(".")
+        layer = int(place[1]) if len(place) == 2 and place[1].isdecimal() else None
+        site = cls(SiteKind[kind], layer) if kind in SiteKind.__members__ else None
+        return site if site is not None and site.name == name and (layer is None) == (site.kind is SiteKind.head_input) else None
 
     @property
     def slot(self) -> tuple[str, str]:
@@ -99,7 +87,7 @@ class Site:
 def sites(layers: int) -> Iterator[Site]:
     """All 9 * layers + 1 sites of a model, in the order in which a token meets them."""
     for layer in range(layers):
-        for kind in SiteKind:
+        for kind in SLOTS:
             if kind is not SiteKind.head_input:
                 yield Site(kind, layer)
     yield Site(SiteKind.head_input, None)

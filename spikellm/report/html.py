@@ -12,29 +12,27 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from spikellm.config.checks import InputError
+from spikellm.config.labels import NETWORKS
 from spikellm.config.schema import Config
 from spikellm.report import plots
 from spikellm.report.results import (
     FIGURES,
     RESULTS,
     SITES,
+    SPIKES,
     SWEEP,
     extent,
     heading,
     readable,
     recorded_results,
-    reference_perplexity,
     summary_rows,
     value_at,
     write_summary,
 )
-from spikellm.store.artifacts import intact_json, read_json, write_text
+from spikellm.store.artifacts import intact_json, write_text
+from spikellm.store.record import Results, reference_perplexity
 
 REPORT, PICTURE = "report.html", "summary.png"
-NETWORK_LABELS = {
-    "ann": "pretrained (ANN)", "ann_prefix": "pretrained, same prefix", "base2": "base-2 phase code", "snn": "fitted code (SNN)",
-    "int_static": "integers, fixed steps", "int_token": "integers, a step a token",
-}  # fmt: skip
 SHOWN_MAPS = {"relative_error": "relative squared error", "firing_rate": "firing rate [spikes / (neuron x T)]"}
 
 
@@ -75,16 +73,16 @@ def _run(folder: Path) -> dict[str, Any]:
     results = recorded_results(folder)
     if results is None:
         raise InputError(f"report.folder={folder}: {RESULTS} there is damaged; run the job again")
-    name = f"{results['model']}, T = {results['T']}, grain {results['grain']}"
+    name = f"{results.model}, T = {results.T}, grain {results.grain}"
     return {
         "title": name,
         "folder": folder.name,
-        "command": results.get("command"),
+        "command": results.command,
         "table_lines": None,
         "figures": [],
-        "jobs": [_job(folder, name)],
+        "jobs": [_job(folder, results, name)],
         "failures": [],
-        "versions": results.get("versions", {}),
+        "versions": results.versions or {},
     }
 
 
@@ -96,10 +94,14 @@ def _sweep(folder: Path) -> dict[str, Any]:
         plots.png(picture, folder / PICTURE)
     finished = [row for row in rows if row["error"] is None]
     best = min(plots.measured(finished, "snn"), key=lambda row: row["snn"], default=None)
-    jobs = []
+    jobs, versions = [], []
     for row in finished:
+        if (results := recorded_results(folder / row["folder"])) is None:
+            continue  # damaged since the summary was made
         options = f", {row['options']}" if row["options"] else ""
-        jobs.append(_job(folder / row["folder"], f"{row['model']}, T = {row['T']}, grain {row['grain']}{options}", open=row is best))
+        name = f"{row['model']}, T = {row['T']}, grain {row['grain']}{options}"
+        jobs.append(_job(folder / row["folder"], results, name, open=row is best))
+        versions.append(results.versions or {})
     asked = intact_json(folder / SWEEP) or {}
     models = ", ".join(sorted({row["model"] for row in finished})) or "none finished"
     return {
@@ -110,7 +112,7 @@ def _sweep(folder: Path) -> dict[str, Any]:
         "figures": _sweep_figures(finished),
         "jobs": jobs,
         "failures": [(row["folder"], row["error"]) for row in rows if row["error"]],
-        "versions": read_json(folder / finished[0]["folder"] / RESULTS).get("versions", {}) if finished else {},
+        "versions": versions[0] if versions else {},
     }
 
 
@@ -128,21 +130,20 @@ def _sweep_figures(rows: plots.Rows) -> list[tuple[str, str]]:
     return figures
 
 
-def _job(folder: Path, name: str, *, open: bool = True) -> dict[str, Any]:
+def _job(folder: Path, results: Results, name: str, *, open: bool = True) -> dict[str, Any]:
     """What the page shows of one finished job."""
-    results = read_json(folder / RESULTS)
-    sites = list(csv.DictReader((folder / SITES).open(encoding="utf-8"))) if (folder / SITES).is_file() else []
+    sites = _sites(folder)
     maps = [(column, plots.site_map(sites, column, title)) for column, title in SHOWN_MAPS.items()]
     settings = folder / ".hydra" / "config.yaml"
     return {
         "name": name,
         "open": open,
-        "command": results.get("command"),
+        "command": results.command,
         "networks": _networks(results),
         "measured_on": _measured_on(results),
         "published": _published(results),
         "facts": _facts(results),
-        "stages": [(name, f"{done['seconds']:.1f}", "(was there)" if done["cached"] else "") for name, done in results["stages"].items()],
+        "stages": [(name, f"{done.seconds:.1f}", "(was there)" if done.cached else "") for name, done in results.stages.items()],
         "maps": [(column, plots.svg(figure, f"{folder.name}-{column}")) for column, figure in maps if figure],
         "pictures": [
             (path.stem.replace("_", " "), base64.b64encode(path.read_bytes()).decode()) for path in sorted((folder / "plots").glob("*.png"))
@@ -151,57 +152,70 @@ def _job(folder: Path, name: str, *, open: bool = True) -> dict[str, Any]:
     }
 
 
-def _networks(results: dict[str, Any]) -> list[list[str]]:
+def _sites(folder: Path) -> list[dict[str, str]]:
+    """The rows of sites.csv; where an older version named the sites otherwise, spikes.csv tells which they are."""
+    sites, spikes = (
+        list(csv.DictReader(path.open(encoding="utf-8"))) if path.is_file() else [] for path in (folder / SITES, folder / SPIKES)
+    )
+    places = {row["name"]: f"layers.{row['layer']}.{row['kind']}" for row in spikes if row["layer"]}
+    return [row | {"name": places.get(row["name"], row["name"])} for row in sites]
+
+
+def _networks(results: Results) -> list[list[str]]:
     """The table of the networks, heading first; empty where nothing was measured."""
-    perplexity = results.get("perplexity") or {}
-    shot = results.get("zero_shot") or {}
-    tasks = {name: key.split(".")[2:] for name, (key, _) in FIGURES.items() if key.startswith("zero_shot")}
-    tasks = {name: path for name, path in tasks.items() if any(value_at(shot, f"{network}.{'.'.join(path)}") for network in NETWORK_LABELS)}
+    perplexities = {} if results.perplexity is None else results.perplexity.networks
+    scored = {name: key.split(".")[2:] for name, (key, _) in FIGURES.items() if key.startswith("zero_shot")}
+    shot = {
+        network: {name: getattr(found[task], metric) for name, (task, metric) in scored.items() if task in found}
+        for network, found in (results.zero_shot or {}).items()
+    }
+    tasks = [name for name in scored if any(found.get(name) for found in shot.values())]
     lines = []
-    reference = reference_perplexity(perplexity)
-    for network, label in NETWORK_LABELS.items():
-        scores = [value_at(shot, f"{network}.{'.'.join(path)}") for path in tasks.values()]
-        if network in perplexity or any(score is not None for score in scores):
-            value = perplexity.get(network)
+    reference = reference_perplexity(perplexities)
+    for network, label in NETWORKS.items():
+        scores = [shot.get(network, {}).get(name) for name in tasks]
+        if network in perplexities or any(score is not None for score in scores):
+            value = perplexities.get(network)
             numbers = [f"{value:.3f}" if value else "", f"{value / reference:.4f}" if value and reference else ""]
-            lines.append([label, *numbers, *("" if score is None else f"{100 * score:.2f}" for score in scores)])
+            lines.append([label.long, *numbers, *("" if score is None else f"{100 * score:.2f}" for score in scores)])
     return [["network", "perplexity", "x ANN", *map(heading, tasks)], *lines] if lines else []
 
 
-def _measured_on(results: dict[str, Any]) -> str | None:
+def _measured_on(results: Results) -> str | None:
     said = []
-    if perplexity := results.get("perplexity"):
-        said.append(f"{extent(perplexity)}, {perplexity['tokens']} predicted")
-        if "ann_prefix" in perplexity:
+    if perplexity := results.perplexity:
+        said.append(f"{extent(perplexity)}, {perplexity.tokens} predicted")
+        if "ann_prefix" in perplexity.networks:
             said.append("x ANN: over the perplexity of the pretrained network with the same prefix")
-    if results.get("zero_shot"):
+    if results.zero_shot:
         said.append("accuracies in %: acc for WinoGrande, acc_norm for the others")
     return "; ".join(said) or None
 
 
-def _published(results: dict[str, Any]) -> dict[str, Any] | None:
-    if not (reference := results.get("reference")):
+def _published(results: Results) -> dict[str, Any] | None:
+    if (reference := results.reference) is None:
         return None
     lines = [
         (key, f"{figure:.4g}", "" if (found := value_at(results, key)) is None else f"{found:.4g}")
-        for key, figure in reference["figures"].items()
+        for key, figure in reference.figures.items()
     ]
-    return {"source": reference["source"], "lines": lines}
+    return {"source": reference.source, "lines": lines}
 
 
-def _facts(results: dict[str, Any]) -> list[tuple[str, str]]:
+def _facts(results: Results) -> list[tuple[str, str]]:
     """Short facts of a job, as far as they are known."""
+    search, energy = results.search, results.energy
     known = {
-        "sites": results.get("sites"),
-        "prefix tokens": results.get("prefix_tokens"),
-        "rotation": value_at(results, "rotation.kind"),
-        "relative error of base 2": value_at(results, "search.relative_mse_base2"),
-        "relative error of the fitted code": value_at(results, "search.relative_mse"),
-        "synaptic operations per token": value_at(results, "spikes.sops_per_token"),
-        "energy per token, SNN [pJ]": value_at(results, "energy.snn_pj_per_token"),
-        "energy per token, ANN [pJ]": value_at(results, "energy.ann_pj_per_token"),
-        "energy per token, SNN on integers [pJ]": value_at(results, "energy.snn_int_pj_per_token"),
-        "energy per token, integers with fixed steps [pJ]": value_at(results, "energy.int_static_pj_per_token"),
-        "energy per token, integers with a step a token [pJ]": value_at(results, "energy.int_token_pj_per_token"),
+        "sites": results.sites,
+        "prefix tokens": results.prefix_tokens,
+        "rotation": results.rotation and results.rotation.kind,
+        "relative error of base 2": search and search.relative_mse_base2,
+        "relative error of the fitted code": search and search.relative_mse,
+        "synaptic operations per token": results.spikes and results.spikes.sops_per_token,
+        "energy per token, SNN [pJ]": energy and energy.snn_pj_per_token,
+        "energy per token, ANN [pJ]": energy and energy.ann_pj_per_token,
+        "energy per token, SNN on integers [pJ]": energy and energy.snn_int_pj_per_token,
+        "energy per token, integers with fixed steps [pJ]": energy and energy.int_static_pj_per_token,
+        "energy per token, integers with a step a token [pJ]": energy and energy.int_token_pj_per_token,
     }
     return [(name, f"{value:.4g}" if isinstance(value, float) else str(value)) for name, value in known.items() if value is not None]

@@ -17,6 +17,9 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from spikellm.config.labels import NETWORKS, SiteKind
+from spikellm.store.record import Row
+
 INK = "#1d2733"  # text and axes; `svg` replaces it by the colour of the surrounding text
 # Okabe and Ito's colours: told apart also without red or green.
 COLOURS, MARKERS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"), "osD^vP"
@@ -30,20 +33,9 @@ STYLE: dict[Any, Any] = {
     "figure.constrained_layout.use": True,
 } | dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color"), INK)
 WIDTH = 4.8  # of a figure [inch]: two beside each other on a desktop, one on a phone with its text still readable
-# Kinds of site in the order in which a token meets them: end of the name in sites.csv -> short label.
-KINDS = {
-    "input_layernorm.output": "attention input",
-    "q_Identity.input": "query",
-    "k_Identity.input": "key",
-    "v_Identity.input": "value",
-    "softmax_Identity.input": "softmax",
-    "o_proj.input": "attention output",
-    "post_attention_layernorm.output": "MLP input",
-    "silu_Identity.input": "SiLU",
-    "down_proj.input": "MLP product",
-}
+KINDS = [kind.name for kind in SiteKind if kind is not SiteKind.head_input]  # of the layers
 
-Rows = list[dict[str, Any]]  # of a summary (`results.summary_rows`)
+Rows = list[Row]  # of a summary (`results.summary_rows`)
 
 
 def measured(rows: Rows, *columns: str) -> Rows:
@@ -89,7 +81,7 @@ def perplexity_curves(rows: Rows) -> Figure:
         figure = Figure(figsize=(WIDTH, 3.4))
         axes = figure.subplots()
         base2 = {row["T"]: row["base2"] for row in measured(rows, "base2")}
-        axes.plot(sorted(base2), [base2[T] for T in sorted(base2)], "--", color="#999999", marker="x", label="base 2")
+        axes.plot(sorted(base2), [base2[T] for T in sorted(base2)], "--", color="#999999", marker="x", label=NETWORKS["base2"].short)
         for chosen, colour, marker in _lines(rows):
             axes.plot([row["T"] for row in chosen], [row["snn"] for row in chosen], color=colour, marker=marker,
                       markersize=4, label=f"grain {chosen[0]['grain']}")  # fmt: skip
@@ -123,22 +115,20 @@ def site_map(sites: list[dict[str, str]], column: str, title: str) -> Figure | N
     """Layers x kinds of site, a number of sites.csv as colour; None where no site has it."""
     found = {}
     for row in sites:
-        match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", row["name"])
-        kind = next((kind for kind in KINDS if match and match[2].endswith(kind)), None)
-        if match and kind and row.get(column):
-            found[kind, int(match[1])] = float(row[column])
+        if (match := re.fullmatch(r"layers\.(\d+)\.(\w+)", row["name"])) and row.get(column):
+            found[match[2], int(match[1])] = float(row[column])
     if not found:
         return None
     with matplotlib.rc_context(STYLE):
-        layers, kinds = range(max(layer for _, layer in found) + 1), list(KINDS)
-        grid = [[found.get((kind, layer), float("nan")) for layer in layers] for kind in kinds]
+        layers = range(max(layer for _, layer in found) + 1)
+        grid = [[found.get((kind, layer), float("nan")) for layer in layers] for kind in KINDS]
         figure = Figure(figsize=(WIDTH, 2.7))
         axes = figure.subplots()
         positive = [value for value in found.values() if value > 0]
         wide = bool(positive) and max(positive) > 30 * min(positive)
         norm: Normalize = LogNorm(max(min(positive), 1e-4 * max(positive)), max(positive)) if wide else Normalize(0, max([*positive, 1e-9]))
         image = axes.imshow(grid, norm=norm, cmap="cividis", aspect="auto", interpolation="none")
-        axes.set_yticks(range(len(kinds)), list(KINDS.values()))
+        axes.set_yticks(range(len(KINDS)), [SiteKind[kind].value for kind in KINDS])
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
@@ -177,11 +167,11 @@ def _lines(rows: Rows) -> Iterator[tuple[Rows, str, str]]:
         yield sorted((row for row in rows if row["grain"] == grain), key=lambda row: row["T"]), colour, marker
 
 
-def _pretrained(axes: Axes, row: dict[str, Any]) -> None:
+def _pretrained(axes: Axes, row: Row) -> None:
     """The levels of the pretrained network, as it is and with the spiking one's prefix."""
-    for column, label, style in (("ann", "ANN", ":"), ("ann_prefix", "ANN, same prefix", "-.")):
-        if measured([row], column):
-            axes.axhline(row[column], color=INK, linewidth=0.8, linestyle=style, label=label)
+    for network, style in (("ann", ":"), ("ann_prefix", "-.")):
+        if measured([row], network):
+            axes.axhline(row[network], color=INK, linewidth=0.8, linestyle=style, label=NETWORKS[network].short)
 
 
 def _perplexity_axis(axes: Axes) -> None:

@@ -11,6 +11,7 @@ import json
 import logging
 import shlex
 import shutil
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -18,19 +19,15 @@ from typing import Any
 from filelock import FileLock
 
 from spikellm.config.extras import PICTURES, lack
+from spikellm.config.labels import NETWORKS
 from spikellm.store.artifacts import intact_json, write_json, write_text
+from spikellm.store.record import JobRecord, PerplexityRecord, Record, Results, Row, SpikesRecord, reference_perplexity
 
 log = logging.getLogger(__name__)
 
 RESULTS, SITES, SPIKES, FAILURE, SWEEP = "results.json", "sites.csv", "spikes.csv", "error.json", "sweep.json"
 # column of summary.csv -> key of results.json, and the column's heading in summary.md
-FIGURES = {
-    "ann": ("perplexity.ann", "ppl ANN"),
-    "ann_prefix": ("perplexity.ann_prefix", "ppl ANN, same prefix"),
-    "base2": ("perplexity.base2", "ppl base 2"),
-    "snn": ("perplexity.snn", "ppl SNN"),
-    "int_static": ("perplexity.int_static", "ppl INT, static"),
-    "int_token": ("perplexity.int_token", "ppl INT, token"),
+FIGURES = {network: (f"perplexity.{network}", f"ppl {label.short}") for network, label in NETWORKS.items()} | {
     "wino": ("zero_shot.snn.winogrande.acc", "Wino"),
     "arc_c": ("zero_shot.snn.arc_challenge.acc_norm", "ArcC"),
     "arc_e": ("zero_shot.snn.arc_easy.acc_norm", "ArcE"),
@@ -45,44 +42,33 @@ FIGURES = {
 }
 RATIOS = {"snn": "ratio", "int_static": "int_static_ratio", "int_token": "int_token_ratio"}  # column of a perplexity -> of its ratio
 HEADINGS = {name: heading for name, (_, heading) in FIGURES.items()} | {
-    "ratio": "SNN / ANN", "int_static_ratio": "INT static / ANN", "int_token_ratio": "INT token / ANN",
-}  # fmt: skip
+    ratio: f"{NETWORKS[name].short} / ANN" for name, ratio in RATIOS.items()
+}
 IDENTITY = ("model", "T", "grain")
 SHOWN_BY_COLUMNS = ("model", "snn.T", "timesteps", "grain")  # overrides that the column `options` need not repeat
 NOT_FINISHED = "not finished: the same command goes on with it"
 DAMAGED = f"{RESULTS} is damaged: the same command makes it again"
 
 
-def extent(figures: dict[str, Any]) -> str:
+def extent(figures: PerplexityRecord | SpikesRecord) -> str:
     """On how much text figures were measured."""
-    windows, tokens = figures["windows"], figures["window"]
-    return f"{windows} window{'s' * (windows != 1)} of {tokens} tokens"
+    return f"{figures.windows} window{'s' * (figures.windows != 1)} of {figures.window} tokens"
 
 
-def value_at(results: Any, key: str) -> Any:
+def value_at(results: Record, key: str) -> Any:
     """What stands under a dotted key of results.json; None where there is nothing."""
+    found: Any = results.to_json()
     for part in key.split("."):
-        results = results.get(part) if isinstance(results, dict) else None
-    return results
+        found = found.get(part) if isinstance(found, dict) else None
+    return found
 
 
-def reference_perplexity(figures: dict[str, Any]) -> float | None:
-    """What perplexities of spiking networks are divided by: that of the pretrained network behind the same prefix.
-
-    The prefix alone moves a perplexity by about what a fine code does. Results of older versions have the bare network's only.
-
-    Args:
-        figures: `perplexity` of results.json, or a row of a summary.
-    """
-    return figures.get("ann_prefix") or figures.get("ann")
-
-
-def objective(results: dict[str, Any] | None, key: str) -> float | None:
+def objective(results: Results | None, key: str) -> float | None:
     """The number that main() returns to an optimising sweeper."""
-    return value_at(results, key)
+    return None if results is None else value_at(results, key)
 
 
-def write_results(folder: Path, results: dict[str, Any], tables: dict[str, list[dict[str, Any]]], plots: list[Path]) -> Path:
+def write_results(folder: Path, results: Results, tables: dict[str, list[Row]], plots: list[Path]) -> Path:
     """Write results.json, the tables by their file name, and plots/; the path of results.json. An earlier failure is forgotten.
 
     Without the extra `report` the tables are not drawn.
@@ -97,30 +83,32 @@ def write_results(folder: Path, results: dict[str, Any], tables: dict[str, list[
     for plot in plots:
         (folder / "plots").mkdir(exist_ok=True)
         shutil.copyfile(plot, folder / "plots" / plot.name)
-    write_json(folder / RESULTS, results)
+    write_json(folder / RESULTS, results.to_json())
     (folder / FAILURE).unlink(missing_ok=True)
     return folder / RESULTS
 
 
-def write_failure(folder: Path, reason: str, job: dict[str, Any]) -> None:
+def write_failure(folder: Path, reason: str, job: JobRecord) -> None:
     """Leave the reason beside a job that failed or was interrupted, for people and for the sweep's summary."""
     if folder.is_dir():
-        write_json(folder / FAILURE, {"error": reason} | job)
+        write_json(folder / FAILURE, replace(job, error=reason).to_json())
 
 
-def recorded_results(folder: Path) -> dict[str, Any] | None:
+def recorded_results(folder: Path) -> Results | None:
     """The content of a folder's results.json; None where it is missing or damaged."""
-    results = intact_json(folder / RESULTS)
-    return results if results is not None and "schema" in results else None
+    try:
+        return Results.from_json(intact_json(folder / RESULTS))
+    except ValueError:
+        return None
 
 
-def finished_results(folder: Path, config: str) -> dict[str, Any] | None:
+def finished_results(folder: Path, config: str | None) -> Results | None:
     """The results of a job that was finished in `folder` before with the same resolved configuration (its hash)."""
     results = None if (folder / FAILURE).exists() else recorded_results(folder)
-    return results if results is not None and results.get("config") == config else None
+    return results if results is not None and results.config == config else None
 
 
-def summary_rows(folder: Path) -> list[dict[str, Any]]:
+def summary_rows(folder: Path) -> list[Row]:
     """One row per job of a sweep, failed and unfinished jobs with their error.
 
     Columns: model, T, grain, those of FIGURES, their published values where there are any (NAME_published), RATIOS, options
@@ -129,14 +117,14 @@ def summary_rows(folder: Path) -> list[dict[str, Any]]:
     rows, options = [], []
     for job in sorted((path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")), key=_job_order):
         if (job / FAILURE).exists():
-            found = {"error": NOT_FINISHED} | (intact_json(job / FAILURE) or {})
+            found: JobRecord | Results = JobRecord.from_json({"error": NOT_FINISHED} | (intact_json(job / FAILURE) or {}))
         elif (job / RESULTS).exists():
-            found = recorded_results(job) or {"error": DAMAGED}
+            found = recorded_results(job) or JobRecord(error=DAMAGED)
         elif (job / ".hydra").is_dir():
-            found = {"error": NOT_FINISHED}
+            found = JobRecord(error=NOT_FINISHED)
         else:
             continue  # not a job's folder
-        rows.append(_row(found) | {"folder": job.name, "error": found.get("error")})
+        rows.append(_row(found) | {"folder": job.name, "error": found.error if isinstance(found, JobRecord) else None})
         options.append(_options(found))
     known = [set(own) for own in options if own]  # a job that left no word has none
     common = set.intersection(*known) if known else set()
@@ -155,21 +143,21 @@ def summary_columns(published: list[str]) -> list[str]:
     return [*columns, "options", "folder", "error"]
 
 
-def _row(found: dict[str, Any]) -> dict[str, Any]:
-    row: dict[str, Any] = {key: found.get(key) for key in IDENTITY}
+def _row(found: JobRecord | Results) -> Row:
+    row: Row = {key: getattr(found, key) for key in IDENTITY}
     row |= {name: value_at(found, key) for name, (key, _) in FIGURES.items()}
     reference = reference_perplexity(row)
     row |= {ratio: row[name] / reference if row[name] and reference else None for name, ratio in RATIOS.items()}
-    figures = (found.get("reference") or {}).get("figures", {})
+    figures = found.reference.figures if isinstance(found, Results) and found.reference is not None else {}
     return row | {f"{name}_published": figures[key] for name, (key, _) in FIGURES.items() if key in figures}
 
 
-def _options(found: dict[str, Any]) -> list[str]:
-    overrides = [part for part in shlex.split(found.get("command", "")) if "=" in part]
+def _options(found: JobRecord | Results) -> list[str]:
+    overrides = [part for part in shlex.split(found.command or "") if "=" in part]
     return [part for part in overrides if part.partition("=")[0] not in SHOWN_BY_COLUMNS]
 
 
-def write_summary(folder: Path) -> list[dict[str, Any]]:
+def write_summary(folder: Path) -> list[Row]:
     """Bring summary.csv (full precision) and summary.md (to read; accuracies in percent) up to date; the rows.
 
     Jobs that end at the same time on several machines take turns, so that the last one sees all.
@@ -182,7 +170,7 @@ def write_summary(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def readable(rows: list[dict[str, Any]], *, rule: bool = True) -> list[list[str]]:
+def readable(rows: list[Row], *, rule: bool = True) -> list[list[str]]:
     """The cells of a summary for people: heading, Markdown's rule, a line per job; columns without any value are left out."""
     columns = [name for name in rows[0] if name in (*IDENTITY, "folder") or any(row[name] is not None for row in rows)]
     table = [[heading(name) for name in columns]] + ([["---"] * len(columns)] if rule else [])
@@ -195,7 +183,7 @@ def heading(column: str) -> str:
     return HEADINGS.get(name, name) + (", published" if name != column else "")
 
 
-def _csv_text(rows: list[dict[str, Any]], columns: list[str]) -> str:
+def _csv_text(rows: list[Row], columns: list[str]) -> str:
     table = StringIO(newline="")
     writer = csv.DictWriter(table, fieldnames=columns, lineterminator="\n")
     writer.writeheader()

@@ -1,32 +1,29 @@
 """Heat maps of a run's spikes: layers x sites, and sites over time steps. From the rows of spikes.csv; no torch."""
 
 from pathlib import Path
-from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from spikellm.config.labels import SiteKind
+from spikellm.store.record import Row
+
 FOLDER = "plots"
-LABELS = {
-    "attention_input": "attention input", "query": "query", "key": "key", "value": "value", "softmax": "softmax",
-    "attention_output": "attention output", "mlp_input": "MLP input", "activation": "SiLU", "mlp_product": "MLP product",
-    "head_input": "final norm",
-}  # fmt: skip
 
 
-def draw_spikes(folder: Path, rows: list[dict[str, Any]]) -> None:
+def draw_spikes(folder: Path, rows: list[Row]) -> None:
     """Write plots/firing_rate_by_layer.png and plots/firing_rate_by_step.png below `folder`."""
     (folder / FOLDER).mkdir(parents=True, exist_ok=True)
     for name, figure in (("firing_rate_by_layer", _by_layer(rows)), ("firing_rate_by_step", _by_step(rows))):
         figure.savefig(folder / FOLDER / f"{name}.png", dpi=140)
 
 
-def _by_layer(rows: list[dict[str, Any]]) -> Figure:
+def _by_layer(rows: list[Row]) -> Figure:
     """Firing rate and SOPs, layers x sites; the one site after the last layer is in the title."""
-    kinds = [kind for kind in LABELS if any(row["kind"] == kind and row["layer"] is not None for row in rows)]
+    kinds = [kind.name for kind in SiteKind if any(row["kind"] == kind.name and row["layer"] is not None for row in rows)]
     layers = 1 + max(row["layer"] for row in rows if row["layer"] is not None)
     at = {(row["kind"], row["layer"]): row for row in rows}
-    last = at.get(("head_input", None))
+    last = at.get((SiteKind.head_input.name, None))
     figure = Figure(figsize=(9.6, 1.8 + 0.16 * layers), layout="constrained")
     for axes, (column, title, colours) in zip(
         figure.subplots(1, 2, sharey=True),
@@ -35,7 +32,7 @@ def _by_layer(rows: list[dict[str, Any]]) -> Figure:
     ):
         values = [[at[kind, layer][column] for kind in kinds] for layer in range(layers)]
         image = axes.imshow(values, aspect="auto", cmap=colours, vmin=0, origin="lower")
-        axes.set_xticks(range(len(kinds)), [LABELS[kind] for kind in kinds], rotation=45, ha="right")
+        axes.set_xticks(range(len(kinds)), [SiteKind[kind].value for kind in kinds], rotation=45, ha="right")
         axes.set_title(title + (f"; final norm {last[column]:.3g}" if last else ""), fontsize=9)
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         figure.colorbar(image, ax=axes)
@@ -43,9 +40,9 @@ def _by_layer(rows: list[dict[str, Any]]) -> Figure:
     return figure
 
 
-def _by_step(rows: list[dict[str, Any]]) -> Figure:
+def _by_step(rows: list[Row]) -> Figure:
     """Firing rate, kinds of site x time steps: spikes of all layers over their neurons."""
-    kinds = [kind for kind in LABELS if any(row["kind"] == kind for row in rows)]
+    kinds = [kind.name for kind in SiteKind if any(row["kind"] == kind.name for row in rows)]
     steps = len(rows[0]["firing_rate_by_step"])
     values = []
     for kind in kinds:
@@ -55,7 +52,7 @@ def _by_step(rows: list[dict[str, Any]]) -> Figure:
     figure = Figure(figsize=(2.6 + 0.55 * steps, 4.2), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(values, aspect="auto", cmap="viridis", vmin=0, vmax=1)
-    axes.set_yticks(range(len(kinds)), [LABELS[kind] for kind in kinds])
+    axes.set_yticks(range(len(kinds)), [SiteKind[kind].value for kind in kinds])
     axes.set_xticks(range(steps), [str(step) for step in range(1, steps + 1)])
     for row, line in enumerate(values):
         for step, value in enumerate(line):

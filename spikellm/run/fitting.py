@@ -10,13 +10,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedModel
 
 from spikellm.calibration.calibrate import Calibration, calibrate
 from spikellm.config.checks import InputError
 from spikellm.config.choices import Device, ImportV0, SearchMethod
+from spikellm.config.snn import PrefixConfig, RotationConfig, SearchConfig
 from spikellm.model import checkpoint
 from spikellm.run.stage import KeyedStage, StageOutcome
 from spikellm.run.workspace import Workspace
@@ -26,6 +26,7 @@ from spikellm.search.options import Options
 from spikellm.search.published import configured_neurons, file_hash
 from spikellm.store.artifacts import read_json, write_json
 from spikellm.store.provenance import Code
+from spikellm.store.record import Findings, SearchRecord
 
 log = logging.getLogger(__name__)
 
@@ -34,9 +35,10 @@ class Calibrate(KeyedStage):
     """Statistics of every site, prefix tokens."""
 
     name = "calibrate"
-    code = Code(1, ("evaluation.networks", "calibration.calibrate", "evaluation.texts"))
+    code = Code(2, ("evaluation.networks", "calibration.calibrate", "evaluation.texts"))
 
-    def inputs(self, work: Workspace) -> dict[str, Any]:
+    def inputs(self, work: Workspace) -> dict[str, object]:
+        """Code, model, rotation, prefix options and text."""
         config = work.config
         return {
             "code": self.code.key(),
@@ -48,10 +50,12 @@ class Calibrate(KeyedStage):
         }
 
     def prepare(self, work: Workspace) -> None:
+        """Read the text, unless the artefact is there."""
         if not self.is_done(work):
             log.debug("calibration: %d windows", len(work.calibration_windows))
 
     def compute(self, work: Workspace, folder: Path) -> None:
+        """Calibrate the installed model, its neurons transparent."""
         config, windows, model = work.config, work.calibration_windows, work.models.transparent([])
         try:
             found = calibrate(model, windows, config.prefix)
@@ -60,13 +64,15 @@ class Calibrate(KeyedStage):
         found.save(folder)
 
     def found(self, work: Workspace) -> Calibration:
+        """Statistics and prefix tokens."""
         return Calibration.load(self.artefact(work).folder)
 
     def run(self, work: Workspace) -> StageOutcome:
+        """Prefix tokens and rotation, for results.json."""
         artefact = self.artefact(work)
         found = Calibration.load(artefact.folder)
-        record = {"sites": len(found.statistics), "prefix_tokens": found.prefix_tokens, "rotation": work.rotation_record}
-        return StageOutcome(artefacts=[artefact], results=record)
+        findings = Findings(sites=len(found.statistics), prefix_tokens=found.prefix_tokens, rotation=work.rotation_record)
+        return StageOutcome(artefacts=[artefact], findings=findings)
 
 
 CALIBRATE = Calibrate()
@@ -77,9 +83,10 @@ class Search(KeyedStage):
 
     name = "search"
     needs = (CALIBRATE,)
-    code = Code(1, ("search.methods",))
+    code = Code(2, ("search.methods",))
 
-    def inputs(self, work: Workspace) -> dict[str, Any]:
+    def inputs(self, work: Workspace) -> dict[str, object]:
+        """Code, calibration and options of the search."""
         options, snn = work.options, work.config.snn
         search = plain(options.search) | {"spike_weight": options.search.weight_of_spikes(snn.coding)}
         if options.search.import_file is not None:  # what is in the file, not where it lies
@@ -94,6 +101,7 @@ class Search(KeyedStage):
         }
 
     def prepare(self, work: Workspace) -> None:
+        """Name options without effect; read a neuron file that is asked for."""
         options = work.options
         for message in without_effect(options):
             log.warning("%s", message)
@@ -101,22 +109,26 @@ class Search(KeyedStage):
             configured_neurons(options)
 
     def compute(self, work: Workspace, folder: Path) -> None:
+        """Find the codes of all sites."""
         device = "cpu" if work.config.hardware.device is Device.cpu else "cuda"
         statistics = {name: site.to(device) for name, site in CALIBRATE.found(work).statistics.items()}
         start = time.perf_counter()
         fits = find_codes(statistics, work.options)
         save_fits(folder / "codes.safetensors", fits)
-        write_json(folder / "search.json", {"seconds": round(time.perf_counter() - start, 3)} | search_summary(fits))
+        write_json(folder / "search.json", search_summary(fits, seconds=round(time.perf_counter() - start, 3)).to_json())
 
     def found(self, work: Workspace) -> dict[str, CodeFit]:
+        """The codes by site name."""
         return load_fits(self.artefact(work).folder / "codes.safetensors")
 
     def run(self, work: Workspace) -> StageOutcome:
+        """The search's summary for results.json, a row of sites.csv per site."""
         artefact = self.artefact(work)
         codes = artefact.folder / "codes.safetensors"
         rows = [site_row(name, fit) for name, fit in load_fits(codes).items()]
-        record = {"sites": len(rows), "search": read_json(artefact.folder / "search.json"), "codes": str(codes)}
-        return StageOutcome(artefacts=[artefact], results=record, tables={"sites.csv": rows})
+        summary = SearchRecord.from_json(read_json(artefact.folder / "search.json"))
+        findings = Findings(sites=len(rows), search=summary, codes=str(codes))
+        return StageOutcome(artefacts=[artefact], findings=findings, tables={"sites.csv": rows})
 
 
 SEARCH = Search()
@@ -127,25 +139,28 @@ class Convert(KeyedStage):
 
     name = "convert"
     needs = (CALIBRATE, SEARCH)
-    code = Code(1, ("evaluation.networks", "model.checkpoint"))
+    code = Code(2, ("evaluation.networks", "model.checkpoint"))
 
-    def inputs(self, work: Workspace) -> dict[str, Any]:
+    def inputs(self, work: Workspace) -> dict[str, object]:
+        """Code, codes, and whether the model is saved."""
         return {"code": self.code.key(), "search": SEARCH.key(work), "save_model": work.config.save_model}
 
     def compute(self, work: Workspace, folder: Path) -> None:
+        """Check that codes and sites fit; save the model where it is asked for."""
         fits, places = SEARCH.found(work), CALIBRATE.found(work).statistics
         if absent := sorted(set(fits) ^ set(places)):
             raise ValueError(f"codes do not fit the model: {len(absent)} sites with a code or statistics alone, {absent[:3]}")
         write_json(folder / "neurons.json", {name: {"groups": len(fit.tau), "T": fit.assignment.shape[-1]} for name, fit in fits.items()})
         if work.config.save_model:
-            checkpoint.save(spiking(work), folder / "model", rotation=work.rotation_record)
+            checkpoint.save(spiking(work), folder / "model", rotation=work.rotation_record.to_json())
             if work.tokenizer is not None:
                 work.tokenizer.save_pretrained(folder / "model")
 
     def run(self, work: Workspace) -> StageOutcome:
+        """Where the saved model lies."""
         artefact = self.artefact(work)
-        saved = {"saved_model": str(artefact.folder / "model")} if work.config.save_model else {}
-        return StageOutcome(artefacts=[artefact], results=saved)
+        saved = str(artefact.folder / "model") if work.config.save_model else None
+        return StageOutcome(artefacts=[artefact], findings=Findings(saved_model=saved))
 
 
 CONVERT = Convert()
@@ -181,6 +196,6 @@ def spiking(work: Workspace) -> PreTrainedModel:
     return work.models.spiking(tables, CALIBRATE.found(work).prefix_tokens)
 
 
-def plain(node: Any) -> dict[str, Any]:
+def plain(node: RotationConfig | PrefixConfig | SearchConfig) -> dict[str, object]:
     """A config node in JSON types."""
     return {key: getattr(value, "value", value) for key, value in asdict(node).items()}

@@ -1,6 +1,7 @@
 """One job in its folder, alone or in a sweep: run the stages, or return what was recorded, or rebuild a report; leave what happened."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from spikellm.run.sweep import refresh, report
 from spikellm.run.tracking import tracked
 from spikellm.store.artifacts import ArtifactStore, artifact_key
 from spikellm.store.hub import cache_if_silent
+from spikellm.store.record import JobRecord, Results
 from spikellm.store.sources import job_inputs
 
 log = logging.getLogger(__name__)
@@ -31,7 +33,7 @@ class Job:
         self.sweep = None if hydra_config.mode is RunMode.RUN else Path(hydra_config.sweep.dir)
         self.record = _record(composed, command_line(hydra_config.help.app_name, list(hydra_config.overrides.task)))
 
-    def run(self) -> dict[str, Any] | None:
+    def run(self) -> Results | None:
         """The content of results.json, written; None where only a report was asked for."""
         if "report" in self.composed.stages:
             require("stages=[report]", *PICTURES)
@@ -55,23 +57,24 @@ class Job:
                 if (warning := context_warning(config)) is not None:
                     log.warning("%s", warning)
                 found = run_stages(config, tracker.log_results)
-            results = found.results | self.record | ({"warnings": [warning]} if warning else {})
+            own, warnings = self.record, None if warning is None else [warning]
+            results = replace(found.results, command=own.command, config=own.config, warnings=warnings)
             write_results(self.folder, results, found.tables, found.plots)
             tracker.log_files(results, found.tables, self.folder)
         if not self.sweep and (config.report.html or "report" in config.stages):
             report(self.folder)
         return results
 
-    def _finished(self) -> dict[str, Any] | None:
+    def _finished(self) -> Results | None:
         """What this job has left before: of the same configuration, inputs and code, and whatever it names is still there."""
-        recorded = finished_results(self.folder, self.record["config"])
+        recorded = finished_results(self.folder, self.record.config)
         if recorded is None:
             return None
         config = instantiate(self.composed)
-        if recorded.get("inputs") != job_inputs(config, ArtifactStore(Path(config.output_root) / "artifacts").digests):
+        if recorded.inputs != job_inputs(config, ArtifactStore(Path(config.output_root) / "artifacts").digests):
             log.info("finished before, of other inputs or by other code: run again")
             return None
-        if absent := [recorded[key] for key in ("codes", "saved_model") if key in recorded and not Path(recorded[key]).exists()]:
+        if absent := [path for path in (recorded.codes, recorded.saved_model) if path is not None and not Path(path).exists()]:
             log.info("finished before, but %s is gone: run again", absent[0])
             return None
         return recorded
@@ -83,14 +86,13 @@ class Job:
             refresh(self.sweep)
 
 
-def _record(composed: DictConfig, command: str) -> dict[str, Any]:
-    """What a job is, whether it fails or not: model, T, grain, its command, a hash of its resolved configuration."""
+def _record(composed: DictConfig, command: str) -> JobRecord:
     resolved: Any = OmegaConf.to_container(composed, resolve=True, enum_to_str=True)
     grain = resolved["snn"]["grain"]
-    return {
-        "model": resolved["model"]["name"],
-        "T": resolved["snn"]["T"],
-        "grain": int(grain) if str(grain).isdigit() else grain,
-        "command": command,
-        "config": artifact_key(resolved),
-    }
+    return JobRecord(
+        model=resolved["model"]["name"],
+        T=resolved["snn"]["T"],
+        grain=int(grain) if str(grain).isdigit() else grain,
+        command=command,
+        config=artifact_key(resolved),
+    )

@@ -8,8 +8,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from spikellm.config.choices import Execution, Groups, NetworkName
+from spikellm.config.choices import Execution, Groups
 from spikellm.config.extras import require
+from spikellm.config.labels import NetworkName
 from spikellm.evaluation import diagnostics, figures
 from spikellm.evaluation.density_plots import write_density_plots
 from spikellm.evaluation.measured import measured_networks
@@ -19,33 +20,37 @@ from spikellm.run.workspace import Workspace
 from spikellm.spikes import accounts, ledger
 from spikellm.store.artifacts import read_json, write_json
 from spikellm.store.provenance import Code
+from spikellm.store.record import DiagnosticsRecord, Findings
 
 log = logging.getLogger(__name__)
 
 
 class Spikes(KeyedStage):
-    """`spikes` and `energy` of results.json, the rows of spikes.csv; a part of evaluate."""
+    """Spikes and energy of the spiking model, the rows of spikes.csv; a part of evaluate."""
 
     name = "spikes"
     needs = (CALIBRATE, SEARCH)
-    code = Code(1, ("evaluation.networks", "spikes.ledger"))
+    code = Code(2, ("evaluation.networks", "spikes.ledger"))
 
-    def inputs(self, work: Workspace) -> dict[str, Any]:
+    def inputs(self, work: Workspace) -> dict[str, object]:
+        """What the folded network is made of, and the windows."""
         return folded_figures(work) | {"code": self.code.key(), "windows": work.config.spikes.windows}
 
     def compute(self, work: Workspace, folder: Path) -> None:
+        """Count spikes and synaptic operations on the windows."""
         windows = work.evaluation_windows[: work.config.spikes.windows]
         write_json(folder / "ledger.json", ledger.count(spiking(work), windows).to_json())
 
     def run(self, work: Workspace) -> StageOutcome:
+        """Spikes and energy for results.json, a row of spikes.csv per site."""
         artefact = self.artefact(work)
         found, wanted = ledger.Ledger.from_json(read_json(artefact.folder / "ledger.json")), work.config.spikes.windows
         if found.windows < wanted:
             log.warning("spikes.windows=%d: the evaluation text has %d", wanted, found.windows)
         table, by_head = accounts.cost_table(work.config.energy), work.config.search.groups is Groups.head
         rivals = accounts.rivals_energy(found, table, work.config.evaluation.networks, by_head=by_head)
-        records = {"spikes": accounts.spikes_record(found), "energy": accounts.energy_record(found, table, rivals)}
-        return StageOutcome(artefacts=[artefact], results=records, tables={"spikes.csv": accounts.spike_rows(found)})
+        findings = Findings(spikes=accounts.spikes_record(found), energy=accounts.energy_record(found, table, rivals))
+        return StageOutcome(artefacts=[artefact], findings=findings, tables={"spikes.csv": accounts.spike_rows(found)})
 
 
 SPIKES = Spikes()
@@ -58,11 +63,13 @@ class Evaluate(Stage):
     needs = (CALIBRATE, SEARCH)
 
     def networks(self, work: Workspace) -> list[figures.Network]:
+        """The networks that are to be measured, none loaded yet."""
         keys = {"model": work.model_source, "calibrate": CALIBRATE.key(work), "search": SEARCH.key(work)}
         names = work.config.evaluation.networks
         return measured_networks(names, work.models, work.options, keys, lambda: CALIBRATE.found(work), lambda: SEARCH.found(work))
 
     def prepare(self, work: Workspace) -> None:
+        """Name options without effect; read texts and benchmarks that are not measured yet."""
         snn = work.config.snn
         for key in ("step_chunk", "max_memory_gib"):
             if snn.execution is Execution.folded and (value := getattr(snn, key)) is not None:
@@ -72,9 +79,12 @@ class Evaluate(Stage):
         figures.prepare(work.config.dataset, lambda: work.tokenizer, work.store, self.networks(work), work.benchmarks)
 
     def run(self, work: Workspace) -> StageOutcome:
-        counted = SPIKES.run(work) if work.config.spikes.enabled else StageOutcome(artefacts=[], results={})
-        results, artefacts = figures.evaluate(work.config.dataset, lambda: work.tokenizer, work.store, self.networks(work), work.benchmarks)
-        return StageOutcome(artefacts=artefacts + counted.artefacts, results=results | counted.results, tables=counted.tables)
+        """Figures of all networks for results.json."""
+        counted = SPIKES.run(work) if work.config.spikes.enabled else StageOutcome(artefacts=[], findings=Findings())
+        findings, artefacts = figures.evaluate(
+            work.config.dataset, lambda: work.tokenizer, work.store, self.networks(work), work.benchmarks
+        )
+        return StageOutcome(artefacts=artefacts + counted.artefacts, findings=findings | counted.findings, tables=counted.tables)
 
 
 EVALUATE = Evaluate()
@@ -85,17 +95,20 @@ class Diagnose(KeyedStage):
 
     name = "diagnose"
     needs = (CALIBRATE, SEARCH)
-    code = Code(1, ("evaluation.networks", "evaluation.diagnostics", "evaluation.density_plots"))
+    code = Code(2, ("evaluation.networks", "evaluation.diagnostics", "evaluation.density_plots"))
 
-    def inputs(self, work: Workspace) -> dict[str, Any]:
+    def inputs(self, work: Workspace) -> dict[str, object]:
+        """What the folded network is made of, and the windows."""
         return folded_figures(work) | {"code": self.code.key(), "windows": work.config.diagnostics.windows}
 
     def prepare(self, work: Workspace) -> None:
+        """Refuse without matplotlib; read the text, unless the artefact is there."""
         require("stages=[diagnose]", "matplotlib")
         if work.config.diagnostics.windows and not self.is_done(work):
             log.debug("evaluation: %d windows", len(work.evaluation_windows))
 
     def compute(self, work: Workspace, folder: Path) -> None:
+        """Compare the codes with the Lloyd-Max bound, measure the damage, draw levels on densities."""
         fits, statistics, count = SEARCH.found(work), CALIBRATE.found(work).statistics, work.config.diagnostics.windows
         record: dict[str, Any] = {"sites": diagnostics.site_rows(statistics, fits)}
         write_density_plots(folder / "plots", statistics, fits)
@@ -106,18 +119,19 @@ class Diagnose(KeyedStage):
         write_json(folder / "diagnostics.json", record)
 
     def run(self, work: Workspace) -> StageOutcome:
+        """Damage and median excess over the bound for results.json, a row of diagnostics.csv per site, plots."""
         artefact = self.artefact(work)
         record = read_json(artefact.folder / "diagnostics.json")
         rows = record["sites"]
         above = sorted(row["above_bound"] for row in rows if row["above_bound"] is not None)
-        found = record.get("damage", {}) | {"median_above_bound": above[len(above) // 2] if above else None}
+        found = DiagnosticsRecord(**record.get("damage", {}), median_above_bound=above[len(above) // 2] if above else None)
         plots = sorted((artefact.folder / "plots").glob("*.png"))
-        return StageOutcome(artefacts=[artefact], results={"diagnostics": found}, tables={"diagnostics.csv": rows}, plots=plots)
+        return StageOutcome(artefacts=[artefact], findings=Findings(diagnostics=found), tables={"diagnostics.csv": rows}, plots=plots)
 
 
 DIAGNOSE = Diagnose()
 
 
-def folded_figures(work: Workspace) -> dict[str, Any]:
+def folded_figures(work: Workspace) -> dict[str, object]:
     """What figures of the folded spiking model on the main evaluation text depend on."""
     return {"search": SEARCH.key(work), "device": work.device, "text": work.evaluation_source}

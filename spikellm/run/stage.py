@@ -7,11 +7,12 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from spikellm.run.workspace import Workspace
 from spikellm.store.artifacts import Artefact, artifact_key
 from spikellm.store.provenance import Code
+from spikellm.store.record import Findings, Row
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,8 +20,8 @@ class StageOutcome:
     """What a stage adds to results.json, and the artefacts that it is from."""
 
     artefacts: list[Artefact]
-    results: dict[str, Any]
-    tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # rows by the name of a csv file
+    findings: Findings
+    tables: dict[str, list[Row]] = field(default_factory=dict)  # rows by the name of a csv file
     plots: list[Path] = field(default_factory=list)  # pictures to copy into the run's folder
 
 
@@ -52,7 +53,7 @@ class KeyedStage(Stage):
     code: ClassVar[Code]  # that computes it
 
     @abstractmethod
-    def inputs(self, work: Workspace) -> dict[str, Any]:
+    def inputs(self, work: Workspace) -> dict[str, object]:
         """Everything that the result depends on, in JSON types."""
 
     @abstractmethod
@@ -64,9 +65,11 @@ class KeyedStage(Stage):
         return artifact_key(self.inputs(work))
 
     def is_done(self, work: Workspace) -> bool:
+        """Whether the store has the result."""
         return work.store.holds(self.name, self.inputs(work))
 
     def needed(self, work: Workspace) -> tuple[Stage, ...]:
+        """None where the store has the result, else all of `needs`."""
         return () if self.is_done(work) else self.needs
 
     def artefact(self, work: Workspace) -> Artefact:

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from spikellm.config.schema import Config
 from spikellm.run.fitting import CALIBRATE, CONVERT, SEARCH
@@ -18,6 +17,7 @@ from spikellm.run.stage import Stage
 from spikellm.run.workspace import Workspace, threads
 from spikellm.store.artifacts import computed_by
 from spikellm.store.provenance import versions
+from spikellm.store.record import ReferenceRecord, Results, Row, StageRecord
 from spikellm.store.sources import job_inputs
 
 log = logging.getLogger(__name__)
@@ -30,12 +30,12 @@ STAGES: dict[str, Stage] = {stage.name: stage for stage in (CALIBRATE, SEARCH, C
 class Outcome:
     """What a run has found: the content of results.json, rows by the name of a csv file, pictures to copy into the run's folder."""
 
-    results: dict[str, Any]
-    tables: dict[str, list[dict[str, Any]]]
+    results: Results
+    tables: dict[str, list[Row]]
     plots: list[Path]
 
 
-def run_stages(config: Config, progress: Callable[[dict[str, Any]], None] = lambda _: None) -> Outcome:
+def run_stages(config: Config, progress: Callable[[Results], None] = lambda _: None) -> Outcome:
     """Prepare all of `schema.stages` and what they need, then run them in the order of `STAGES`.
 
     Args:
@@ -45,38 +45,39 @@ def run_stages(config: Config, progress: Callable[[dict[str, Any]], None] = lamb
         return _run(Workspace(config), progress)
 
 
-def _run(work: Workspace, progress: Callable[[dict[str, Any]], None]) -> Outcome:
+def _run(work: Workspace, progress: Callable[[Results], None]) -> Outcome:
     config = work.config
     asked = [stage for name, stage in STAGES.items() if name in config.stages]
     for stage in with_needed(asked, work):
         stage.prepare(work)
-    results: dict[str, Any] = {
-        "schema": RESULTS_SCHEMA,
-        "model": config.model.name,
-        "dtype": config.model.dtype.value,
-        "T": config.snn.T,
-        "grain": config.snn.grains or "auto",
-        "coding": config.snn.coding.value,
-        "execution": config.snn.execution.value,
-        "seed": config.seed,
-        "stages": {},
-        "versions": versions(),
-        "inputs": job_inputs(replace(config, model=work.model), work.store.digests),
-    }
-    results |= _published(config)
-    found = Outcome(results=results, tables={}, plots=[])
+    results = Results(
+        schema=RESULTS_SCHEMA,
+        model=config.model.name,
+        dtype=config.model.dtype.value,
+        T=config.snn.T,
+        grain=config.snn.grains or "auto",
+        coding=config.snn.coding.value,
+        execution=config.snn.execution.value,
+        seed=config.seed,
+        stages={},
+        versions=versions(),
+        inputs=job_inputs(replace(config, model=work.model), work.store.digests),
+        reference=_published(config),
+    )
+    tables: dict[str, list[Row]] = {}
+    plots: list[Path] = []
     for stage in asked:
         start = time.perf_counter()
         outcome = stage.run(work)
         seconds = round(time.perf_counter() - start, 3)
-        results |= outcome.results
         cached = all(artefact.cached for artefact in outcome.artefacts)
-        results["stages"][stage.name] = {"seconds": seconds, "cached": cached, "versions": computed_by(outcome.artefacts)}
-        found.tables.update(outcome.tables)
-        found.plots.extend(outcome.plots)
+        took = StageRecord(seconds=seconds, cached=cached, versions=computed_by(outcome.artefacts))
+        results = replace(results | outcome.findings, stages=results.stages | {stage.name: took})
+        tables |= outcome.tables
+        plots += outcome.plots
         log.info("%s: %.1f s%s", stage.name, seconds, " (cached)" if cached else "")
         progress(results)
-    return found
+    return Outcome(results=results, tables=tables, plots=plots)
 
 
 def with_needed(stages: Iterable[Stage], work: Workspace) -> list[Stage]:
@@ -87,14 +88,14 @@ def with_needed(stages: Iterable[Stage], work: Workspace) -> list[Stage]:
     return list(found.values())
 
 
-def _published(config: Config) -> dict[str, Any]:
+def _published(config: Config) -> ReferenceRecord | None:
     """Published figures for this job, where the experiment names any."""
     reference, snn = config.reference, config.snn
     if not reference.rows:
-        return {}
+        return None
     if figures := reference.figures(config.model.name, snn.T, snn.grain):
-        return {"reference": {"source": reference.source, "figures": figures}}
+        return ReferenceRecord(source=reference.source, figures=figures)
     known = ", ".join(f"T={row.T} grain={row.grain}" for row in reference.rows)
     log.warning("reference: nothing was published for %s, T=%s, grain=%s; there is %s, %s",
                 config.model.name, snn.T, snn.grain, reference.model, known)  # fmt: skip
-    return {}
+    return None

@@ -83,10 +83,11 @@ class Reporter(Callback):
     def __init__(self) -> None:
         self._running: FileLock | None = None
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, None]:
         return {"_running": None}  # the lock stays with the process that launches
 
-    def on_run_start(self, config: DictConfig, **_: Any) -> None:
+    def on_run_start(self, config: DictConfig, **_: object) -> None:
+        """Make and take the folder of a run."""
         folder = Path(config.hydra.run.dir)
         with _stopping():
             if not _is_named(config, "hydra.run.dir") and folder.parents[1] == Path(config.output_root) / "runs":
@@ -98,7 +99,8 @@ class Reporter(Callback):
         with read_write(config.hydra):
             config.hydra.run.dir = str(folder)
 
-    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+    def on_multirun_start(self, config: DictConfig, **_: object) -> None:
+        """Make the folder of a sweep, or go on in the one that an interrupted sweep left."""
         with _stopping():
             self._start(config)
 
@@ -116,14 +118,16 @@ class Reporter(Callback):
             log.info("continuing the sweep in %s: %s of %s jobs are finished", folder, done, asked["jobs"] or "?")
         write_json(folder / SWEEP, asked)
 
-    def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: object) -> None:
+        """Bring the sweep's summary up to date."""
         if config.hydra.mode is RunMode.MULTIRUN:
             try:
                 refresh(Path(config.hydra.sweep.dir))
             except INPUT_ERRORS as error:  # the other jobs go on; `on_multirun_end` tries again
                 log.error("summary: %s", explain(error))
 
-    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+    def on_multirun_end(self, config: DictConfig, **_: object) -> None:
+        """Write the sweep's summary and report."""
         folder = Path(config.hydra.sweep.dir)
         with _stopping():
             write_summary(folder)

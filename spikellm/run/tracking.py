@@ -20,10 +20,11 @@ from typing import Any, Literal
 from spikellm.config.checks import InputError
 from spikellm.config.choices import Tracker, TrackingMode
 from spikellm.config.extras import require
-from spikellm.config.schema import TrackingConfig
+from spikellm.config.measures import TrackingConfig
 from spikellm.run.command import explain
 from spikellm.store.artifacts import artifact_key
 from spikellm.store.hub import answers
+from spikellm.store.record import Results, Row
 
 log = logging.getLogger(__name__)
 
@@ -33,10 +34,10 @@ INIT_TIMEOUT_S, FINISH_TIMEOUT_S = 60, 600
 class Tracking:
     """What a job tells its tracker; this one keeps nothing."""
 
-    def log_results(self, results: dict[str, Any]) -> None:
+    def log_results(self, results: Results) -> None:
         """The content of results.json so far: every number and truth value under its dotted key."""
 
-    def log_files(self, results: dict[str, Any], tables: dict[str, list[dict[str, Any]]], folder: Path) -> None:
+    def log_files(self, results: Results, tables: dict[str, list[Row]], folder: Path) -> None:
         """The rows of csv files by file name, the PNG files of folder/plots, and where asked for codes and results as an artefact."""
 
 
@@ -47,12 +48,14 @@ class WandbTracking(Tracking):
         self.run, self.artifacts = run, artifacts
         self._logged: dict[str, int | float] = {}
 
-    def log_results(self, results: dict[str, Any]) -> None:
-        news = {key: value for key, value in numeric_leaves(results).items() if self._logged.get(key) != value}
+    def log_results(self, results: Results) -> None:
+        """Send figures that are new or have changed."""
+        news = {key: value for key, value in numeric_leaves(results.to_json()).items() if self._logged.get(key) != value}
         self._logged |= news
         self._mirror(lambda: self.run.log(news))
 
-    def log_files(self, results: dict[str, Any], tables: dict[str, list[dict[str, Any]]], folder: Path) -> None:
+    def log_files(self, results: Results, tables: dict[str, list[Row]], folder: Path) -> None:
+        """Send tables and plots, and with `tracking.artifacts` the files of the results."""
         import wandb
 
         def send() -> None:
@@ -63,9 +66,9 @@ class WandbTracking(Tracking):
             if content:
                 self.run.log(content)
             if self.artifacts:
-                artifact = wandb.Artifact(f"{results['model']}-T{results['T']}-G{results['grain']}", type="codes")
+                artifact = wandb.Artifact(f"{results.model}-T{results.T}-G{results.grain}", type="codes")
                 files = [folder / "results.json", *(folder / name for name in tables)]
-                files += [Path(results["codes"])] if "codes" in results else []
+                files += [] if results.codes is None else [Path(results.codes)]
                 for path in (file for file in files if file.is_file()):
                     artifact.add_file(str(path), policy="immutable")  # no second copy of files that nobody changes
                 self.run.log_artifact(artifact)

@@ -4,18 +4,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Int
 from transformers import PreTrainedTokenizerBase
 
-from spikellm.config.schema import Config, ModelConfig
+from spikellm.config.model import ModelConfig
+from spikellm.config.schema import Config
 from spikellm.evaluation import figures, texts
 from spikellm.evaluation.networks import Networks
 from spikellm.model.load import load_tokenizer, pinned, vocabulary
 from spikellm.search.options import Options
 from spikellm.store.artifacts import ArtifactStore, artifact_key
+from spikellm.store.record import RotationRecord
 from spikellm.store.sources import model_source, text_source
 
 
@@ -33,6 +34,7 @@ class Workspace:
 
     @property
     def device(self) -> str:
+        """Where the network is run: cpu, cuda or auto."""
         return self.config.hardware.device.value
 
     @cached_property
@@ -42,19 +44,23 @@ class Workspace:
 
     @cached_property
     def models(self) -> Networks:
+        """The networks, loaded when they are asked for."""
         config = self.config
         return Networks(self.model, config.hardware, config.rotation, config.snn.softmax_norm)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The model's tokenizer; None: it has none, bytes are tokens."""
         return load_tokenizer(self.model)
 
     @cached_property
     def vocabulary(self) -> int | None:
+        """Tokens that the model has embeddings for; None: a GGUF file, whose tokenizer is in it."""
         return vocabulary(self.model)
 
     @cached_property
     def calibration_windows(self) -> Int[torch.Tensor, "W L"]:
+        """Token ids of the calibration text."""
         return texts.token_windows(self.config.dataset.calibration, "dataset.calibration", self.tokenizer, self.vocabulary)
 
     @cached_property
@@ -64,28 +70,31 @@ class Workspace:
 
     @cached_property
     def benchmarks(self) -> figures.Benchmarks:
+        """The zero-shot benchmarks, read when they are asked for."""
         return figures.Benchmarks(self.config.dataset.zero_shot)
 
     @cached_property
-    def model_source(self) -> dict[str, Any]:
+    def model_source(self) -> dict[str, object]:
         """Fingerprint of the model."""
         return model_source(self.model, self.store.digests)
 
     @cached_property
-    def calibration_source(self) -> dict[str, Any]:
+    def calibration_source(self) -> dict[str, object]:
         """Fingerprint of the calibration text."""
         return text_source(self.config.dataset.calibration, self.store.digests)
 
     @cached_property
-    def evaluation_source(self) -> dict[str, Any]:
+    def evaluation_source(self) -> dict[str, object]:
         """Fingerprint of the main evaluation text."""
         return text_source(self.config.dataset.evaluation, self.store.digests)
 
     @property
-    def rotation_record(self) -> dict[str, Any]:
+    def rotation_record(self) -> RotationRecord:
+        """`rotation` of results.json: kind, seed, parts, and a hash of these with the model."""
         rotation = self.config.rotation
-        record = {"kind": rotation.kind.value, "seed": rotation.seed, "parts": rotation.acting}
-        return record | {"hash": artifact_key(record | {"model": self.model_source})}
+        kind, seed, parts = rotation.kind.value, rotation.seed, list(rotation.acting)
+        found = artifact_key({"kind": kind, "seed": seed, "parts": parts, "model": self.model_source})
+        return RotationRecord(kind=kind, seed=seed, parts=[str(part) for part in parts], hash=found)
 
 
 @contextmanager

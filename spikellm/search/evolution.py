@@ -70,6 +70,7 @@ class Objective:
     bias_weight: Float[Tensor, "N 1"] | None = None
 
     def __call__(self, codes: Codes) -> Float[Tensor, "N K"]:
+        """Cost of K codes for each of the N groups."""
         rows = codes.spell()
         groups = max(1, CHUNK // (codes.values.shape[1] * self.x.shape[-1]))
         parts = [slice(start, start + groups) for start in range(0, len(self.x), groups)]

@@ -64,6 +64,7 @@ class CodeFit:
 
     @property
     def table(self) -> PhaseTable:
+        """The table of the neurons."""
         return PhaseTable(self.theta, self.h, self.d, self.v0, digits=self.digits)
 
     @property
@@ -78,6 +79,7 @@ class CodeFit:
 
     @property
     def relative_error_base2(self) -> float:
+        """Error of base 2 over the signal's power."""
         return _ratio(self.error_base2, self.power)
 
     @property

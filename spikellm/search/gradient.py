@@ -27,7 +27,7 @@ from torch import Tensor
 from spikellm.calibration.statistics import FIT, SiteStatistics
 from spikellm.coding.codes import Codes
 from spikellm.coding.grains import assignments, default_v0, phase_amplitudes
-from spikellm.config.schema import SearchConfig
+from spikellm.config.snn import SearchConfig
 from spikellm.kernels.encode import Rows
 from spikellm.search.options import Options
 
@@ -44,12 +44,14 @@ class SurrogateSpike(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, u: Tensor, beta: float) -> Tensor:
+        """The step, 0 or 1."""
         ctx.save_for_backward(u)
         ctx.beta = beta
         return (u > 0).to(u.dtype)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
+        """The surrogate's derivative for u; none for beta."""
         (u,) = ctx.saved_tensors
         s = torch.sigmoid(ctx.beta * u)
         return upstream[0] * (ctx.beta * s * (1 - s)), None

@@ -17,7 +17,8 @@ from spikellm.calibration.statistics import FIT, SiteStatistics
 from spikellm.coding.integers import IntegerQuantizer, Levels, TokenQuantizer, spans
 from spikellm.coding.neuron import Slot
 from spikellm.config.choices import Groups
-from spikellm.model.sites import GROUP_AXIS, SiteKind
+from spikellm.config.labels import SiteKind
+from spikellm.model.sites import GROUP_AXIS, Site
 from spikellm.search.fit import bias_weight, part_points
 from spikellm.search.options import Options
 
@@ -114,12 +115,17 @@ class _Grid:
 
 
 def _is_signed(name: str) -> bool:
-    return SiteKind.of(name) is not SiteKind.softmax
+    return _kind(name) is not SiteKind.softmax
 
 
 def _axis(name: str) -> int:
-    kind = SiteKind.of(name)
-    return -1 if kind is None else GROUP_AXIS[kind]
+    return GROUP_AXIS[_kind(name)]
+
+
+def _kind(name: str) -> SiteKind:
+    site = Site.of(name)
+    assert site is not None
+    return site.kind
 
 
 def _grouped(site: SiteStatistics, options: Options) -> SiteStatistics:

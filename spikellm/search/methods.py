@@ -1,7 +1,6 @@
 """Every way to codes by name, and the configured one. A new code is one function of this signature and one entry."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 
@@ -12,6 +11,7 @@ from spikellm.search.options import Options
 from spikellm.search.published import imported
 from spikellm.search.search import base2, evolution, gradient
 from spikellm.search.traditional import classic
+from spikellm.store.record import Row, SearchRecord
 
 # Statistics by site name, all on one device -> one code per site.
 Method = Callable[[Mapping[str, SiteStatistics], Options], dict[str, CodeFit]]
@@ -31,20 +31,21 @@ def find_codes(statistics: Mapping[str, SiteStatistics], options: Options) -> di
     return METHODS[options.method](statistics, options)
 
 
-def search_summary(fits: dict[str, CodeFit]) -> dict[str, Any]:
-    """`search` of results.json, but for the time it took."""
+def search_summary(fits: dict[str, CodeFit], *, seconds: float | None = None) -> SearchRecord:
+    """How well the codes fit, and how long the search took."""
     every = list(fits.values())
-    return {
-        "relative_mse": sum(fit.relative_error for fit in every) / len(every),
-        "relative_mse_base2": sum(fit.relative_error_base2 for fit in every) / len(every),
-        "worse_than_base2": sum(fit.worse_than_base2 for fit in every),
-        "groups": sum(len(fit.tau) for fit in every),
-        "groups_by_grain": torch.cat([fit.grain for fit in every]).bincount()[1:].tolist(),
-        "groups_at_base2": sum(int(fit.fallback.sum()) for fit in every),
-    }
+    return SearchRecord(
+        seconds=seconds,
+        relative_mse=sum(fit.relative_error for fit in every) / len(every),
+        relative_mse_base2=sum(fit.relative_error_base2 for fit in every) / len(every),
+        worse_than_base2=sum(fit.worse_than_base2 for fit in every),
+        groups=sum(len(fit.tau) for fit in every),
+        groups_by_grain=torch.cat([fit.grain for fit in every]).bincount()[1:].tolist(),
+        groups_at_base2=sum(int(fit.fallback.sum()) for fit in every),
+    )
 
 
-def site_row(name: str, fit: CodeFit) -> dict[str, Any]:
+def site_row(name: str, fit: CodeFit) -> Row:
     """One line of sites.csv; lists have one entry per neuron group."""
     return {
         "name": name,

@@ -3,9 +3,10 @@
 from dataclasses import dataclass, field
 
 from spikellm.config.choices import Coding
-from spikellm.config.schema import Config, SearchConfig, SpikingConfig
+from spikellm.config.schema import Config
+from spikellm.config.snn import SearchConfig, SpikingConfig
 from spikellm.kernels.encode import Digits
-from spikellm.model.sites import SiteKind
+from spikellm.model.sites import ONE_SYNAPSE, Site
 
 MAX_GRAINS = 3  # of grain=auto
 CLASSIC = (Coding.rate, Coding.ttfs, Coding.few_spike)
@@ -22,6 +23,7 @@ class Options:
 
     @classmethod
     def of(cls, config: Config) -> "Options":
+        """The options that a job's configuration gives."""
         return cls(snn=config.snn, search=config.search, seed=config.seed, compiled=config.hardware.compile)
 
     @property
@@ -57,5 +59,5 @@ class Options:
 
         Where a spike reaches a single synapse, it costs nothing: the site keeps its accuracy.
         """
-        kind = SiteKind.of(site)
-        return 0.0 if kind is not None and kind.one_synapse else self.search.weight_of_spikes(self.snn.coding)
+        place = Site.of(site)
+        return 0.0 if place is not None and place.kind in ONE_SYNAPSE else self.search.weight_of_spikes(self.snn.coding)

@@ -1,6 +1,6 @@
 """Neuron files of the method's authors, read into codes.
 
-A file maps the name of a site (`model/sites.py`) to a tuple
+A file maps the authors' name of a site (KINDS) to a tuple
 
     (G, assignment [T], B [G], tau, H [G], Theta [G])        and, at softmax and SiLU sites, v0 as a 7th item
 
@@ -14,9 +14,9 @@ What is imported stays as it is: where a code is worse than base 2 on the calibr
 """
 
 import hashlib
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,10 +26,25 @@ from spikellm.coding.codes import Codes
 from spikellm.config.boundary import read_file
 from spikellm.config.checks import InputError
 from spikellm.config.choices import ImportV0
+from spikellm.config.labels import SiteKind
+from spikellm.model.sites import Site
 from spikellm.search.fit import CodeFit
 from spikellm.search.options import Options
 
 SHOWN = 3  # site names in a message
+# The authors' names of the kinds of site, behind `model.layers.3.` where a site lies in a layer.
+KINDS = {
+    "input_layernorm.output": SiteKind.attention_input,
+    "self_attn.q_Identity.input": SiteKind.query,
+    "self_attn.k_Identity.input": SiteKind.key,
+    "self_attn.v_Identity.input": SiteKind.value,
+    "self_attn.softmax_Identity.input": SiteKind.softmax,
+    "self_attn.o_proj.input": SiteKind.attention_output,
+    "post_attention_layernorm.output": SiteKind.mlp_input,
+    "mlp.silu_Identity.input": SiteKind.activation,
+    "mlp.down_proj.input": SiteKind.mlp_product,
+    "model.norm.output": SiteKind.head_input,
+}
 
 
 def _refusal(path: Path, text: str) -> InputError:
@@ -46,8 +61,16 @@ def file_hash(path: Path) -> str:
     return hashlib.sha256(read_file(path, what, cure)).hexdigest()
 
 
+def own_name(name: str) -> str:
+    """The name (`model/sites.py`) of the site that the authors call `name`; as it is where that is none of theirs."""
+    match = re.fullmatch(r"(?:model\.layers\.(0|[1-9]\d*)\.)?(.+)", name)
+    if match is None or match[2] not in KINDS:
+        return name
+    return Site(KINDS[match[2]], None if match[1] is None else int(match[1])).name
+
+
 def read_neurons(path: Path, *, T: int | None = None, G: int | None = None, stored_v0: bool = True) -> dict[str, Codes]:
-    """One code per site, in the order of the file; shapes [1, ..], float32.
+    """One code per site by its name (`model/sites.py`), in the order of the file; shapes [1, ..], float32.
 
     Args:
         T: time steps that every code must have; None: whatever the first one has.
@@ -70,11 +93,11 @@ def read_neurons(path: Path, *, T: int | None = None, G: int | None = None, stor
         if not isinstance(name, str):
             raise _refusal(path, f"holds {name!r} among its keys, not names of sites alone; give one of the authors' .pth files")
         try:
-            codes[name] = _read_entry(entry, stored_v0)
+            code = codes[own_name(name)] = _read_entry(entry, stored_v0)
         except (ValueError, TypeError, RuntimeError) as error:  # an entry can be anything that a pickle holds
             cure = "a neuron is (G, assignment, B, tau, H, Theta[, v0])"
             raise _refusal(path, f"the neuron at {name} is not one: {' '.join(str(error).split())}; {cure}") from error
-        steps, grains = codes[name].assignment.shape[-1], codes[name].G
+        steps, grains = code.assignment.shape[-1], code.G
         T, G = T or steps, G or grains
         if steps != T:
             raise _refusal(path, f"has T={steps} at {name}, but snn.T={T}; set snn.T={steps} or import another file")
@@ -83,7 +106,7 @@ def read_neurons(path: Path, *, T: int | None = None, G: int | None = None, stor
     return codes
 
 
-def _read_entry(entry: Any, stored_v0: bool) -> Codes:
+def _read_entry(entry: object, stored_v0: bool) -> Codes:
     """The code that one tuple spells; ValueError says what is wrong with it."""
     if not isinstance(entry, (tuple, list)) or len(entry) not in (6, 7):
         raise ValueError(f"found {type(entry).__name__}" + (f" of {len(entry)} items" if isinstance(entry, (tuple, list)) else ""))

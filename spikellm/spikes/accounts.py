@@ -8,9 +8,9 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from spikellm.config.choices import EnergyTable, NetworkName
-from spikellm.config.schema import EnergyConfig
-from spikellm.model.sites import SiteKind
+from spikellm.config.choices import EnergyTable
+from spikellm.config.labels import NetworkName, SiteKind
+from spikellm.config.measures import EnergyConfig
 from spikellm.spikes.energy import (
     COST_TABLES,
     HOROWITZ,
@@ -27,6 +27,7 @@ from spikellm.spikes.energy import (
     spiking_operations,
 )
 from spikellm.spikes.ledger import Ledger, SiteSpikes, count
+from spikellm.store.record import DenseOperation, EnergyRecord, KindSpikes, Row, SpikesRecord
 
 
 def cost_table(options: EnergyConfig) -> CostTable:
@@ -75,34 +76,33 @@ def count_spikes(model: PreTrainedModel, windows: Int[Tensor, "W L"]) -> dict[st
     Raises:
         ValueError: a site carries no neuron.
     """
-    return spikes_record(count(model, windows))
+    return spikes_record(count(model, windows)).to_json()
 
 
-def spikes_record(ledger: Ledger) -> dict[str, Any]:
-    """results.json: `spikes`."""
+def spikes_record(ledger: Ledger) -> SpikesRecord:
+    """Rates and operations per token."""
     tokens, T = ledger.tokens, ledger.T
-    by_kind: dict[str, Any] = {}
+    by_kind: dict[str, KindSpikes] = {}
     rows = spike_rows(ledger)
     for kind in SiteKind:
         chosen = [row for row in rows if row["kind"] == kind.name]
         neurons, spikes, sops = (sum(row[f"{what}_per_token"] for row in chosen) for what in ("neurons", "spikes", "sops"))
-        by_kind[kind.name] = {"firing_rate": spikes / (neurons * T), "spikes_per_token": spikes, "sops_per_token": sops}
+        by_kind[kind.name] = KindSpikes(firing_rate=spikes / (neurons * T), spikes_per_token=spikes, sops_per_token=sops)
     steps = [sum(sum(site.spikes[t]) for site in ledger.sites) for t in range(T)]
-    return {
-        "windows": ledger.windows,
-        "window": tokens // ledger.windows,
-        "tokens": tokens,
-        "firing_rate": ledger.spikes / (ledger.neurons * T),
-        "firing_rate_at_synapses": ledger.sops / (ledger.synapses * T),
-        "spikes_per_token": ledger.spikes / tokens,
-        "sops_per_token": ledger.sops / tokens,
-        "latency_steps": ledger.latency_steps,
-        "firing_rate_by_step": [spikes / ledger.neurons for spikes in steps],
-        "by_kind": by_kind,
-        "dense_operations": [
-            {"name": each.name, "mac_per_token": each.mac / tokens, "ac_per_token": each.ac / tokens} for each in dense_operations(ledger)
-        ],
-    }
+    dense = dense_operations(ledger)
+    return SpikesRecord(
+        windows=ledger.windows,
+        window=tokens // ledger.windows,
+        tokens=tokens,
+        firing_rate=ledger.spikes / (ledger.neurons * T),
+        firing_rate_at_synapses=ledger.sops / (ledger.synapses * T),
+        spikes_per_token=ledger.spikes / tokens,
+        sops_per_token=ledger.sops / tokens,
+        latency_steps=ledger.latency_steps,
+        firing_rate_by_step=[spikes / ledger.neurons for spikes in steps],
+        by_kind=by_kind,
+        dense_operations=[DenseOperation(name=x.name, mac_per_token=x.mac / tokens, ac_per_token=x.ac / tokens) for x in dense],
+    )
 
 
 def dense_operations_of_integers(ledger: Ledger, *, per_token: bool, by_head: bool) -> list[Operation]:
@@ -144,8 +144,8 @@ def rivals_energy(ledger: Ledger, table: CostTable, names: Collection[NetworkNam
     return found
 
 
-def energy_record(ledger: Ledger, table: CostTable, rivals: Mapping[NetworkName, float] | None = None) -> dict[str, Any]:
-    """results.json: `energy`. ANN and integer ANN see the same tokens and mask, without a prefix; rivals: of `rivals_energy`."""
+def energy_record(ledger: Ledger, table: CostTable, rivals: Mapping[NetworkName, float] | None = None) -> EnergyRecord:
+    """Energy per token. ANN and integer ANN see the same tokens and mask, without a prefix; rivals: of `rivals_energy`."""
     seen = {"tokens": ledger.tokens, "pairs": ledger.pairs}
     matrices = matrix_products(ledger.shape, **seen)
     pointwise = [*pointwise_operations(ledger.shape, **seen), softmax_quotients(ledger.shape, **seen, after=False)]
@@ -163,32 +163,31 @@ def energy_record(ledger: Ledger, table: CostTable, rivals: Mapping[NetworkName,
     )
     bits, rivals = ledger.T + 1, rivals or {}
     integers = ("int", "snn_int", *(name.value for name in rivals))
-    return (
-        {
-            "table": table.name,
-            "mac_pj": table.mac_pj,
-            "ac_pj": table.ac_pj,
-            "source": table.source,
-            "int_bits": bits,
-            "int_mac_pj": integer_mac_pj(bits),
-            "int_ac_pj": integer_ac_pj(bits),
-            "weights": {"ann": table.name, "snn": table.name} | dict.fromkeys(integers, f"int{bits}"),
-            "int_source": f"{HOROWITZ}, 8 bits, scaled to {bits}",
-            "ann_mac_per_token": sum(each.mac for each in matrices + pointwise) / ledger.tokens,
-            "snn_mac_per_token": sum(each.mac for each in dense) / ledger.tokens,
-            "snn_ac_per_token": (ledger.sops + sum(each.ac for each in dense)) / ledger.tokens,
-        }
-        | asdict(energy)
-        | {f"{name}_pj_per_token": value for name, value in rivals.items()}
+    return EnergyRecord(
+        table=table.name,
+        mac_pj=table.mac_pj,
+        ac_pj=table.ac_pj,
+        source=table.source,
+        int_bits=bits,
+        int_mac_pj=integer_mac_pj(bits),
+        int_ac_pj=integer_ac_pj(bits),
+        weights={"ann": table.name, "snn": table.name} | dict.fromkeys(integers, f"int{bits}"),
+        int_source=f"{HOROWITZ}, 8 bits, scaled to {bits}",
+        ann_mac_per_token=sum(each.mac for each in matrices + pointwise) / ledger.tokens,
+        snn_mac_per_token=sum(each.mac for each in dense) / ledger.tokens,
+        snn_ac_per_token=(ledger.sops + sum(each.ac for each in dense)) / ledger.tokens,
+        **asdict(energy),
+        int_static_pj_per_token=rivals.get(NetworkName.int_static),
+        int_token_pj_per_token=rivals.get(NetworkName.int_token),
     )
 
 
-def spike_rows(ledger: Ledger) -> list[dict[str, Any]]:
+def spike_rows(ledger: Ledger) -> list[Row]:
     """The rows of spikes.csv, one a site; lists have one entry a time step, a head, or a list of steps a head."""
     return [_row(site, ledger.tokens) for site in ledger.sites]
 
 
-def _row(site: SiteSpikes, tokens: int) -> dict[str, Any]:
+def _row(site: SiteSpikes, tokens: int) -> Row:
     T, neurons = len(site.spikes), sum(site.neurons)
     heads = [list(steps) for steps in zip(*site.spikes, strict=True)]  # [C][T]
     steps = [sum(row) for row in site.spikes]

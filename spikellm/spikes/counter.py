@@ -44,6 +44,7 @@ class SpikeCounter(Slot):
         self.synapses = torch.zeros(columns, dtype=torch.int64)
 
     def forward(self, x: Tensor) -> Tensor:
+        """The neuron's values of x, after its spikes are counted."""
         self.add_values(x)
         return self.neuron(x)
 
@@ -58,7 +59,7 @@ class SpikeCounter(Slot):
         """`add_train` as a forward hook of a `SteppedNeuron`."""
         self.add_train(train)
 
-    def add_train(self, train: Int[Tensor, "T *x"]) -> None:
+    def add_train(self, train: Int[Tensor, " T *x"]) -> None:
         """Count a spike train, in time-stepped execution."""
         self._add(torch.stack([train_counts(self._arranged(step, self.columns)[None])[0] for step in train]), train[0].numel())
 

@@ -36,6 +36,7 @@ from transformers import PreTrainedModel
 
 from spikellm.coding.neuron import PhaseNeuron
 from spikellm.config.choices import RotationPart
+from spikellm.config.labels import SiteKind
 from spikellm.execution.modules import SteppedNeuron
 from spikellm.model.attention import SpikingAttention, attentions
 from spikellm.model.conversion import get_neuron, model_sites, online_parts, set_neuron, site_groups
@@ -46,13 +47,13 @@ from spikellm.model.sites import (
     GROUP_AXIS,
     HEAD,
     KEY,
+    ONE_SYNAPSE,
     OUTPUT,
     QUERY,
     SPIKING_ATTENTION,
     UP,
     VALUE,
     Site,
-    SiteKind,
     decoder_layers,
     head_width,
 )
@@ -103,17 +104,20 @@ class Ledger:
     rotated: list[RotationPart]  # those that act online, R3 and R4
     shape: DecoderShape
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
+        """In JSON types."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Self:
+        """The inverse of `to_json`."""
         sites = [SiteSpikes(**site) for site in record["sites"]]
         rotated = [RotationPart(part) for part in record["rotated"]]
         return cls(**record | {"sites": sites, "rotated": rotated, "shape": DecoderShape(**record["shape"])})
 
     @property
     def T(self) -> int:
+        """Time steps."""
         return len(self.sites[0].spikes)
 
     @property
@@ -129,18 +133,22 @@ class Ledger:
 
     @property
     def spikes(self) -> int:
+        """Spikes of all sites."""
         return sum(_sum(site.spikes) for site in self.sites)
 
     @property
     def sops(self) -> int:
+        """Synaptic operations of all sites: one for each synapse that a spike reaches."""
         return sum(_sum(site.sops) for site in self.sites)
 
     @property
     def neurons(self) -> int:
+        """Neurons of all sites, summed over tokens."""
         return sum(sum(site.neurons) for site in self.sites)
 
     @property
     def synapses(self) -> int:
+        """Neurons times their fan-out, summed over sites and tokens."""
         return sum(sum(site.synapses) for site in self.sites)
 
 
@@ -174,7 +182,7 @@ def site_fan_out(model: PreTrainedModel, site: Site) -> int:
     layer: Any = decoder_layers(model)[site.layer or 0]
     if site.kind in READERS:
         return sum(layer.get_submodule(name).out_features for name in READERS[site.kind])
-    if site.kind.one_synapse:
+    if site.kind in ONE_SYNAPSE:
         return 1
     attention: SpikingAttention = layer.get_submodule(f"{ATTENTION}.{SPIKING_ATTENTION}")
     return attention.head_width + attention.normalise_after if site.kind is SiteKind.softmax else 0

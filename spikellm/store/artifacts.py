@@ -22,7 +22,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -45,7 +45,7 @@ LARGE_BYTES = 1 << 24  # files from here on are hashed once: 16 MiB take 10 ms
 SETTLED_NS = 2 * 10**9  # a file changed less than this ago may change again within the same tick of the file system's clock
 
 
-def artifact_key(inputs: dict[str, Any]) -> str:
+def artifact_key(inputs: Mapping[str, object]) -> str:
     """16 hex digits that change whenever a value in `inputs` (JSON types) does."""
     return hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
@@ -65,15 +65,15 @@ class ArtifactStore:
         self.digests = Digests(root / "digests.json")
         self._verified: dict[Path, list[list[int]]] = {}
 
-    def folder(self, stage: str, inputs: dict[str, Any]) -> Path:
+    def folder(self, stage: str, inputs: Mapping[str, object]) -> Path:
         """Where the result for `inputs` lies or will lie."""
         return self.root / stage / artifact_key(inputs)
 
-    def holds(self, stage: str, inputs: dict[str, Any]) -> bool:
+    def holds(self, stage: str, inputs: Mapping[str, object]) -> bool:
         """Whether the result for `inputs` is there, and intact."""
         return self._fault(self.folder(stage, inputs)) is None
 
-    def load_or_compute(self, stage: str, inputs: dict[str, Any], compute: Callable[[Path], None]) -> Artefact:
+    def load_or_compute(self, stage: str, inputs: Mapping[str, object], compute: Callable[[Path], None]) -> Artefact:
         """The result of `stage`, every file of it as it was written.
 
         Args:
@@ -156,7 +156,7 @@ class Digests:
 
     def __init__(self, memory: Path) -> None:
         self.memory = memory
-        self._seen: dict[str, list[Any]] = {}  # by this process, also where it cannot write
+        self._seen: dict[str, list[object]] = {}  # by this process, also where it cannot write
 
     def of(self, path: Path) -> str:
         """The sha256 of a file.
@@ -182,7 +182,7 @@ class Digests:
                 write_json(self.memory, kept | {name: self._seen[name]})
         return digest
 
-    def _remembered(self) -> dict[str, Any]:
+    def _remembered(self) -> dict[str, object]:
         return intact_json(self.memory) or {}
 
 
@@ -287,7 +287,7 @@ def write_text(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: object) -> None:
     """Write JSON whole or not at all."""
     write_text(path, json.dumps(content, indent=2, default=str) + "\n")
 
@@ -300,6 +300,7 @@ def write_tensors(path: Path, tensors: dict[str, "Tensor"]) -> None:
 
 
 def read_json(path: Path) -> Any:
+    """What a JSON file holds."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
-from typing import Any
 
 PACKAGE = Path(__file__).parents[1]
 # No figure depends on them beyond the values that the keys hold.
@@ -29,7 +28,7 @@ class Code:
     version: int  # raised by hand where the code that declares it (run/, evaluation/measured.py) changes what it writes
     modules: tuple[str, ...]  # that compute, room.file
 
-    def key(self) -> dict[str, Any]:
+    def key(self) -> dict[str, object]:
         """What the key of a result holds of the code."""
         return {"version": self.version, "sha256": code_fingerprint(self.modules, PACKAGE)}
 

@@ -12,13 +12,13 @@ from collections.abc import Callable
 from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from spikellm.config.boundary import blamed_on
 from spikellm.config.checks import InputError
 from spikellm.config.choices import DatasetSource, ModelSource
 from spikellm.config.dataset import TextConfig
-from spikellm.config.schema import Config, ModelConfig
+from spikellm.config.model import ModelConfig
+from spikellm.config.schema import Config
 from spikellm.store.artifacts import Digests, artifact_key, file_state, intact_json
 from spikellm.store.provenance import job_code
 
@@ -27,7 +27,7 @@ UNREAD = {".md", ".pdf", ".png", ".jpg", ".jpeg", ".svg", ".py", ".gguf", ".pth"
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-def model_source(config: ModelConfig, digests: Digests) -> dict[str, Any]:
+def model_source(config: ModelConfig, digests: Digests) -> dict[str, object]:
     """What decides which weights and which tokenizer are loaded.
 
     A folder counts by all its files, a packed file by itself and the files beside it, a model of the hub by its commit as the local cache
@@ -36,7 +36,7 @@ def model_source(config: ModelConfig, digests: Digests) -> dict[str, Any]:
     Raises:
         InputError: a packed file is not installed.
     """
-    found: dict[str, Any] = {"source": config.source.value, "dtype": config.dtype.value}
+    found: dict[str, object] = {"source": config.source.value, "dtype": config.dtype.value}
     if config.source is ModelSource.random:
         return found | {"path": config.path, "seed": config.seed, "options": dict(config.options)}
     if config.source is ModelSource.gguf:
@@ -75,9 +75,9 @@ def packaged_file(config: ModelConfig) -> tuple[Path, str]:
     raise InputError(f"model.path={config.path}: the package {package} with the file {name!r} is not installed; {hint}")
 
 
-def text_source(config: TextConfig, digests: Digests) -> dict[str, Any]:
+def text_source(config: TextConfig, digests: Digests) -> dict[str, object]:
     """What decides which windows come out of a text: the node, and the text itself where it is local; line ends do not count."""
-    found: dict[str, Any] = {
+    found: dict[str, object] = {
         name: getattr(config, name) for name in ("path", "name", "split", "field", "skip_rows", "max_rows", "window", "max_windows")
     }
     found["source"] = config.source.value
@@ -105,13 +105,13 @@ def job_inputs(config: Config, digests: Digests) -> dict[str, str | None]:
     files = {} if config.search.import_file is None else {"search.import_file": Path(config.search.import_file)}
     if evaluated and zero_shot.path is not None:
         files |= {f"dataset.zero_shot {task}": Path(os.path.expanduser(zero_shot.path)) / f"{task}.jsonl" for task in zero_shot.tasks}
-    wanted: dict[str, Callable[[], Any]] = {"model": partial(model_source, config.model, digests)}
+    wanted: dict[str, Callable[[], object]] = {"model": partial(model_source, config.model, digests)}
     wanted |= {key: partial(text_source, text, digests) for key, text in texts.items()}
     wanted |= {key: partial(digests.of, path) for key, path in files.items()}
     return {key: _key(content) for key, content in wanted.items()} | {"code": _key(job_code)}
 
 
-def _key(content: Callable[[], Any]) -> str | None:
+def _key(content: Callable[[], object]) -> str | None:
     try:
         return artifact_key({"content": content()})
     except (OSError, InputError):

@@ -5,26 +5,31 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import asked, base2_tables, norm_ratio, tiny_model
 from hydra.errors import HydraException
-from test_config import configure
 from torch import Tensor
 
 from spikellm.calibration.calibrate import calibrate
 from spikellm.config.checks import InputError
-from spikellm.config.choices import Groups, NetworkName
-from spikellm.config.schema import DEFAULT_NETWORKS, PrefixConfig
+from spikellm.config.choices import Groups
+from spikellm.config.labels import NetworkName, SiteKind
+from spikellm.config.measures import DEFAULT_NETWORKS
+from spikellm.config.snn import PrefixConfig
 from spikellm.model.attention import attentions
 from spikellm.model.conversion import fill, get_neuron, model_sites, occupy, prepare
-from spikellm.model.sites import SiteKind
+from spikellm.model.prefix import attach_prefix
+from spikellm.model.sites import Site
 from spikellm.report.console import console_table
 from spikellm.report.results import summary_rows, write_results, write_summary
 from spikellm.run.command import explain
-from spikellm.run.stages import run_stages
 from spikellm.search.integers import static_quantizers, token_quantizers
 from spikellm.spikes.accounts import dense_operations_of_integers, energy_record, rivals_energy
 from spikellm.spikes.energy import COST_TABLES, integer_mac_pj
 from spikellm.spikes.ledger import count
+from spikellm.store.record import Results
+from tests.codes import asked, base2_tables
+from tests.configure import configure
+from tests.jobs import run
+from tests.models import norm_ratio, tiny_model
 
 T = 4
 WIDTHS = {"intermediate_size": 128}  # R4 is Sylvester's matrix
@@ -98,35 +103,36 @@ class Reference:
         return (x * cos + torch.cat([-second, first], -1) * sin) @ sylvester(E)
 
     def layer(self, h: Tensor, number: int) -> Tensor:
-        name, config = f"model.layers.{number}", self.config
+        name, place, config = f"model.layers.{number}", f"layers.{number}", self.config
         H, K, E = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        x = self.coded(self.norm(h), f"{name}.input_layernorm.output")
+        x = self.coded(self.norm(h), f"{place}.attention_input")
         q, k, v = (self.linear(x, f"{name}.self_attn.{part}_proj") for part in "qkv")
         q, k, v = self.heads(q, H, rotated=True), self.heads(k, K, rotated=True), self.heads(v, K, rotated=False)
         q, k, v = (
-            self.coded(each.flatten(1), f"{name}.self_attn.{part}_Identity.input", groups).unflatten(-1, (groups, E))
-            for part, each, groups in (("q", q, H), ("k", k, K), ("v", v, K))
+            self.coded(each.flatten(1), f"{place}.{part}", groups).unflatten(-1, (groups, E))
+            for part, each, groups in (("query", q, H), ("key", k, K), ("value", v, K))
         )
-        mixed = torch.stack([self.head(q[:, head], k[:, head * K // H], v[:, head * K // H], name, head) for head in range(H)], 1)
-        h = h + self.linear(self.coded(mixed.flatten(1), f"{name}.self_attn.o_proj.input", H), f"{name}.self_attn.o_proj")
-        x = self.coded(self.norm(h), f"{name}.post_attention_layernorm.output")
+        mixed = torch.stack([self.head(q[:, head], k[:, head * K // H], v[:, head * K // H], number, head) for head in range(H)], 1)
+        h = h + self.linear(self.coded(mixed.flatten(1), f"{place}.attention_output", H), f"{name}.self_attn.o_proj")
+        x = self.coded(self.norm(h), f"{place}.mlp_input")
         gate = self.linear(x, f"{name}.mlp.gate_proj")
-        product = self.coded(gate * torch.sigmoid(gate), f"{name}.mlp.silu_Identity.input") * self.linear(x, f"{name}.mlp.up_proj")
-        product = self.coded(product @ sylvester(config.intermediate_size), f"{name}.mlp.down_proj.input")
+        product = self.coded(gate * torch.sigmoid(gate), f"{place}.activation") * self.linear(x, f"{name}.mlp.up_proj")
+        product = self.coded(product @ sylvester(config.intermediate_size), f"{place}.mlp_product")
         return h + self.linear(product, f"{name}.mlp.down_proj")
 
-    def head(self, q: Tensor, k: Tensor, v: Tensor, name: str, number: int) -> Tensor:
+    def head(self, q: Tensor, k: Tensor, v: Tensor, place: int, number: int) -> Tensor:
         """Query by query: a row of the softmax is what the query may see, no more."""
         prefix = None
         if self.attentions:
-            layer = self.attentions[int(name.split(".")[-1])]
+            layer = self.attentions[place]
             own = number * self.config.num_key_value_heads // self.config.num_attention_heads
             prefix = (layer.prefix_key[own].double() @ sylvester(len(q[0])), layer.prefix_value[own].double())
-        return torch.stack([self.mixture(q[row], k[: row + 1], v[: row + 1], name, number, prefix) for row in range(len(q))])
+        return torch.stack(
+            [self.mixture(q[row], k[: row + 1], v[: row + 1], f"layers.{place}.softmax", number, prefix) for row in range(len(q))]
+        )
 
-    def mixture(self, q: Tensor, k: Tensor, v: Tensor, name: str, number: int, prefix: tuple[Tensor, Tensor] | None) -> Tensor:
+    def mixture(self, q: Tensor, k: Tensor, v: Tensor, site: str, number: int, prefix: tuple[Tensor, Tensor] | None) -> Tensor:
         scores = k @ q / math.sqrt(len(q))
-        site = f"{name}.self_attn.softmax_Identity.input"
         seen = self.quantise_head(torch.exp(scores - scores.max()) if self.after else torch.softmax(scores, 0), site, number)
         if not self.after:
             return seen @ v
@@ -146,7 +152,7 @@ class Reference:
         h = self.weights["model.embed_tokens.weight"][ids]
         for number in range(self.config.num_hidden_layers):
             h = self.layer(h, number)
-        return self.linear(self.coded(self.norm(h), "model.norm.output"), "lm_head")
+        return self.linear(self.coded(self.norm(h), "head_input"), "lm_head")
 
 
 def converted(*, after: bool = True, dtype=torch.float64, prefix: bool = False):
@@ -156,8 +162,6 @@ def converted(*, after: bool = True, dtype=torch.float64, prefix: bool = False):
     windows = torch.randint(2, 256, (4, 64), generator=torch.Generator().manual_seed(5))
     found = calibrate(model, windows, PrefixConfig(enabled=False))
     if prefix:
-        from spikellm.model.prefix import attach_prefix
-
         attach_prefix(model, [7, 200])
     return model, found.statistics
 
@@ -175,11 +179,8 @@ def test_int_static_is_the_fake_quantised_model(after, groups, ids):
     occupy(model, static_quantizers(statistics, asked(T, groups=groups)))
     levels = levels_of(model)
     if groups is Groups.site:  # every head the site's levels
-        heads = {"q_Identity.input": 4, "k_Identity.input": 2, "v_Identity.input": 2, "softmax_Identity.input": 4, "o_proj.input": 4}
-        levels = {
-            name: tuple(each.expand(next((number for end, number in heads.items() if name.endswith(end)), 1)) for each in own)
-            for name, own in levels.items()
-        }
+        heads = {"query": 4, "key": 2, "value": 2, "softmax": 4, "attention_output": 4}
+        levels = {name: tuple(each.expand(heads.get(name.rpartition(".")[2], 1)) for each in own) for name, own in levels.items()}
     found = model(ids).logits
     for row, own in zip(ids, found, strict=True):
         wanted = Reference(model, fixed(levels), after=after).logits(row)
@@ -223,8 +224,8 @@ def test_bfloat16_weights_meet_float32_integers(quantizers, ids):
 def test_every_site_has_an_occupant_or_none_has():
     model, statistics = converted()
     occupants = token_quantizers(statistics, asked(T))
-    occupants.pop("model.norm.output")
-    with pytest.raises(ValueError, match=r"1 sites without one \['model\.norm\.output'\]"):
+    occupants.pop("head_input")
+    with pytest.raises(ValueError, match=r"1 sites without one \['head_input'\]"):
         occupy(model, occupants)
 
 
@@ -267,10 +268,10 @@ def test_energy_is_that_of_integer_macs_and_the_rest(ids):
     dense = dense_operations_of_integers(ledger, per_token=False, by_head=True)
     rest = sum(4.6 * each.mac + 0.9 * each.ac for each in dense) / ledger.tokens
     assert found[NetworkName.int_static] == pytest.approx(integer_mac_pj(T + 1) * products + rest)
-    record = energy_record(ledger, table, found)
+    record = energy_record(ledger, table, found).to_json()
     assert record["int_token_pj_per_token"] == found[NetworkName.int_token]
     assert record["weights"]["int_token"] == record["weights"]["int"] == "int5"
-    plain = energy_record(ledger, table)
+    plain = energy_record(ledger, table).to_json()
     assert set(record) - set(plain) == {"int_static_pj_per_token", "int_token_pj_per_token"}
     assert plain == {key: value for key, value in record.items() if key in plain} | {"weights": plain["weights"]}
     # more than the bound, which takes its integers for granted
@@ -278,15 +279,6 @@ def test_energy_is_that_of_integer_macs_and_the_rest(ids):
 
 
 # ---- the job ----------------------------------------------------------------------------------------------------------------
-
-SMALL = [
-    "model=tiny", "hardware.compile=false", "dataset.calibration.window=64", "dataset.calibration.max_windows=2",
-    "dataset.evaluation.window=64", "dataset.evaluation.max_windows=2", "search.method=base2", "report.html=false",
-]  # fmt: skip
-
-
-def run(root, *arguments: str) -> dict:
-    return run_stages(configure(*SMALL, f"output_root={root}", *arguments)).results
 
 
 def test_a_job_measures_the_networks_that_are_named(tmp_path):
@@ -315,20 +307,24 @@ def test_more_bits_come_closer_to_the_pretrained_model(tmp_path):
 
 def test_people_see_perplexity_ratio_and_energy_beside_ours(tmp_path):
     folder = tmp_path / "0-T4-G1"
-    found = run_stages(configure(*SMALL, f"output_root={tmp_path}", f"evaluation.networks=[{','.join(NetworkName)}]", "snn.T=4", "grain=1"))
-    write_results(folder, found.results, {}, [])
-    perplexity, energy = found.results["perplexity"], found.results["energy"]
-    lines = [line.split() for line in console_table(found.results, tmp_path).splitlines()]
+    found = run(tmp_path, f"evaluation.networks=[{','.join(NetworkName)}]", "snn.T=4", "grain=1")
+    results = Results.from_json(found)
+    folder.mkdir()
+    write_results(folder, results, {}, [])
+    perplexity, energy = found["perplexity"], found["energy"]
+    shown = console_table(results, tmp_path).splitlines()
+    lines = [line.split() for line in shown]
     for name, title in (("int_static", ["INT,", "static"]), ("int_token", ["INT,", "token"])):
         assert [*title, f"{perplexity[name]:.3f}", "x", f"{perplexity[name] / perplexity['ann_prefix']:.4f}"] in lines
-        share = energy[f"{name}_pj_per_token"] / energy["int_pj_per_token"]
-        assert any(line[:2] == [*title[:1], f"{title[1]},"] and line[-1] == f"{share:.4f}" for line in lines)
+        pj = energy[f"{name}_pj_per_token"]
+        assert ["INT,", f"{title[1]},", "int5", "weights", f"{pj / 1e6:.4g}", "x", f"{pj / energy['int_pj_per_token']:.4f}"] in lines
+    assert len({line.index("   x ") for line in shown if "weights" in line}) == 1
     row = summary_rows(tmp_path)[0]
     assert row["int_static_ratio"] == perplexity["int_static"] / perplexity["ann_prefix"]
     assert row["int_token_pj_per_token"] == energy["int_token_pj_per_token"]
     write_summary(tmp_path)
     heading = (tmp_path / "summary.md").read_text().splitlines()[0]
-    assert all(part in heading for part in ("ppl INT, static", "INT token / ANN", "pJ / token, integers"))
+    assert all(part in heading for part in ("ppl INT, static", "INT, token / ANN", "pJ / token, integers"))
     pytest.importorskip("jinja2")
     pytest.importorskip("matplotlib")
     from spikellm.report.html import write_report
@@ -378,4 +374,4 @@ def test_steps_without_a_spiking_network_are_said_to_have_no_effect(tmp_path, ca
 def test_the_softmax_alone_has_unsigned_integers():
     _, statistics = converted()
     for name, each in token_quantizers(statistics, asked(T)).items():
-        assert each.signed == (SiteKind.of(name) is not SiteKind.softmax)
+        assert each.signed == (Site.of(name).kind is not SiteKind.softmax)

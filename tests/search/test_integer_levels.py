@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from conftest import asked, observed
 from torch.nn.functional import silu
 
 from spikellm.coding.integers import IntegerQuantizer, TokenQuantizer
 from spikellm.config.choices import Groups
-from spikellm.model.sites import Site, SiteKind
+from spikellm.config.labels import SiteKind
+from spikellm.model.sites import Site
 from spikellm.search.integers import fitted_levels, static_quantizers, token_quantizers
+from tests.codes import asked, observed
 
 
 def draw(number: int = 40000) -> torch.Tensor:
@@ -20,7 +21,7 @@ def squared_error(x: torch.Tensor, step: float, low: int, high: int) -> float:
 
 
 def fit_part(x: torch.Tensor) -> torch.Tensor:
-    """`conftest.observed` fits on the first half."""
+    """`observed` fits on the first half."""
     return x[: len(x) // 2].double().flatten()
 
 

@@ -1,0 +1,61 @@
+"""The pretrained model and the machine that it runs on: the nodes `model` and `hardware`."""
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+from spikellm.config.checks import check
+from spikellm.config.choices import Device, DType, ModelSource
+
+MAX_THREADS = 1024
+MAX_NAME = 100  # of a name that becomes part of a path; file systems take 255 bytes [characters]
+
+
+def path_part(name: object) -> str:
+    """`name` as the part of a path that it can be: the folder of a run, which Hydra makes before any check, stays where it belongs."""
+    return re.sub(r"[^\w.+ -]|^\.", "_", str(name))[:MAX_NAME]
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    """The pretrained model that is converted."""
+
+    name: str = MISSING
+    """short name, in results and folder names"""
+    source: ModelSource = MISSING
+    """where the weights come from"""
+    path: str = MISSING
+    """hub id, local folder, or package:file for gguf, or architecture for random"""
+    revision: str | None = None
+    """branch, tag or commit on the hub"""
+    dtype: DType = DType.float32
+    """of the weights; activations of spiking networks are float32 at least, rotation is float64"""
+    seed: int = 0
+    """of the weights; source=random only"""
+    options: dict[str, Any] = field(default_factory=dict)
+    """overrides of the architecture's config; source=random only"""
+
+    def __post_init__(self) -> None:
+        plain = self.name.isprintable() and not re.search(r"^\.|[/\\]", self.name) and 1 <= len(self.name) <= MAX_NAME
+        check(plain, "model.name", repr(self.name), f"is part of a folder's name: 1 to {MAX_NAME} letters, no / or \\, no dot in front")
+
+
+@dataclass(kw_only=True, slots=True)
+class HardwareConfig:
+    """Where the network is run, and what it may take there."""
+
+    device: Device = MISSING
+    """where the network is run"""
+    compile: bool = True
+    """fuse each neuron's T steps into one pass (torch.compile)"""
+    query_block: int = 256
+    """queries per block of attention; bounds memory [tokens]"""
+    threads: int | None = None
+    """CPU threads; null: torch's choice"""
+
+    def __post_init__(self) -> None:
+        check(self.query_block >= 1, "hardware.query_block", self.query_block, "must be at least 1")
+        allowed = self.threads is None or 1 <= self.threads <= MAX_THREADS
+        check(allowed, "hardware.threads", self.threads, f"takes 1 to {MAX_THREADS}, or null")

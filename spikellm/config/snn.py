@@ -1,0 +1,140 @@
+"""The spiking network and the way to its codes: the nodes `snn`, `rotation`, `prefix` and `search`."""
+
+from dataclasses import dataclass, field
+
+from omegaconf import MISSING
+
+from spikellm.config.checks import check
+from spikellm.config.choices import Coding, Execution, Groups, ImportV0, RotationKind, RotationPart, SearchMethod, SoftmaxNorm
+
+MAX_T = 16
+# search.spike_weight of signed digits: they have fewer spikes (a fifth, at T = 8) and smaller errors than digits 0 and 1, at T = 4 to 8.
+SIGNED_SPIKE_WEIGHT = 2.5
+
+
+@dataclass(kw_only=True, slots=True)
+class SpikingConfig:
+    """The spiking network: its time steps, its code and how it is run."""
+
+    T: int = MISSING
+    """time steps = phases of the code [steps]"""
+    grain: str = MISSING
+    """number of grains G: 1, 2, 3, .. or auto; set by the group `grain`"""
+    min_grain_length: int = 2
+    """phases in a grain, at least [steps]"""
+    coding: Coding = Coding.phase
+    """what a spike stands for"""
+    max_spikes: int | None = None
+    """spikes of a neuron, at most; coding=few_spike only"""
+    execution: Execution = Execution.folded
+    """how the network is run"""
+    step_chunk: int | None = None
+    """time steps per matrix product, at most; null: all T; execution=stepped only [steps]"""
+    max_memory_gib: float | None = None
+    """weights and activations, at most: lowers step_chunk; null: no bound; execution=stepped only [GiB]"""
+    softmax_norm: SoftmaxNorm = SoftmaxNorm.after
+    """where attention's softmax is normalised"""
+
+    def __post_init__(self) -> None:
+        check(1 <= self.T <= MAX_T, "snn.T", self.T, f"takes 1 to {MAX_T} time steps")
+        check(self.step_chunk is None or self.step_chunk >= 1, "snn.step_chunk", self.step_chunk, "must be at least 1 or null")
+        check(self.max_memory_gib is None or self.max_memory_gib > 0, "snn.max_memory_gib", self.max_memory_gib, "must be positive or null")
+        check(self.min_grain_length >= 1, "snn.min_grain_length", self.min_grain_length, "must be at least 1")
+        if self.coding is Coding.few_spike:
+            given = "null" if self.max_spikes is None else self.max_spikes
+            check(1 <= (self.max_spikes or 0) <= self.T, "snn.max_spikes", given, f"snn.coding=few_spike takes 1 to snn.T={self.T} spikes")
+        else:
+            check(self.max_spikes is None, "snn.max_spikes", self.max_spikes, "goes with snn.coding=few_spike; leave it out otherwise")
+        check(self.grain == "auto" or (self.grain.isdigit() and int(self.grain) > 0), "grain", self.grain, "takes 1, 2, 3 or auto")
+        if self.grain != "auto":
+            needed = self.min_grain_length * int(self.grain)
+            check(
+                needed <= self.T, "snn.T", f"{self.T} with grain={self.grain}",
+                f"{self.grain} grains of at least {self.min_grain_length} phases need snn.T >= {needed}; "
+                "take more time steps or fewer grains",
+            )  # fmt: skip
+
+    @property
+    def grains(self) -> int | None:
+        """`grain` as a number; None: auto."""
+        return None if self.grain == "auto" else int(self.grain)
+
+
+@dataclass(kw_only=True, slots=True)
+class RotationConfig:
+    """Rotation of the model before its conversion (QuaRot, SpinQuant)."""
+
+    kind: RotationKind = RotationKind.hadamard
+    """rotations that spread outliers and leave the function as it is"""
+    parts: list[RotationPart] = field(default_factory=lambda: list(RotationPart))
+    """those that act; []: norms are folded alone"""
+    seed: int = 0
+    """of R1's random signs"""
+
+    def __post_init__(self) -> None:
+        check(len(set(self.parts)) == len(self.parts), "rotation.parts", f"[{','.join(self.parts)}]", "one of them is there twice")
+        self.parts.sort()
+
+    @property
+    def acting(self) -> list[RotationPart]:
+        """The parts that are applied."""
+        return self.parts if self.kind is RotationKind.hadamard else []
+
+
+@dataclass(kw_only=True, slots=True)
+class PrefixConfig:
+    """Tokens before every sequence, which take the outliers upon themselves (PrefixQuant)."""
+
+    enabled: bool = True
+    """keys and values of outlier tokens before every sequence"""
+    eta: float = 64.0
+    """a token is an outlier where its largest |x| exceeds eta times the median token's"""
+    max_tokens: int = 8
+    """prefix tokens, at most"""
+
+    def __post_init__(self) -> None:
+        check(self.eta > 1, "prefix.eta", self.eta, "must exceed 1")
+        check(self.max_tokens >= 1, "prefix.max_tokens", self.max_tokens, "must be at least 1; prefix.enabled=false takes none")
+
+
+@dataclass(kw_only=True, slots=True)
+class SearchConfig:
+    """How codes are found from the statistics of calibration."""
+
+    method: SearchMethod = SearchMethod.evolution
+    """how the codes are found"""
+    groups: Groups = Groups.head
+    """neurons that share a table"""
+    spike_weight: float | None = None
+    """lambda: a squared error counts exp(lambda x mean spikes of a neuron); null: 0, phase_signed 2.5"""
+    tolerance: float = 0.02
+    """grain=auto: relative excess of the error (on the choosing part of the text) that a coarser grain may have"""
+    gradient_outer: int = 20
+    """method=gradient: rounds; this and the next three as the authors have them"""
+    gradient_inner: int = 50
+    """method=gradient: steps of (h, theta), and as many of d, in a round"""
+    gradient_samples: int = 100_000
+    """method=gradient: activations drawn for each neuron group"""
+    gradient_rate: float = 1e-3
+    """method=gradient: Adam's learning rate of the bases"""
+    import_file: str | None = None
+    """neuron file of the authors (.pth): its codes instead of a search"""
+    import_v0: ImportV0 = ImportV0.stored
+    """initial potentials of import_file"""
+
+    def __post_init__(self) -> None:
+        check(self.tolerance >= 0, "search.tolerance", self.tolerance, "must not be negative")
+        check(
+            self.spike_weight is None or 0 <= self.spike_weight < 100,
+            "search.spike_weight",
+            self.spike_weight,
+            "takes 0 (accuracy alone) to 100, or null",
+        )
+        for key in ("gradient_outer", "gradient_inner", "gradient_samples"):
+            check(getattr(self, key) >= 1, f"search.{key}", getattr(self, key), "must be at least 1")
+        check(self.gradient_rate > 0, "search.gradient_rate", self.gradient_rate, "must be positive")
+
+    def weight_of_spikes(self, coding: Coding) -> float:
+        """`spike_weight`, or what null stands for with a coding."""
+        default = SIGNED_SPIKE_WEIGHT if coding is Coding.phase_signed else 0.0
+        return default if self.spike_weight is None else self.spike_weight

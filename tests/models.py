@@ -1,0 +1,85 @@
+"""Random tiny models of every supported architecture, and what they are compared by."""
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 144,  # 36 * 4: no power of two, two Kronecker factors
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,  # grouped-query attention
+    "head_dim": 16,
+    "vocab_size": 256,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+# name -> (architecture, options): "llama-biases" has biases in every Linear, "qwen3" a head width that is not D / H
+TINY = {
+    "llama": ("llama", {}),
+    "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {"head_dim": 32}),
+    "mistral": ("mistral", {"sliding_window": 128}),
+}
+PUBLISHED_MODELS = {
+    "llama2_7b": {
+        "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 32, "vocab_size": 32000,
+    },
+    "llama3_8b": {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "vocab_size": 128256, "rope_theta": 500000.0,
+    },
+}  # fmt: skip
+BOS = 256  # bytes are 0 to 255
+
+
+def tiny_model(name: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32, **options):
+    """A random model in which everything matters: weights of unit gain, norm weights that are not one, nonzero biases.
+
+    In other dtypes the same weights, rounded, as a checkpoint would be read: RoPE's frequencies stay float32.
+    """
+    architecture, own = TINY[name]
+    config = AutoConfig.for_model(architecture, **SIZES | own | options)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").float()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "norm" in key:
+                parameter.uniform_(0.5, 1.5, generator=generator)
+            elif parameter.ndim == 1:
+                parameter.normal_(std=0.5, generator=generator)
+            else:
+                gain = 1.0 if "embed" in key else parameter.shape[1] ** -0.5
+                parameter.normal_(std=gain, generator=generator)
+            parameter.data = parameter.data.to(dtype)
+    return model.eval().requires_grad_(False)
+
+
+def norm_ratio(actual: torch.Tensor, wanted: torch.Tensor) -> float:
+    return ((actual - wanted).norm() / wanted.norm()).item()
+
+
+def byte_tokenizer(*, adds_bos: bool = False, special: tuple[str, ...] = ("bos", "eos")) -> PreTrainedTokenizerFast:
+    """Every byte a token, and the special tokens that are named: from `BOS` on."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    named = {f"{name}_token": {"bos": "<s>", "eos": "</s>"}.get(name, f"<{name}>") for name in special}
+    tokenizer.add_special_tokens(list(named.values()))
+    if adds_bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named)
+
+
+def byte_model(folder: Path) -> list[str]:
+    """A local model with a tokenizer, as arguments."""
+    tiny_model(vocab_size=258, bos_token_id=BOS).save_pretrained(folder)
+    byte_tokenizer(adds_bos=True).save_pretrained(folder)
+    return ["model.source=hub", f"model.path={folder}"]
