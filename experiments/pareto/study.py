@@ -120,9 +120,7 @@ def main() -> None:
         logging.info("%d of %d: %s", number, len(POINTS), " ".join(point.overrides))
         found.append(measure(point, overrides))
     best = set(front(found))
-    print(
-        "\n| code | T | intervals | grain | spike weight | perplexity / ANN | SOPs / token [M] | rate | energy / ANN | on the front |"
-    )
+    print("\n| code | T | intervals | grain | spike weight | perplexity / ANN | SOPs / token [M] | rate | energy / ANN | on the front |")
     print("|" + " --- |" * 10)
     for point in sorted(found, key=lambda point: point[:5]):
         cells = [point.code, point.T, point.intervals, point.grain, f"{point.weight:g}", f"{point.ratio:.4f}", f"{point.sops / 1e6:.1f}"]

@@ -54,6 +54,11 @@ class SiteStatistics:
     row_neurons: float | None = None
 
     @property
+    def groups(self) -> int:
+        """Groups of neurons."""
+        return self.counts.shape[1] // self.sides
+
+    @property
     def known_maximum(self) -> Float[Tensor, " C"]:
         """The largest activation of each row that a code may know of: in all parts but the one that reports."""
         return self.maximum[:REPORT].amax(0)

@@ -7,9 +7,10 @@ from omegaconf import MISSING
 
 from spikellm.config.checks import check, check_names
 from spikellm.config.choices import DatasetSource
-from spikellm.config.labels import NETWORKS
+from spikellm.config.labels import NETWORKS, NetworkName
 
 ZERO_SHOT_TASKS = ("winogrande", "arc_challenge", "arc_easy", "piqa", "hellaswag")
+ASKED_BY_NAME = (NetworkName.ann_prefix, NetworkName.base2)  # not by zero_shot.networks=null
 
 
 @dataclass(kw_only=True, slots=True)
@@ -47,8 +48,8 @@ class ZeroShotConfig:
 
     tasks: list[str] = field(default_factory=list)
     """of winogrande, arc_challenge, arc_easy, piqa, hellaswag; none: no zero-shot"""
-    networks: list[str] = field(default_factory=lambda: ["ann", "snn"])
-    """of ann, ann_prefix, base2, snn"""
+    networks: list[str] | None = None
+    """of evaluation.networks, those that answer; null: all of them but ann_prefix and base2"""
     path: str | None = None
     """folder with a TASK.jsonl for every task, in the fields of the hub's data sets; null: the hub"""
     limit: int | None = None
@@ -58,9 +59,24 @@ class ZeroShotConfig:
 
     def __post_init__(self) -> None:
         check_names("dataset.zero_shot.tasks", self.tasks, ZERO_SHOT_TASKS)
-        check_names("dataset.zero_shot.networks", self.networks, tuple(NETWORKS))
+        check_names("dataset.zero_shot.networks", self.networks or [], tuple(NETWORKS))
         check(self.limit is None or self.limit >= 1, "dataset.zero_shot.limit", self.limit, "must be at least 1 or null")
         check(self.batch_size >= 1, "dataset.zero_shot.batch_size", self.batch_size, "must be at least 1")
+
+    def scored(self, measured: list[NetworkName]) -> list[NetworkName]:
+        """Those of the measured networks that answer the tasks.
+
+        Raises:
+            InputError: one is asked for that is not measured, or there is none.
+        """
+        named = self.networks
+        chosen = [name for name in NetworkName if name in measured and (name not in ASKED_BY_NAME if named is None else name in named)]
+        absent = [name for name in named or [] if name not in measured]
+        given = "null" if named is None else f"[{','.join(named)}]"
+        measure = f"evaluation.networks=[{','.join(measured)}]"
+        check(not absent, "dataset.zero_shot.networks", given, f"{measure} has no {', '.join(absent)}; name it in both")
+        check(bool(chosen), "dataset.zero_shot.networks", given, f"no network of {measure} is left for dataset.zero_shot.tasks; name one")
+        return chosen
 
 
 @dataclass(kw_only=True, slots=True)

@@ -3,8 +3,8 @@
 No figure depends on this file: what a kind is to a model and to the search stands in `model/sites.py`.
 """
 
-from enum import Enum
-from typing import NamedTuple
+from enum import Enum, StrEnum
+from typing import NamedTuple, Self
 
 
 class Label(NamedTuple):
@@ -14,13 +14,32 @@ class Label(NamedTuple):
     long: str
 
 
-# Networks that are measured, by their keys in results.json and in dataset.zero_shot.networks.
-NETWORKS = {
-    "ann": Label("ANN", "pretrained (ANN)"),
-    "ann_prefix": Label("ANN, prefix", "pretrained, same prefix"),
-    "base2": Label("base-2 SNN", "base-2 phase code"),
-    "snn": Label("SNN", "fitted code (SNN)"),
-}
+class NetworkName(StrEnum):
+    """Networks that are measured, by their keys in results.json; the docstring under each is what `--help` says of it."""
+
+    label: Label
+
+    def __new__(cls, key: str, label: Label) -> Self:
+        """A member is its key, with a label beside."""
+        member = str.__new__(cls, key)
+        member._value_, member.label = key, label
+        return member
+
+    ann = "ann", Label("ANN", "pretrained (ANN)")
+    """as pretrained"""
+    ann_prefix = "ann_prefix", Label("ANN, prefix", "pretrained, same prefix")
+    """the same behind the spiking networks' prefix, rotated"""
+    base2 = "base2", Label("base-2 SNN", "base-2 phase code")
+    """base-2 phase coding in T steps"""
+    snn = "snn", Label("SNN", "fitted code (SNN)")
+    """the fitted codes"""
+    int_static = "int_static", Label("INT, static", "integers, fixed steps")
+    """integers of T + 1 bits (T at the softmax) in the neurons' places, their steps fitted to the calibration text"""
+    int_token = "int_token", Label("INT, token", "integers, a step a token")
+    """such integers between the least and the largest value of each token"""
+
+
+NETWORKS: dict[str, Label] = {network.value: network.label for network in NetworkName}
 
 
 class SiteKind(Enum):

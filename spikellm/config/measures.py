@@ -1,6 +1,6 @@
-"""What is measured beside perplexity, and where figures go.
+"""Which networks are measured, what beside perplexity, and where figures go.
 
-The nodes `diagnostics`, `spikes`, `energy`, `tracking`, `reference` and `report`.
+The nodes `evaluation`, `diagnostics`, `spikes`, `energy`, `tracking`, `reference` and `report`.
 """
 
 from dataclasses import dataclass, field
@@ -9,6 +9,23 @@ from omegaconf import MISSING
 
 from spikellm.config.checks import check
 from spikellm.config.choices import EnergyTable, Tracker, TrackingMode
+from spikellm.config.labels import NetworkName
+
+DEFAULT_NETWORKS = (NetworkName.ann, NetworkName.ann_prefix, NetworkName.base2, NetworkName.snn)
+
+
+@dataclass(kw_only=True, slots=True)
+class EvaluationConfig:
+    """Which networks stage evaluate measures."""
+
+    networks: list[NetworkName] = field(default_factory=lambda: list(DEFAULT_NETWORKS))
+    """those that are measured; the integer rivals int_static and int_token at request"""
+
+    def __post_init__(self) -> None:
+        given = f"[{','.join(self.networks)}]"
+        check(bool(self.networks), "evaluation.networks", given, f"name at least one of {', '.join(NetworkName)}")
+        check(len(set(self.networks)) == len(self.networks), "evaluation.networks", given, "one of them is there twice")
+        self.networks.sort(key=list(NetworkName).index)
 
 
 @dataclass(kw_only=True, slots=True)

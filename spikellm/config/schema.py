@@ -17,7 +17,15 @@ from spikellm.config.checks import check
 from spikellm.config.choices import Coding, SearchMethod
 from spikellm.config.dataset import DatasetConfig
 from spikellm.config.help import field_help
-from spikellm.config.measures import DiagnosticsConfig, EnergyConfig, ReferenceConfig, ReportConfig, SpikesConfig, TrackingConfig
+from spikellm.config.measures import (
+    DiagnosticsConfig,
+    EnergyConfig,
+    EvaluationConfig,
+    ReferenceConfig,
+    ReportConfig,
+    SpikesConfig,
+    TrackingConfig,
+)
 from spikellm.config.model import HardwareConfig, ModelConfig, path_part
 from spikellm.config.places import project_root
 from spikellm.config.snn import PrefixConfig, RotationConfig, SearchConfig, SpikingConfig
@@ -39,6 +47,7 @@ class Config:
     rotation: RotationConfig = field(default_factory=RotationConfig)
     prefix: PrefixConfig = field(default_factory=PrefixConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     diagnostics: DiagnosticsConfig = field(default_factory=DiagnosticsConfig)
     spikes: SpikesConfig = field(default_factory=SpikesConfig)
     energy: EnergyConfig = field(default_factory=EnergyConfig)
@@ -72,6 +81,8 @@ class Config:
         check(binary or self.search.import_file is None, "search.import_file", given, "such a file holds codes of snn.coding=phase")
         given = f"gradient with snn.coding={self.snn.coding.value}"
         check(binary or self.search.method is not SearchMethod.gradient, "search.method", given, "it finds codes of snn.coding=phase")
+        if self.dataset.zero_shot.tasks:
+            self.dataset.zero_shot.scored(self.evaluation.networks)
         check(
             self.report.folder is None or self.stages == ["report"], "report.folder", self.report.folder,
             "stages=[report] rebuilds the report of an earlier run or sweep; other stages write into the run's own folder",

@@ -8,7 +8,7 @@ Each figure is an artefact of its own: a run that was stopped, or is given one m
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -22,6 +22,7 @@ from spikellm.config.checks import InputError
 from spikellm.config.choices import DatasetSource
 from spikellm.config.dataset import DatasetConfig, TextConfig, ZeroShotConfig
 from spikellm.config.extras import require
+from spikellm.config.labels import NetworkName
 from spikellm.evaluation import texts, zero_shot
 from spikellm.evaluation.perplexity import perplexity
 from spikellm.store.artifacts import Artefact, ArtifactStore, read_json, write_json
@@ -54,7 +55,7 @@ def folded_perplexity(model: PreTrainedModel, windows: Int[Tensor, "W L"], label
 class Network:
     """A model that is measured, built no earlier than the first figure that is missing."""
 
-    name: str  # of `labels.NETWORKS`
+    name: NetworkName
     inputs: dict[str, Any]  # everything its figures depend on beside the data
     build: Callable[[], PreTrainedModel]
     prefix_tokens: Callable[[], list[int]]  # stand before every sequence by themselves
@@ -84,7 +85,7 @@ class Benchmarks:
 
 
 def prepare(
-    dataset: DatasetConfig, tokenizer: Tokenizer, store: ArtifactStore, networks: Iterable[Network], benchmarks: Benchmarks
+    dataset: DatasetConfig, tokenizer: Tokenizer, store: ArtifactStore, networks: Sequence[Network], benchmarks: Benchmarks
 ) -> None:
     """Refuse what cannot be read before the long work starts, and load the benchmarks with figures missing.
 
@@ -104,14 +105,15 @@ def prepare(
     require(f"dataset.zero_shot.tasks=[{','.join(options.tasks)}]", "lm_eval")
     if tokenizer() is None:
         raise InputError(f"dataset.zero_shot.tasks=[{','.join(options.tasks)}]: a random model has no tokenizer; take another model")
-    chosen = [network for network in networks if network.name in options.networks]
+    scored = options.scored([network.name for network in networks])
+    chosen = [network for network in networks if network.name in scored]
     benchmarks.load(
         task for task in options.tasks if not all(store.holds("zero_shot", _task_inputs(options, task, network)) for network in chosen)
     )
 
 
 def evaluate(
-    dataset: DatasetConfig, tokenizer: Tokenizer, store: ArtifactStore, networks: Iterable[Network], benchmarks: Benchmarks
+    dataset: DatasetConfig, tokenizer: Tokenizer, store: ArtifactStore, networks: Sequence[Network], benchmarks: Benchmarks
 ) -> tuple[Findings, list[Artefact]]:
     """Measure `networks`, one after the other.
 
@@ -120,7 +122,8 @@ def evaluate(
     """
     options, artefacts, anytime = dataset.zero_shot, [], None
     perplexities: dict[str, dict[str, Measurement]] = {key: {} for key in named_texts(dataset)}
-    accuracies: dict[str, dict[str, AccuracyRecord]] = {name: {} for name in options.networks}
+    scored = options.scored([network.name for network in networks]) if options.tasks else []
+    accuracies: dict[str, dict[str, AccuracyRecord]] = {name.value: {} for name in scored}
     for network in networks:
         model = cache(network.build)
         for key, text in named_texts(dataset).items():
@@ -128,11 +131,11 @@ def evaluate(
             found = Measurement.from_json(read_json(artefact.folder / "perplexity.json"))
             if found.anytime is not None and key == "dataset.evaluation":
                 anytime = AnytimeRecord(perplexity=found.anytime)
-            perplexities[key][network.name] = found
+            perplexities[key][network.name.value] = found
             artefacts.append(artefact)
-        for task in options.tasks if network.name in options.networks else ():
+        for task in options.tasks if network.name in scored else ():
             artefact = _accuracy(store, network, model, tokenizer, options, task, benchmarks)
-            accuracies[network.name][task] = AccuracyRecord.from_json(read_json(artefact.folder / "accuracy.json"))
+            accuracies[network.name.value][task] = AccuracyRecord.from_json(read_json(artefact.folder / "accuracy.json"))
             artefacts.append(artefact)
     by_text = {key.rpartition(".")[2]: _on_one_text(measured) for key, measured in perplexities.items()}
     findings = Findings(
@@ -158,7 +161,7 @@ def _perplexity(
         windows = texts.token_windows(text, key, tokenizer(), measured.config.vocab_size)
         write_json(folder / "perplexity.json", network.measure(measured, windows, f"{network.name} {key.rpartition('.')[2]}").to_json())
 
-    inputs = network.inputs | {"network": network.name, "text": text_source(text, store.digests)}
+    inputs = network.inputs | {"network": network.name.value, "text": text_source(text, store.digests)}
     return store.load_or_compute("evaluate", inputs, measure)
 
 
@@ -182,4 +185,4 @@ def _accuracy(
 
 
 def _task_inputs(options: ZeroShotConfig, task: str, network: Network) -> dict[str, Any]:
-    return network.inputs | {"network": network.name, "benchmark": zero_shot.fingerprint(options, task)}
+    return network.inputs | {"network": network.name.value, "benchmark": zero_shot.fingerprint(options, task)}

@@ -2,12 +2,14 @@
 
 snn          the fitted codes, folded or step by step
 base2        base-2 phase coding of the same T
+int_static   integers of T + 1 bits in the neurons' places, each group's step fitted to the calibration text
+int_token    the same with levels of each token's own
 ann_prefix   the rotated model without neurons, behind the spiking networks' prefix
 ann          the model as it was pretrained
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -17,7 +19,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from spikellm.calibration.calibrate import Calibration
+from spikellm.calibration.statistics import SiteStatistics
+from spikellm.coding.neuron import Slot
 from spikellm.config.choices import Execution
+from spikellm.config.labels import NetworkName
 from spikellm.evaluation.figures import Measurement, Network, folded_perplexity
 from spikellm.evaluation.networks import Networks
 from spikellm.evaluation.perplexity import readout_perplexities
@@ -25,6 +30,7 @@ from spikellm.execution.memory import fitting_chunk
 from spikellm.execution.stepped import stepped
 from spikellm.model.sites import HEAD
 from spikellm.search.fit import CodeFit
+from spikellm.search.integers import static_quantizers, token_quantizers
 from spikellm.search.options import Options
 from spikellm.search.search import base2
 from spikellm.store.provenance import Code
@@ -33,20 +39,23 @@ log = logging.getLogger(__name__)
 
 FOLDED = Code(1, ("evaluation.networks", "evaluation.figures"))
 STEPPED = Code(2, ("evaluation.networks", "evaluation.figures", "execution.memory", "execution.stepped"))
+INTEGER = Code(1, ("evaluation.networks", "evaluation.figures", "search.integers"))
 BASE2 = Code(1, ("evaluation.networks", "evaluation.figures", "search.search"))
 PRETRAINED = Code(1, ("model.load", "evaluation.figures"))
 
 
 def measured_networks(
+    names: Collection[NetworkName],
     models: Networks,
     options: Options,
     keys: Mapping[str, object],
     calibration: Callable[[], Calibration],
     fits: Callable[[], dict[str, CodeFit]],
 ) -> list[Network]:
-    """The networks of a job, the spiking ones first: they share the converted model, which then makes room for the ANN.
+    """The networks of a job, that of the ANN last: the others share the converted model, which then makes room for it.
 
     Args:
+        names: of those that are wanted.
         models: builds them.
         options: of the codes; T, execution.
         keys: stand for `model`, `calibrate` and `search` in what figures depend on.
@@ -62,33 +71,47 @@ def measured_networks(
     def spiking(codes: Callable[[], dict[str, CodeFit]]) -> PreTrainedModel:
         return models.spiking({name: fit.table for name, fit in codes().items()}, prefix())
 
-    return [
+    def integer(quantizers: Callable[[Mapping[str, SiteStatistics], Options], dict[str, Slot]]) -> PreTrainedModel:
+        return models.integer(quantizers(calibration().statistics, options), prefix())
+
+    integers = device | {
+        "code": INTEGER.key(),
+        "calibrate": keys["calibrate"],
+        "T": options.T,
+        "groups": options.search.groups.value,
+    }
+    known = [
         Network(
-            name="snn",
+            name=NetworkName.snn,
             inputs=device | {"code": (STEPPED if is_stepped else FOLDED).key(), "search": keys["search"], "execution": snn.execution.value},
             build=partial(spiking, fits),
             prefix_tokens=prefix,
             measure=partial(stepped_perplexity, chunk=snn.step_chunk, max_gib=snn.max_memory_gib) if is_stepped else folded_perplexity,
         ),
         Network(
-            name="base2",
+            name=NetworkName.base2,
             inputs=device | {"code": BASE2.key(), "calibrate": keys["calibrate"], "T": options.T},
             build=partial(spiking, lambda: base2(calibration().statistics, options)),
             prefix_tokens=prefix,
         ),
+        *(
+            Network(name=name, inputs=integers, build=partial(integer, quantizers), prefix_tokens=prefix)
+            for name, quantizers in ((NetworkName.int_static, static_quantizers), (NetworkName.int_token, token_quantizers))
+        ),
         Network(
-            name="ann_prefix",
+            name=NetworkName.ann_prefix,
             inputs=device | {"code": FOLDED.key(), "calibrate": keys["calibrate"]},
             build=lambda: models.transparent(prefix()),
             prefix_tokens=prefix,
         ),
         Network(
-            name="ann",
+            name=NetworkName.ann,
             inputs=device | {"code": PRETRAINED.key(), "model": keys["model"]},
             build=models.ann,
             prefix_tokens=list,
         ),
     ]
+    return [network for network in known if network.name in names]
 
 
 def stepped_perplexity(

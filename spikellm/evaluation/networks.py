@@ -3,6 +3,7 @@
 ann           as pretrained
 transparent   rotated, a slot at every site and nothing in it, the prefix attached: the ANN that the spiking networks approximate
 spiking       the same model with a neuron in every slot
+integer       the same model with integers there
 """
 
 import gc
@@ -12,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from transformers import PreTrainedModel
 
-from spikellm.coding.neuron import PhaseTable
+from spikellm.coding.neuron import PhaseTable, Slot
 from spikellm.config.checks import InputError
 from spikellm.config.choices import RotationKind, RotationPart, SoftmaxNorm
 from spikellm.config.model import HardwareConfig, ModelConfig
@@ -49,6 +50,12 @@ class Networks:
         """The converted model with the neurons of `tables`, by site name, behind the prefix of `prefix_tokens`."""
         model = self.transparent(prefix_tokens)
         conversion.fill(model, tables, compiled=self.hardware.compile)
+        return model
+
+    def integer(self, quantizers: Mapping[str, Slot], prefix_tokens: list[int]) -> PreTrainedModel:
+        """The converted model with `quantizers`, by site name, behind the prefix of `prefix_tokens`."""
+        model = self.transparent(prefix_tokens)
+        conversion.occupy(model, quantizers)
         return model
 
     def release(self) -> None:

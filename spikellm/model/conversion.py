@@ -6,6 +6,7 @@ install    norms, activation, o_proj and down_proj become modules with a neuron 
 prepare    rotates, then installs
 set_neuron puts an observer or a neuron into one site's slot
 fill       puts `PhaseNeuron`s at all sites, or fails
+occupy     puts anything else there
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -203,20 +204,44 @@ def fill(model: PreTrainedModel, tables: Mapping[str, PhaseTable], *, compiled: 
     Raises:
         ValueError: a site has no table, a table no site, or the model no slots.
     """
-    places = model_sites(model)
-    missing = [site.name for site in places if site.name not in tables]
-    unknown = sorted(set(tables) - {site.name for site in places})
-    if missing or unknown:
-        raise ValueError(f"tables do not fit the model: {len(missing)} sites without a table {missing[:3]}, unknown {unknown[:3]}")
-    for site in places:
+    for site in _every_site(model, tables, "tables"):
         place(model, site, tables[site.name], compiled=compiled)
 
 
 def place(model: PreTrainedModel, site: Site, table: PhaseTable, *, compiled: bool) -> None:
     """Put a neuron with `table` into the slot of one site."""
-    weight = next(model.get_submodule(f"{LAYERS}.{site.layer}" if site.layer is not None else FINAL_NORM).parameters())
+    weight = _weight_at(model, site)
     table = table.to(device=weight.device, dtype=wide(weight.dtype))
     set_neuron(model, site, PhaseNeuron(table, axis=GROUP_AXIS[site.kind], compiled=compiled))
+
+
+def occupy(model: PreTrainedModel, occupants: Mapping[str, Slot]) -> None:
+    """Put what is no neuron at every site of an installed model, in place: integers (`coding/integers.py`).
+
+    Args:
+        occupants: site name -> occupant; must name exactly the model's sites.
+
+    Raises:
+        ValueError: a site has no occupant, an occupant no site, or the model no slots.
+    """
+    for site in _every_site(model, occupants, "occupants"):
+        weight = _weight_at(model, site)
+        set_neuron(model, site, occupants[site.name].to(device=weight.device, dtype=wide(weight.dtype)))
+
+
+def _every_site(model: PreTrainedModel, named: Mapping[str, Any], what: str) -> list[Site]:
+    """The model's sites, which are those that are named."""
+    places = model_sites(model)
+    missing = [site.name for site in places if site.name not in named]
+    unknown = sorted(set(named) - {site.name for site in places})
+    if missing or unknown:
+        raise ValueError(f"{what} do not fit the model: {len(missing)} sites without one {missing[:3]}, unknown {unknown[:3]}")
+    return places
+
+
+def _weight_at(model: PreTrainedModel, site: Site) -> Any:
+    """A weight beside the site: its device and dtype are those of the site."""
+    return next(model.get_submodule(f"{LAYERS}.{site.layer}" if site.layer is not None else FINAL_NORM).parameters())
 
 
 def clear(model: PreTrainedModel) -> None:

@@ -58,7 +58,7 @@ def _spike_line(spikes: SpikesRecord) -> str:
 
 
 def _energy_lines(energy: EnergyRecord) -> list[str]:
-    """ANN and SNN in pairs of one weight precision."""
+    """ANN and SNN in pairs of one weight precision; the integer rivals over the integer ANN."""
     lines = [f"  energy per token [uJ], {energy.table}: MAC {energy.mac_pj:g} pJ, AC {energy.ac_pj:g} pJ ({energy.source})"]
     pairs = (
         ({"ann": energy.ann_pj_per_token, "snn": energy.snn_pj_per_token}, energy.break_even_firing_rate),
@@ -68,11 +68,17 @@ def _energy_lines(energy: EnergyRecord) -> list[str]:
         (ann, rival), (snn, value) = pair.items()
         if energy.weights is None or rival is None or value is None or rate is None:
             continue  # older versions knew no integer SNN
-        for name, key, each in (("ANN", ann, rival), ("SNN", snn, value)):
-            title = f"{name}, {energy.weights[key]} weights"
-            lines.append(f"    {title:<24}{each / 1e6:>10.4g}   x {each / rival:.4f}")
+        lines += [_energy_line(f"ANN, {energy.weights[ann]} weights", rival, rival)]
+        lines += [_energy_line(f"SNN, {energy.weights[snn]} weights", value, rival)]
         lines.append(f"    even at a synaptic firing rate of {rate:.3f}")
+    for network, measured in (("int_static", energy.int_static_pj_per_token), ("int_token", energy.int_token_pj_per_token)):
+        if energy.weights is not None and measured is not None:
+            lines.append(_energy_line(f"{NETWORKS[network].short}, {energy.weights[network]} weights", measured, energy.int_pj_per_token))
     return lines
+
+
+def _energy_line(title: str, pj: float, reference: float) -> str:
+    return f"    {title}{pj / 1e6:>{34 - len(title)}.4g}   x {pj / reference:.4f}"
 
 
 def _damage(diagnosed: DiagnosticsRecord) -> list[str]:

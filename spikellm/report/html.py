@@ -218,5 +218,8 @@ def _facts(results: Results) -> list[tuple[str, str]]:
         "synaptic operations per token": results.spikes and results.spikes.sops_per_token,
         "energy per token, SNN [pJ]": energy and energy.snn_pj_per_token,
         "energy per token, ANN [pJ]": energy and energy.ann_pj_per_token,
+        "energy per token, SNN on integers [pJ]": energy and energy.snn_int_pj_per_token,
+        "energy per token, integers with fixed steps [pJ]": energy and energy.int_static_pj_per_token,
+        "energy per token, integers with a step a token [pJ]": energy and energy.int_token_pj_per_token,
     }
     return [(name, f"{value:.4g}" if isinstance(value, float) else str(value)) for name, value in known.items() if value is not None]

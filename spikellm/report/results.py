@@ -35,9 +35,15 @@ FIGURES = {network: (f"perplexity.{network}", f"ppl {label.short}") for network,
     "hellaswag": ("zero_shot.snn.hellaswag.acc_norm", "HellaSwag"),
     "sops_per_token": ("spikes.sops_per_token", "SOPs / token"),
     "pj_per_token": ("energy.snn_pj_per_token", "pJ / token"),
+    "snn_int_pj_per_token": ("energy.snn_int_pj_per_token", "pJ / token, integers"),
+    "int_static_pj_per_token": ("energy.int_static_pj_per_token", "pJ / token, INT static"),
+    "int_token_pj_per_token": ("energy.int_token_pj_per_token", "pJ / token, INT token"),
     "relative_mse": ("search.relative_mse", "relative error"),
 }
-HEADINGS = {name: heading for name, (_, heading) in FIGURES.items()} | {"ratio": "SNN / ANN"}
+RATIOS = {"snn": "ratio", "int_static": "int_static_ratio", "int_token": "int_token_ratio"}  # column of a perplexity -> of its ratio
+HEADINGS = {name: heading for name, (_, heading) in FIGURES.items()} | {
+    ratio: f"{NETWORKS[name].short} / ANN" for name, ratio in RATIOS.items()
+}
 IDENTITY = ("model", "T", "grain")
 SHOWN_BY_COLUMNS = ("model", "snn.T", "timesteps", "grain")  # overrides that the column `options` need not repeat
 NOT_FINISHED = "not finished: the same command goes on with it"
@@ -105,7 +111,7 @@ def finished_results(folder: Path, config: str | None) -> Results | None:
 def summary_rows(folder: Path) -> list[Row]:
     """One row per job of a sweep, failed and unfinished jobs with their error.
 
-    Columns: model, T, grain, those of FIGURES, their published values where there are any (NAME_published), ratio, options
+    Columns: model, T, grain, those of FIGURES, their published values where there are any (NAME_published), RATIOS, options
     (overrides in which the jobs differ beside these), folder, error.
     """
     rows, options = [], []
@@ -132,7 +138,7 @@ def summary_columns(published: list[str]) -> list[str]:
     """Columns of a summary in their order; a published figure stands behind the measured one."""
     columns = list(IDENTITY)
     for name in FIGURES:
-        columns += [name, "ratio"] if name == "snn" else [name]
+        columns += [name, RATIOS[name]] if name in RATIOS else [name]
         columns += [f"{name}_published"] if f"{name}_published" in published else []
     return [*columns, "options", "folder", "error"]
 
@@ -140,7 +146,8 @@ def summary_columns(published: list[str]) -> list[str]:
 def _row(found: JobRecord | Results) -> Row:
     row: Row = {key: getattr(found, key) for key in IDENTITY}
     row |= {name: value_at(found, key) for name, (key, _) in FIGURES.items()}
-    row["ratio"] = row["snn"] / reference if row["snn"] and (reference := reference_perplexity(row)) else None
+    reference = reference_perplexity(row)
+    row |= {ratio: row[name] / reference if row[name] and reference else None for name, ratio in RATIOS.items()}
     figures = found.reference.figures if isinstance(found, Results) and found.reference is not None else {}
     return row | {f"{name}_published": figures[key] for name, (key, _) in FIGURES.items() if key in figures}
 

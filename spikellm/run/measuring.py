@@ -8,8 +8,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from spikellm.config.choices import Execution
+from spikellm.config.choices import Execution, Groups
 from spikellm.config.extras import require
+from spikellm.config.labels import NetworkName
 from spikellm.evaluation import diagnostics, figures
 from spikellm.evaluation.density_plots import write_density_plots
 from spikellm.evaluation.measured import measured_networks
@@ -46,8 +47,9 @@ class Spikes(KeyedStage):
         found, wanted = ledger.Ledger.from_json(read_json(artefact.folder / "ledger.json")), work.config.spikes.windows
         if found.windows < wanted:
             log.warning("spikes.windows=%d: the evaluation text has %d", wanted, found.windows)
-        energy = accounts.energy_record(found, accounts.cost_table(work.config.energy))
-        findings = Findings(spikes=accounts.spikes_record(found), energy=energy)
+        table, by_head = accounts.cost_table(work.config.energy), work.config.search.groups is Groups.head
+        rivals = accounts.rivals_energy(found, table, work.config.evaluation.networks, by_head=by_head)
+        findings = Findings(spikes=accounts.spikes_record(found), energy=accounts.energy_record(found, table, rivals))
         return StageOutcome(artefacts=[artefact], findings=findings, tables={"spikes.csv": accounts.spike_rows(found)})
 
 
@@ -61,9 +63,10 @@ class Evaluate(Stage):
     needs = (CALIBRATE, SEARCH)
 
     def networks(self, work: Workspace) -> list[figures.Network]:
-        """The networks that can be measured, none loaded yet."""
+        """The networks that are to be measured, none loaded yet."""
         keys = {"model": work.model_source, "calibrate": CALIBRATE.key(work), "search": SEARCH.key(work)}
-        return measured_networks(work.models, work.options, keys, lambda: CALIBRATE.found(work), lambda: SEARCH.found(work))
+        names = work.config.evaluation.networks
+        return measured_networks(names, work.models, work.options, keys, lambda: CALIBRATE.found(work), lambda: SEARCH.found(work))
 
     def prepare(self, work: Workspace) -> None:
         """Name options without effect; read texts and benchmarks that are not measured yet."""
@@ -71,6 +74,8 @@ class Evaluate(Stage):
         for key in ("step_chunk", "max_memory_gib"):
             if snn.execution is Execution.folded and (value := getattr(snn, key)) is not None:
                 log.warning("snn.%s=%s has no effect with snn.execution=folded", key, value)
+        if snn.execution is Execution.stepped and NetworkName.snn not in work.config.evaluation.networks:
+            log.warning("snn.execution=stepped has no effect without snn in evaluation.networks")
         figures.prepare(work.config.dataset, lambda: work.tokenizer, work.store, self.networks(work), work.benchmarks)
 
     def run(self, work: Workspace) -> StageOutcome:

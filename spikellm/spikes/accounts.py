@@ -1,5 +1,6 @@
 """From a ledger to what a run reports: rates and operations per token, what stays dense, energy, the rows of spikes.csv."""
 
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -8,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from spikellm.config.choices import EnergyTable
-from spikellm.config.labels import SiteKind
+from spikellm.config.labels import NetworkName, SiteKind
 from spikellm.config.measures import EnergyConfig
 from spikellm.spikes.energy import (
     COST_TABLES,
@@ -18,6 +19,8 @@ from spikellm.spikes.energy import (
     compare,
     integer_ac_pj,
     integer_mac_pj,
+    integer_operations,
+    integer_pj,
     matrix_products,
     pointwise_operations,
     softmax_quotients,
@@ -118,8 +121,47 @@ def spikes_record(ledger: Ledger) -> SpikesRecord:
     )
 
 
-def energy_record(ledger: Ledger, table: CostTable) -> EnergyRecord:
-    """Energy per token. ANN and integer ANN see the same tokens and mask, without a prefix."""
+def dense_operations_of_integers(ledger: Ledger, *, per_token: bool, by_head: bool) -> list[Operation]:
+    """All that int_static, or int_token (`per_token`), computes beside its integer MACs, on the ledger's tokens.
+
+    Its integers are where the ledger's neurons are, an ON and an OFF neuron being one of them; its prefix is the same. by_head: attention
+    heads have levels of their own.
+    """
+    shape, tokens, after = ledger.shape, ledger.tokens, ledger.normalise_after
+    pairs = ledger.pairs + ledger.coded_prefix * tokens * shape.layers
+    scales = sum(len(site.neurons) if by_head else 1 for site in ledger.sites)
+    row_sums = [Operation(name="sums of the softmax's rows", mac=0, ac=pairs * shape.H)] if after else []
+    return [
+        *pointwise_operations(shape, tokens=tokens, pairs=pairs),
+        softmax_quotients(shape, tokens=tokens, pairs=pairs, after=after),
+        *row_sums,
+        *integer_operations(
+            shape,
+            tokens=tokens,
+            pairs=pairs,
+            activations=sum(sum(site.neurons) for site in ledger.sites),
+            scales=tokens * scales if per_token else 0,
+            linear_groups=shape.H if by_head else 1,
+            rotated=ledger.rotated,
+            prefix=ledger.exact_prefix,
+        ),
+    ]
+
+
+def rivals_energy(ledger: Ledger, table: CostTable, names: Collection[NetworkName], *, by_head: bool) -> dict[NetworkName, float]:
+    """Energy of the integer networks among `names` [pJ per token]; their weights are integers of as many bits as their activations."""
+    pairs = ledger.pairs + ledger.coded_prefix * ledger.tokens * ledger.shape.layers
+    matrices = matrix_products(ledger.shape, tokens=ledger.tokens, pairs=pairs)
+    found = {}
+    for name, per_token in ((NetworkName.int_static, False), (NetworkName.int_token, True)):
+        if name in names:
+            dense = dense_operations_of_integers(ledger, per_token=per_token, by_head=by_head)
+            found[name] = integer_pj(table, bits=ledger.T + 1, matrices=matrices, dense=dense) / ledger.tokens
+    return found
+
+
+def energy_record(ledger: Ledger, table: CostTable, rivals: Mapping[NetworkName, float] | None = None) -> EnergyRecord:
+    """Energy per token. ANN and integer ANN see the same tokens and mask, without a prefix; rivals: of `rivals_energy`."""
     seen = {"tokens": ledger.tokens, "pairs": ledger.pairs}
     matrices = matrix_products(ledger.shape, **seen)
     pointwise = [*pointwise_operations(ledger.shape, **seen), softmax_quotients(ledger.shape, **seen, after=False)]
@@ -135,7 +177,8 @@ def energy_record(ledger: Ledger, table: CostTable) -> EnergyRecord:
         synapses=ledger.synapses,
         tokens=ledger.tokens,
     )
-    bits = ledger.T + 1
+    bits, rivals = ledger.T + 1, rivals or {}
+    integers = ("int", "snn_int", *(name.value for name in rivals))
     return EnergyRecord(
         table=table.name,
         mac_pj=table.mac_pj,
@@ -144,12 +187,14 @@ def energy_record(ledger: Ledger, table: CostTable) -> EnergyRecord:
         int_bits=bits,
         int_mac_pj=integer_mac_pj(bits),
         int_ac_pj=integer_ac_pj(bits),
-        weights={"ann": table.name, "snn": table.name, "int": f"int{bits}", "snn_int": f"int{bits}"},
+        weights={"ann": table.name, "snn": table.name} | dict.fromkeys(integers, f"int{bits}"),
         int_source=f"{HOROWITZ}, 8 bits, scaled to {bits}",
         ann_mac_per_token=sum(each.mac for each in matrices + pointwise) / ledger.tokens,
         snn_mac_per_token=sum(each.mac for each in dense) / ledger.tokens,
         snn_ac_per_token=(ledger.sops + sum(each.ac for each in dense)) / ledger.tokens,
         **asdict(energy),
+        int_static_pj_per_token=rivals.get(NetworkName.int_static),
+        int_token_pj_per_token=rivals.get(NetworkName.int_token),
     )
 
 

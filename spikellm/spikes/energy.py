@@ -12,6 +12,9 @@ counts arithmetic alone: no memory traffic, no leakage. Two pairs of networks st
     integer ANN  the ANN's MACs on signed integers of T + 1 bits, activations (the accuracy of base-2 phase coding in T steps) and weights
     integer SNN  the SNN's SOPs on integers of the same T + 1 bits: the accumulates of the integer ANN without its multiplications
 
+The integer ANN is a bound: its numbers are integers for nothing. What the networks int_static and int_token (`coding/integers.py`) compute
+beside its MACs is in `integer_operations`: theirs is the energy that stands beside the integer SNN's at their perplexity.
+
 Perplexities are those of weights that are not quantised, whatever the pair. What stays dense costs what the table says in all four.
 
 Sources: Horowitz, "Computing's energy problem", ISSCC 2014, 45 nm, 0.9 V; that energy is the one of spiking papers' tables
@@ -177,6 +180,16 @@ def weight_receivers(shape: DecoderShape) -> dict[SiteKind, int]:
     }
 
 
+def online_rotations(shape: DecoderShape, *, tokens: int, rotated: Collection[RotationPart]) -> list[Operation]:
+    """R3 and R4 as far as they act; nothing where neither does."""
+    if not rotated:
+        return []
+    # additions alone, counted as dearly as MACs: what stays dense must not look cheap
+    vectors = {RotationPart.R3: (shape.H + shape.K, shape.E), RotationPart.R4: (1, shape.F)}  # how many a token, how long
+    additions = sum(number * width * fast_hadamard_additions(width) for number, width in (vectors[part] for part in rotated))
+    return [Operation(name=f"online Hadamard {', '.join(rotated)}", mac=tokens * shape.layers * additions)]
+
+
 def spiking_operations(
     shape: DecoderShape,
     *,
@@ -196,18 +209,58 @@ def spiking_operations(
         rotated: which of R3 and R4 act online.
         prefix: exact prefix keys and values beside the coded ones; 0 where they pass neurons or there are none.
     """
-    layers, F, H, K, E = shape.layers, shape.F, shape.H, shape.K, shape.E
+    layers, H, E = shape.layers, shape.H, shape.E
     operations = [
         Operation(name="output weights d_t", mac=tokens * T * receivers),
         Operation(name="neurons: comparison a step, reset a spike", mac=0, ac=comparisons + spikes),
+        *online_rotations(shape, tokens=tokens, rotated=rotated),
     ]
-    if rotated:  # additions alone, counted as dearly as MACs: what stays dense must not look cheap
-        vectors = {RotationPart.R3: (H + K, E), RotationPart.R4: (1, F)}  # how many a token, how long
-        additions = sum(number * width * fast_hadamard_additions(width) for number, width in (vectors[part] for part in rotated))
-        operations.append(Operation(name=f"online Hadamard {', '.join(rotated)}", mac=tokens * layers * additions))
     if prefix:
         # exponentials, mixture and sum of P columns; the scores come from query spikes
         operations.append(Operation(name="exact prefix", mac=tokens * layers * H * prefix * (E + 2)))
+    return operations
+
+
+def integer_operations(
+    shape: DecoderShape,
+    *,
+    tokens: int,
+    pairs: int,
+    activations: int,
+    scales: int,
+    linear_groups: int,
+    rotated: Collection[RotationPart],
+    prefix: int,
+) -> list[Operation]:
+    """What a network of integer activations computes beside its integer MACs and `pointwise_operations`.
+
+    Steps of weights are taken to be folded into those of activations. What comes in as a real number is scaled and rounded; sums of
+    integers are scaled back: a Linear's outputs as many times as there are groups along its inputs, the gate, the mixture, every score.
+
+    Args:
+        tokens, pairs: of all sequences, as for `matrix_products`.
+        activations: that become integers, of all sites.
+        scales: found at run time, one a token, group and site; 0: all are constants.
+        linear_groups: groups along the inputs of attention's output.
+        rotated, prefix: as for `spiking_operations`.
+    """
+    layers, D, F, H, K, E = shape.layers, shape.D, shape.F, shape.H, shape.K, shape.E
+    sums = layers * ((H + 2 * K) * E + linear_groups * D + 2 * F + F + D + H * E) + shape.V
+    operations = [
+        Operation(name="integers: a factor, rounding", mac=activations, ac=activations),
+        Operation(name="factors of integer sums", mac=tokens * sums + pairs * H),
+        *online_rotations(shape, tokens=tokens, rotated=rotated),
+    ]
+    if scales:
+        operations += [
+            # least and largest value; difference, quotient and zero point
+            Operation(name="levels of every token", mac=2 * scales, ac=2 * activations + scales),
+            # steps that differ along a sum over keys: the key's on its score, the value's on its probability
+            Operation(name="steps of keys and values", mac=2 * pairs * H),
+        ]
+    if prefix:
+        # scores, exponentials, mixture and sum of P columns
+        operations.append(Operation(name="exact prefix", mac=tokens * layers * H * prefix * (2 * E + 2)))
     return operations
 
 
@@ -227,6 +280,12 @@ class Energy:
     break_even_firing_rate: float
     break_even_firing_rate_int: float
     break_even_firing_rate_snn_int: float
+
+
+def integer_pj(table: CostTable, *, bits: int, matrices: list[Operation], dense: list[Operation]) -> float:
+    """MACs of integers of so many bits, and the rest by the table [pJ]."""
+    rest = table.joule(mac=sum(each.mac for each in dense), ac=sum(each.ac for each in dense)) * 1e12
+    return integer_mac_pj(bits) * sum(each.mac for each in matrices) + rest
 
 
 def compare(
@@ -254,7 +313,7 @@ def compare(
         return max(0.0, (rival - resting) / saturated)
 
     ann = cost(matrices + pointwise)
-    integer = integer_mac_pj(T + 1) * sum(each.mac for each in matrices) + cost(pointwise)
+    integer = integer_pj(table, bits=T + 1, matrices=matrices, dense=pointwise)
     integer_ac = integer_ac_pj(T + 1)
     return Energy(
         ann_pj_per_token=ann / tokens,

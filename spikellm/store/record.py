@@ -192,7 +192,7 @@ class SpikesRecord(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class EnergyRecord(Record):
-    """Energy of four networks; `spikes/energy.py` says which, and how it is counted."""
+    """Energy of four networks and of the integer rivals that are measured; `spikes/energy.py` says which, and how it is counted."""
 
     table: str
     mac_pj: float
@@ -201,7 +201,7 @@ class EnergyRecord(Record):
     int_bits: int
     int_mac_pj: float | None = None
     int_ac_pj: float | None = None
-    weights: dict[str, str] | None = None  # of each of the four
+    weights: dict[str, str] | None = None  # of each network
     int_source: str | None = None
     ann_mac_per_token: float | None = None
     snn_mac_per_token: float | None = None
@@ -213,6 +213,8 @@ class EnergyRecord(Record):
     break_even_firing_rate: float
     break_even_firing_rate_int: float
     break_even_firing_rate_snn_int: float | None = None
+    int_static_pj_per_token: float | None = None
+    int_token_pj_per_token: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

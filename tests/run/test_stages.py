@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from spikellm.config.checks import InputError
-from spikellm.config.labels import NETWORKS
+from spikellm.config.measures import DEFAULT_NETWORKS
 from spikellm.config.schema import DEFAULT_STAGES, STAGE_NAMES
 from spikellm.run.fitting import SEARCH
 from spikellm.run.measuring import DIAGNOSE, EVALUATE
@@ -191,7 +191,7 @@ def test_several_texts_and_the_main_one(tmp_path):
     assert more["perplexity"] == both["perplexity"]
     assert more["perplexity_by_text"]["again"]["tokens"] == 31
     assert before.items() <= {path: path.stat().st_mtime_ns for path in artefacts(tmp_path, "evaluate")}.items()
-    assert len(artefacts(tmp_path, "evaluate")) == len(before) + len(NETWORKS)
+    assert len(artefacts(tmp_path, "evaluate")) == len(before) + len(DEFAULT_NETWORKS)
 
 
 def test_results_do_not_depend_on_what_was_cached(tmp_path):
