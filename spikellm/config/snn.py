@@ -120,6 +120,8 @@ class SearchConfig:
     """neurons that share a table"""
     spike_weight: float | None = None
     """lambda: a squared error counts exp(lambda x mean spikes of a neuron); null: 0, phase_signed 2.5"""
+    sufficient_error: float = 5e-5
+    """snn.intervals=auto: relative squared error of a neuron group (on the choosing part of the text) that needs no further interval"""
     tolerance: float = 0.02
     """grain=auto: relative excess of the error (on the choosing part of the text) that a coarser grain may have"""
     gradient_outer: int = 20
@@ -137,6 +139,7 @@ class SearchConfig:
 
     def __post_init__(self) -> None:
         check(self.tolerance >= 0, "search.tolerance", self.tolerance, "must not be negative")
+        check(self.sufficient_error >= 0, "search.sufficient_error", self.sufficient_error, "must not be negative")
         check(
             self.spike_weight is None or 0 <= self.spike_weight < 100,
             "search.spike_weight",

@@ -104,6 +104,7 @@ class CodeFit:
         rounds: Sequence[tuple[IntervalCodes, Float[Tensor, " C"]]],
         *,
         tolerance: float = 0.0,
+        sufficient: float = 0.0,
         fall_back: bool = True,
         digits: Digits = BINARY,
         spike_weight: float = 0.0,
@@ -113,7 +114,8 @@ class CodeFit:
         Args:
             statistics: of the site.
             rounds: codes found, all in one space of parameters, and their objectives; the simplest first.
-            tolerance: the first codes are taken whose cost is at most (1 + tolerance) times the least of all.
+            tolerance: the first codes are taken whose cost is at most (1 + tolerance) times the least of all,
+            sufficient: or whose relative squared error is at most this.
             fall_back: False never takes base 2.
             digits: of the neurons, but for the partition: sides are the statistics', intervals the codes'.
             spike_weight: see `Options.spike_weight`.
@@ -123,8 +125,9 @@ class CodeFit:
         site = torch.where(known.amax() > 0, known.amax(), 1.0).expand_as(known)
         per_site, per_group = (IntervalCodes.single(base2_codes(each, T, G)) for each in (site, torch.where(known > 0, known, site)))
         codes = [per_site, per_group, *(code for code, _ in rounds)]
-        costs = torch.stack([_cost(statistics, code.table(digits), spike_weight=spike_weight) for code in codes])
-        number = (costs[2:] <= (1 + tolerance) * costs[2:].amin(0)).int().argmax(0)
+        costs, errors = torch.stack([_cost(statistics, code.table(digits), spike_weight=spike_weight) for code in codes], 1)
+        within = (costs[2:] <= (1 + tolerance) * costs[2:].amin(0)) | (errors[2:] <= sufficient)
+        number = within.int().argmax(0)
         found = number + 2
         if fall_back:
             # the first of equals: base 2 where nothing is gained, or nothing passed
@@ -202,15 +205,15 @@ def bias_weight(statistics: SiteStatistics, weight: Float[Tensor, "C points"], s
     return (statistics.row_neurons or 0.0) * share.sum(-1, keepdim=True) / weight.sum(-1, keepdim=True).clamp_min(1e-30)
 
 
-def _cost(statistics: SiteStatistics, table: PhaseTable, *, spike_weight: float) -> Float[Tensor, " C"]:
-    """What the choice is made by: the search's objective, on the choosing part (in one scale for all codes)."""
+def _cost(statistics: SiteStatistics, table: PhaseTable, *, spike_weight: float) -> Float[Tensor, "2 C"]:
+    """What the choice is made by: the search's objective on the choosing part, in one scale for all codes; and the relative error there."""
     x, weight, count = part_points(statistics, CHOOSE)
     neurons = count.sum(-1) + statistics.zeros[CHOOSE]
     bias = bias_weight(statistics, weight, count / neurons.clamp_min(1)[:, None])
-    error = weighted_error(x, weight, table, bias)
-    if not spike_weight:
-        return error
-    return error * (spike_weight * spikes_per_neuron(x, count, neurons, table)).exp()
+    cost = weighted_error(x, weight, table, bias)
+    if spike_weight:
+        cost = cost * (spike_weight * spikes_per_neuron(x, count, neurons, table)).exp()
+    return torch.stack([cost, weighted_error(x, weight, table) / (weight * x.square()).sum(-1).clamp_min(1e-30)])
 
 
 def weighted_error(

@@ -49,8 +49,9 @@ def evolution(statistics: Mapping[str, SiteStatistics], options: Options) -> dic
 
     Args:
         statistics: by site name; all on one device.
-        options: T; grain and snn.intervals, at most (auto: per group the fewest within search.tolerance of the least cost on the choosing
-            part); min_grain_length; coding, phase or phase_signed; search.spike_weight; seed.
+        options: T; grain and snn.intervals, at most (auto: per group the fewest within search.tolerance of the least cost on the
+            choosing part, or of intervals the fewest with search.sufficient_error there); min_grain_length; coding, phase or
+            phase_signed; search.spike_weight; seed.
     """
     digits, most = options.digits, options.most_intervals
     points = density_points(statistics, options, 1)
@@ -78,8 +79,7 @@ def evolution(statistics: Mapping[str, SiteStatistics], options: Options) -> dic
             segments = Segments(x=points.x, weight=points.weight, share=points.share, kernel=kernel, digits=digits)
             more = evolve_intervals(segments, maximum, rounds[-1][0], options, spike_weight, bar.update)
             rounds += more[-1:] if options.snn.grains else more
-    automatic = options.snn.grains is None or options.snn.interval_count is None
-    return assess_all(statistics, rounds, tolerance=options.search.tolerance if automatic else 0.0, digits=digits, spike_weights=weights)
+    return assess_all(statistics, rounds, options, digits=digits, spike_weights=weights)
 
 
 def kernel_of(function: Callable[..., Any], like: Tensor, options: Options) -> Callable[..., Any]:
@@ -104,7 +104,7 @@ def gradient(statistics: Mapping[str, SiteStatistics], options: Options) -> dict
         for G in searches:
             codes, found = descend_grains(samples, maximum, options, G=G, progress=bar.update)
             rounds.append((IntervalCodes.single(codes.widened(most)), found))
-    return assess_all(statistics, rounds, tolerance=options.search.tolerance)
+    return assess_all(statistics, rounds, options)
 
 
 def group_maxima(statistics: Mapping[str, SiteStatistics]) -> Float[Tensor, " N"]:
@@ -116,19 +116,22 @@ def group_maxima(statistics: Mapping[str, SiteStatistics]) -> Float[Tensor, " N"
 def assess_all(
     statistics: Mapping[str, SiteStatistics],
     rounds: Sequence[tuple[IntervalCodes, Float[Tensor, " N"]]],
+    options: Options,
     *,
-    tolerance: float,
     digits: Digits = BINARY,
     spike_weights: Mapping[str, float] | None = None,
 ) -> dict[str, CodeFit]:
     """Codes and objectives of all groups in a row, the simplest first, as one fit per site."""
+    intervals = options.snn.interval_count is None
+    tolerance = options.search.tolerance if options.snn.grains is None or intervals else 0.0
+    sufficient = options.search.sufficient_error if intervals else 0.0
     fits, start = {}, 0
     for name, site in statistics.items():
         rows = slice(start, start + site.counts.shape[1])
         start = rows.stop
         own = [(codes.at(rows), objective[rows]) for codes, objective in rounds]
         spike_weight = (spike_weights or {}).get(name, 0.0)
-        fits[name] = CodeFit.assess(site, own, tolerance=tolerance, digits=digits, spike_weight=spike_weight)
+        fits[name] = CodeFit.assess(site, own, tolerance=tolerance, sufficient=sufficient, digits=digits, spike_weight=spike_weight)
     return fits
 
 

@@ -119,8 +119,16 @@ def test_no_group_is_worse_off_than_with_fewer_intervals(statistics):
 
 
 def test_auto_takes_the_fewest_within_the_tolerance(statistics):
-    for tolerance, wanted in ((0.0, 3), (1e9, 1)):
-        fits = evolution({"normal": statistics["normal"]}, asked(T, intervals="auto", tolerance=tolerance))
+    normal = {"normal": statistics["normal"]}
+    relative = {K: evolution(normal, asked(T, intervals=K))["normal"].relative_error for K in (1, 2)}
+    between = (relative[1] * relative[2]) ** 0.5
+    for options, wanted in (
+        ({"tolerance": 0.0}, 3),
+        ({"tolerance": 1e9}, 1),
+        ({"sufficient_error": between}, 2),
+        ({"sufficient_error": 1.0}, 1),
+    ):
+        fits = evolution(normal, asked(T, intervals="auto", **options))
         assert fits["normal"].intervals.tolist() == [wanted]
 
 
