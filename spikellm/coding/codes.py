@@ -122,6 +122,12 @@ class IntervalCodes:
         inside = index if isinstance(index, tuple) else (index,)
         return IntervalCodes(codes=self.codes.at((slice(None), *inside)), cuts=self.cuts[:, *inside])
 
+    def replaced(self, rows: Int[Tensor, " m"], other: "IntervalCodes") -> "IntervalCodes":
+        """These codes [K, N], but for some rows of N the others, which have as many intervals."""
+        values, assignment, cuts = (each.clone() for each in (self.codes.values, self.codes.assignment, self.cuts))
+        values[:, rows], assignment[:, rows], cuts[:, rows] = other.codes.values, other.codes.assignment, other.cuts
+        return IntervalCodes(codes=Codes(values=values, assignment=assignment), cuts=cuts)
+
     def trimmed(self) -> "IntervalCodes":
         """Without the intervals that no group uses."""
         K = int(self.used.flatten(1).any(1).sum())

@@ -125,7 +125,7 @@ class CodeFit:
         site = torch.where(known.amax() > 0, known.amax(), 1.0).expand_as(known)
         per_site, per_group = (IntervalCodes.single(base2_codes(each, T, G)) for each in (site, torch.where(known > 0, known, site)))
         codes = [per_site, per_group, *(code for code, _ in rounds)]
-        costs, errors = torch.stack([_cost(statistics, code.table(digits), spike_weight=spike_weight) for code in codes], 1)
+        costs, errors = torch.stack([choice_cost(statistics, code.table(digits), spike_weight=spike_weight) for code in codes], 1)
         within = (costs[2:] <= (1 + tolerance) * costs[2:].amin(0)) | (errors[2:] <= sufficient)
         number = within.int().argmax(0)
         found = number + 2
@@ -205,7 +205,7 @@ def bias_weight(statistics: SiteStatistics, weight: Float[Tensor, "C points"], s
     return (statistics.row_neurons or 0.0) * share.sum(-1, keepdim=True) / weight.sum(-1, keepdim=True).clamp_min(1e-30)
 
 
-def _cost(statistics: SiteStatistics, table: PhaseTable, *, spike_weight: float) -> Float[Tensor, "2 C"]:
+def choice_cost(statistics: SiteStatistics, table: PhaseTable, *, spike_weight: float) -> Float[Tensor, "2 C"]:
     """What the choice is made by: the search's objective on the choosing part, in one scale for all codes; and the relative error there."""
     x, weight, count = part_points(statistics, CHOOSE)
     neurons = count.sum(-1) + statistics.zeros[CHOOSE]

@@ -17,7 +17,7 @@ Ours. Ranges of an activation as grains of a code: Zheng et al., ICLR 2026, in t
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -59,6 +59,10 @@ class Segments:
     share: Float[Tensor, "N points"]
     kernel: Callable[..., tuple[Tensor, Tensor]]
     digits: Digits
+
+    def at(self, rows: Int[Tensor, " m"]) -> "Segments":
+        """Those of some groups."""
+        return replace(self, x=self.x[rows], weight=self.weight[rows], share=self.share[rows])
 
     def running(self, codes: Codes, segments: int) -> Float[Tensor, "2 N M Q1"]:
         """Errors and spikes of codes [N, K] on the points before each edge, the first edge before all points."""

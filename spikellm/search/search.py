@@ -38,7 +38,7 @@ from spikellm.coding.codes import IntervalCodes, base2_codes
 from spikellm.kernels.compiled import fused
 from spikellm.kernels.encode import BINARY, Digits
 from spikellm.search.evolution import Objective, evolve_grains, squared_error
-from spikellm.search.fit import CodeFit, bias_weight
+from spikellm.search.fit import CodeFit, bias_weight, choice_cost
 from spikellm.search.gradient import descend_grains, draw_samples
 from spikellm.search.intervals import Segments, evolve_intervals, segment_sums
 from spikellm.search.options import Options
@@ -73,13 +73,31 @@ def evolution(statistics: Mapping[str, SiteStatistics], options: Options) -> dic
     with tqdm(total=options.most_grains * most, desc="search", unit="grain", disable=None) as bar:
         found = evolve_grains(objective, maximum, options, lambda _: bar.update())
         rounds = [(IntervalCodes.single(codes), error) for codes, error in (found[-1:] if options.snn.grains else found)]
+        wanting = torch.arange(len(maximum), device=maximum.device)
         for K in range(2, most + 1):
+            best, error = rounds[-1]
+            if options.snn.interval_count is None:  # auto: the others have what they need
+                enough = torch.cat(choice_errors(statistics, best, digits)) <= options.search.sufficient_error
+                wanting = (~enough).nonzero().flatten()
+            if not len(wanting):
+                break
             points = density_points(statistics, options, K)
             kernel = kernel_of(segment_sums, points.x, options)
-            segments = Segments(x=points.x, weight=points.weight, share=points.share, kernel=kernel, digits=digits)
-            more = evolve_intervals(segments, maximum, rounds[-1][0], options, spike_weight, bar.update)
-            rounds += more[-1:] if options.snn.grains else more
+            segments = Segments(x=points.x, weight=points.weight, share=points.share, kernel=kernel, digits=digits).at(wanting)
+            more = evolve_intervals(segments, maximum[wanting], best.at((wanting,)), options, spike_weight[wanting], bar.update)
+            whole = [(best.padded(K).replaced(wanting, codes), error.index_copy(0, wanting, found)) for codes, found in more]
+            rounds += whole[-1:] if options.snn.grains else whole
     return assess_all(statistics, rounds, options, digits=digits, spike_weights=weights)
+
+
+def choice_errors(statistics: Mapping[str, SiteStatistics], codes: IntervalCodes, digits: Digits) -> list[Float[Tensor, " C"]]:
+    """Relative errors on the choosing part, site by site, of codes of all groups in a row."""
+    found, start = [], 0
+    for site in statistics.values():
+        rows = slice(start, start + site.counts.shape[1])
+        start = rows.stop
+        found.append(choice_cost(site, codes.at(rows).table(digits), spike_weight=0.0)[1])
+    return found
 
 
 def kernel_of(function: Callable[..., Any], like: Tensor, options: Options) -> Callable[..., Any]:
