@@ -17,13 +17,14 @@ from contextlib import contextmanager
 from math import ceil
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from spikellm.model.attention import attentions
-from spikellm.model.sites import DOWN, decoder_layers, sites
+from spikellm.model.blocks import Block, enter, walk
+from spikellm.model.sites import DOWN, HEAD, decoder_layers, sites
 
 log = logging.getLogger(__name__)
 
@@ -41,13 +42,11 @@ def find_prefix_tokens(model: PreTrainedModel, windows: Int[Tensor, "W L"], *, e
     """
     frequent: Counter[int] = Counter()
     everywhere: Counter[int] = Counter()
-    counts = torch.zeros(len(decoder_layers(model)))
-    for window, found in zip(windows, _outliers(model, windows, eta), strict=True):
-        counts += found.sum(1)
-        outliers = found.any(0)
+    found = _outliers(model, windows, eta)
+    for window, outliers in zip(windows, found.any(0), strict=True):
         everywhere.update(window[outliers].tolist())
         frequent.update(window[1:][outliers[1:]].tolist())
-    number = min(ceil(counts.max().item() / len(windows)), max_tokens)
+    number = min(ceil(found.sum((1, 2)).max().item() / len(windows)), max_tokens)
     if number == 0:
         return []
     last = [bos] if bos is not None else [token for token, _ in everywhere.most_common(1)]
@@ -73,42 +72,47 @@ def keep_what_helps(
     remaining = []
     for candidate in (tokens[-1:], tokens):
         attach_prefix(model, candidate)
-        remaining.append(torch.stack([found.sum(1) for found in _outliers(model, windows, eta)]).sum(0).max().item())
+        remaining.append(_outliers(model, windows, eta).sum((1, 2)).max().item())
     if not len(windows) <= remaining[0] >= 4 * remaining[1]:
         return tokens[-1:]
     losses = []
     for candidate in (tokens[-1:], tokens):
         attach_prefix(model, candidate)
-        rows = (window[None].to(model.device) for window in text)
-        losses.append(sum(model(ids, labels=ids).loss.item() for ids in rows))
+        losses.append(sum(_loss(model, window, state) for window, state in zip(text, walk(model, text), strict=True)))
     return tokens if losses[1] <= losses[0] else tokens[-1:]
 
 
+def _loss(model: PreTrainedModel, window: Int[Tensor, " L"], state: Float[Tensor, "1 L D"]) -> float:
+    """Mean token loss, as the model itself takes it."""
+    logits = model.get_submodule(HEAD)(state)
+    return model.loss_function(logits, labels=window[None].to(logits.device), vocab_size=model.config.vocab_size).item()
+
+
 @torch.no_grad()
-def _outliers(model: PreTrainedModel, windows: Int[Tensor, "W L"], eta: float) -> Iterator[Bool[Tensor, "layers L"]]:
-    """For every window, which tokens are outliers at which layer."""
-    with _peaks(model) as peaks:
-        for window in tqdm(windows, desc="prefix tokens", unit="window", leave=False, disable=None):
-            model.base_model(window[None].to(model.device), use_cache=False)
-            yield torch.stack([peak > eta * peak.median() for peak in peaks.values()])
+def _outliers(model: PreTrainedModel, windows: Int[Tensor, "W L"], eta: float) -> Bool[Tensor, "layers W L"]:
+    """Which tokens are outliers, at every layer."""
+    states, blocks = enter(model, windows)
+    found = []
+    for block in tqdm(blocks[:-1], desc="prefix tokens", unit="block", leave=False, disable=None):
+        with _peaks(block) as peaks:
+            block.advance(states)
+        found.append(torch.stack([peak > eta * peak.median() for peak in peaks]))
+    return torch.stack(found)
 
 
 @contextmanager
-def _peaks(model: PreTrainedModel) -> Iterator[dict[int, Tensor]]:
-    """Within: every forward leaves the tokens' largest |x| at each layer's down_proj input."""
-    layers = decoder_layers(model)
-    peaks = {index: torch.empty(0) for index in range(len(layers))}
-    index_of = {layer.get_submodule(DOWN): index for index, layer in enumerate(layers)}
+def _peaks(block: Block) -> Iterator[list[Tensor]]:
+    """Within: every window that passes a layer leaves its tokens' largest |x| at down_proj's input."""
+    peaks: list[Tensor] = []
 
-    def keep(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        peaks[index_of[module]] = inputs[0].abs().amax(-1).flatten().float().cpu()
+    def keep(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        peaks.append(inputs[0].abs().amax(-1).flatten().float().cpu())
 
-    handles = [module.register_forward_pre_hook(keep) for module in index_of]
+    handle = block.module.get_submodule(DOWN).register_forward_pre_hook(keep)
     try:
         yield peaks
     finally:
-        for handle in handles:
-            handle.remove()
+        handle.remove()
 
 
 # RoPE whose frequencies depend on how long the sequence is: a prefix at positions -P .. -1 would have those of a short one.

@@ -4,11 +4,16 @@ import math
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from torch.nn.functional import cross_entropy
 
-from spikellm.evaluation.perplexity import perplexity
-from spikellm.model.conversion import fill, install
+from spikellm.evaluation.perplexity import perplexity, readout_perplexities
+from spikellm.execution.memory import LOGIT_ROWS
+from spikellm.execution.stepped import stepped
+from spikellm.model.conversion import fill, install, prepare
+from spikellm.model.prefix import attach_prefix
 from tests.codes import base2_tables
-from tests.models import tiny_model
+from tests.models import TINY, tiny_model
 
 
 def perplexity_by_transformers(model, windows) -> float:
@@ -40,7 +45,72 @@ def test_perplexity_of_the_real_model_on_real_text(real_model, real_tokenizer, s
     windows = torch.tensor(real_tokenizer(text[:20000], add_special_tokens=False)["input_ids"])[:1024].view(2, 512)
     found = perplexity(real_model, windows, label="test")
     assert found.value == pytest.approx(perplexity_by_transformers(real_model, windows), rel=1e-4)
+    assert found.value == perplexity_of_whole_forwards(real_model, windows)
+    assert perplexity(real_model, windows, in_flight=2) == found
     assert 10 < found.value < 80
+
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+
+
+@torch.no_grad()
+def perplexity_of_whole_forwards(model, windows) -> float:
+    """The model's own forwards, and logits in the same slices: sums over other slices would be rounded otherwise."""
+    losses = []
+    for window in windows:
+        rows = model.base_model(window[None], use_cache=False).last_hidden_state[0, :-1].split(LOGIT_ROWS)
+        targets = window[1:].split(LOGIT_ROWS)
+        parts = [cross_entropy(model.lm_head(x).float(), y, reduction="sum").item() for x, y in zip(rows, targets, strict=True)]
+        losses.append(sum(parts) / (len(window) - 1))
+    return math.exp(sum(losses) / len(losses))
+
+
+def spiking(name: str, dtype: torch.dtype, *, prefix=(7, 1)):
+    model = tiny_model(name, dtype=dtype)
+    prepare(model, rotation_seed=0, query_block=16)
+    attach_prefix(model, list(prefix))
+    fill(model, base2_tables(model), compiled=False)
+    return model
+
+
+@dtypes
+@pytest.mark.parametrize("name", list(TINY))
+def test_perplexity_block_by_block_is_that_of_whole_forwards_to_the_last_bit(name, dtype):
+    windows = torch.randint(2, 256, (5, LOGIT_ROWS + 4), generator=torch.Generator().manual_seed(2))  # two slices of rows
+    for model in (tiny_model(name, dtype=dtype), spiking(name, dtype)):
+        wanted = perplexity_of_whole_forwards(model, windows)
+        assert [perplexity(model, windows, in_flight=count).value for count in (1, 2, 5, 9)] == [wanted] * 4
+
+
+@dtypes
+def test_a_stepped_run_block_by_block_is_that_of_whole_forwards_to_the_last_bit(dtype, ids):
+    with stepped(spiking("qwen3", dtype)) as model:
+        wanted = perplexity_of_whole_forwards(model, ids)
+        assert [perplexity(model, ids, in_flight=count).value for count in (1, 2)] == [wanted] * 2
+        curve = readout_perplexities(model, ids, readouts=model.lm_head.readouts, label="curve")
+        together = readout_perplexities(model, ids, readouts=model.lm_head.readouts, label="curve", in_flight=2)
+    assert together == curve
+
+
+@pytest.mark.parametrize(("in_flight", "passes"), [(1, 3), (2, 2), (3, 1)])
+def test_a_block_is_called_for_all_windows_in_flight_before_the_next_one_is(in_flight, passes):
+    """What a block that brings its weights in just before use pays for."""
+    called = []
+
+    class Watched(AlignDevicesHook):
+        def pre_forward(self, module, *args, **kwargs):
+            called.append(module)
+            return super().pre_forward(module, *args, **kwargs)
+
+    model = tiny_model()
+    blocks = [*model.model.layers, model.model.norm]
+    for block in blocks:
+        add_hook_to_module(block, Watched(execution_device="cpu"))
+    perplexity(model, torch.randint(2, 256, (3, 8)), in_flight=in_flight)
+    assert len(called) == 3 * len(blocks)
+    brought_in = [module for index, module in enumerate(called) if index == 0 or called[index - 1] is not module]
+    assert brought_in == blocks * passes
 
 
 def test_a_loss_that_is_no_number_is_an_error(ids):

@@ -10,7 +10,7 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from spikellm.calibration.calibrate import PERIOD, QUERY_BLOCK, calibrate, observing
 from spikellm.coding.neuron import Slot
 from spikellm.config.snn import PrefixConfig
-from spikellm.model.blocks import enter
+from spikellm.model.blocks import enter, walk
 from spikellm.model.conversion import clear, fill, install
 from spikellm.model.prefix import attach_prefix
 from spikellm.model.rotation import PARTS, rotate
@@ -23,7 +23,7 @@ SLIDING = {
     "mistral": {"sliding_window": 16},
     "qwen2": {"use_sliding_window": True, "sliding_window": 16, "layer_types": ["full_attention", "sliding_attention"]},
 }
-dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=["float32", "float64", "bfloat16"])
 names = pytest.mark.parametrize("name", list(TINY))
 
 
@@ -44,17 +44,9 @@ def installed(name: str, dtype: torch.dtype = torch.float32, prefix=(7, 1), **op
     return model
 
 
-def walked(model, windows) -> list[torch.Tensor]:
-    """Every window's last hidden state, all windows through one block and then through the next."""
-    states, blocks = enter(model, windows)
-    for block in blocks:
-        states = [block(state) for state in states]
-    return states
-
-
 def assert_walked(model, windows):
     wanted = [model.base_model(window[None], use_cache=False).last_hidden_state for window in windows]
-    for found, whole in zip(walked(model, windows), wanted, strict=True):
+    for found, whole in zip(walk(model, windows), wanted, strict=True):
         assert torch.equal(found, whole)
 
 
@@ -74,12 +66,12 @@ def test_block_after_block_is_the_models_own_forward(name, dtype, windows):
 @names
 def test_blocks_are_all_of_the_model_and_leave_it_as_it_was(name, windows):
     model = installed(name)
-    layers, parts = model.model.layers, {path: set(vars(module)) for path, module in model.named_modules()}
+    layers, norm, parts = model.model.layers, model.model.norm, {path: set(vars(module)) for path, module in model.named_modules()}
     _, blocks = enter(model, windows)
     assert [site for block in blocks for site in block.sites] == list(sites(2))
     assert [block.layer for block in blocks] == [0, 1, None]
-    assert [block.module for block in blocks] == [*layers, model.model.norm]
-    assert model.model.layers is layers
+    assert [block.module for block in blocks] == [*layers, norm]
+    assert (model.model.layers, model.model.norm) == (layers, norm)
     assert {path: set(vars(module)) for path, module in model.named_modules()} == parts
 
 

@@ -1,11 +1,16 @@
 """Prefix tokens: a model with massive activations by construction, and counts by hand."""
 
+from contextlib import ExitStack
+from functools import partial
+
 import pytest
 import torch
 
+from spikellm.model import prefix
+from spikellm.model.blocks import walk
 from spikellm.model.conversion import install
 from spikellm.model.prefix import attach_prefix, find_prefix_tokens, keep_what_helps
-from tests.models import norm_ratio, tiny_model
+from tests.models import TINY, norm_ratio, tiny_model
 
 BOS, LOUD, LOUDER = 1, 7, 9
 QUIET = 20  # tokens from here on
@@ -77,6 +82,28 @@ def test_length_is_bounded_and_bos_may_be_unknown():
     assert find(model, text, max_tokens=2) == [LOUD, BOS]
     assert find(model, text, max_tokens=1) == [BOS]
     assert find(model, text, bos=None) == [LOUDER, LOUD]
+
+
+@pytest.mark.parametrize("name", list(TINY))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=lambda dtype: str(dtype).removeprefix("torch."))
+def test_outliers_and_losses_block_by_block_are_those_of_whole_forwards(name, dtype):
+    model = tiny_model(name, dtype=dtype)
+    install(model, rotated=(), query_block=16)
+    attach_prefix(model, [LOUD, BOS])
+    text = torch.randint(2, 256, (3, 32), generator=torch.Generator().manual_seed(0))
+    peaks: dict[int, torch.Tensor] = {}
+    losses, outliers = [], []
+    for window in text:
+        with ExitStack() as stack, torch.no_grad():
+            for index, layer in enumerate(model.model.layers):
+                keep = partial(lambda index, _, inputs: peaks.update({index: inputs[0][0].abs().amax(-1).float()}), index)
+                stack.callback(layer.mlp.down_proj.register_forward_pre_hook(keep).remove)
+            losses.append(model(window[None], labels=window[None]).loss.item())
+        outliers.append(torch.stack([peaks[index] > 1.5 * peaks[index].median() for index in (0, 1)]))
+    found = prefix._outliers(model, text, 1.5)
+    assert found.any()
+    assert torch.equal(found, torch.stack(outliers, 1))
+    assert [prefix._loss(model, window, state) for window, state in zip(text, walk(model, text), strict=True)] == losses
 
 
 def test_search_leaves_no_trace():

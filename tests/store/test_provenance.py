@@ -84,6 +84,7 @@ EDITS = {
     "rotate": ("model.rotation", {"calibrate"}),
     "encode": ("coding.neuron", {"search", "convert", "evaluate", "evaluate base2", "evaluate stepped", "spikes", "diagnose"}),
     "readout_perplexities": ("evaluation.perplexity", {"evaluate", "evaluate base2", "evaluate stepped", "evaluate ann", "diagnose"}),
+    "walk": ("model.blocks", {"calibrate", "evaluate", "evaluate base2", "evaluate stepped", "evaluate ann", "diagnose"}),
     "spike_linear": ("kernels.temporal", {"evaluate stepped"}),
     "lloyd_max": ("evaluation.diagnostics", {"diagnose"}),
     "token_windows": ("evaluation.texts", {"calibrate", "evaluate", "evaluate ann"}),
