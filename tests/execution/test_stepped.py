@@ -328,7 +328,7 @@ def test_populations_fire_side_by_side_and_add_up_to_the_folded_network(name, no
     model = spiking(name, normalise_after=normalise_after)
     found = partitioned_tables(model, T, shift=shift, heads=heads, unused=shift % 2 == 1)
     fill(model, found, compiled=False)
-    query, key = (found[f"model.layers.0.self_attn.{part}_Identity.input"].digits for part in "qk")
+    query, key = (found[f"layers.0.{part}"].digits for part in ("query", "key"))
     assert query.populations != key.populations
     folded, counted = model(ids).logits, ledger.count(model, ids)
     parts = [f"model.layers.{layer}.{part}" for layer in range(2) for part in ("self_attn", "mlp", "mlp.gate_proj", "self_attn.o_proj")]
