@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from spikellm.calibration.calibrate import Calibration
 from spikellm.calibration.statistics import CHOOSE, FIT, REPORT, Observer, SiteStatistics
 from spikellm.coding.neuron import PhaseTable
+from spikellm.config.choices import Coding
 from spikellm.config.places import project_root
 from spikellm.config.snn import SearchConfig, SpikingConfig
 from spikellm.search.fit import part_points, weighted_error
@@ -59,7 +60,7 @@ def main() -> None:
     sites = {name: site.merged() for name, site in found.items()}  # one table a site, as the authors have it
     T, G = arguments.T, arguments.grain
     schedule = SearchConfig(gradient_samples=arguments.samples)
-    options = Options(snn=SpikingConfig(T=T, grain=str(G)), search=schedule, seed=arguments.seed)
+    options = Options(snn=SpikingConfig(T=T, grain=str(G), coding=Coding.phase, intervals="1"), search=schedule, seed=arguments.seed)
 
     start = time.perf_counter()
     fits = evolution(sites, options)

@@ -50,7 +50,7 @@ def row(name: str, results: Results) -> str:
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    found = {name: run_stages(compose_config([*sys.argv[1:], *code])).results for name, code in CODES.items()}
+    found = {name: run_stages(compose_config(["snn.intervals=1", *sys.argv[1:], *code])).results for name, code in CODES.items()}
     some = next(iter(found.values()))
     perplexity, spikes, energy = some.perplexity, some.spikes, some.energy
     assert perplexity is not None

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from spikellm.calibration.statistics import CHOOSE, FIT, REPORT, Observer, SiteStatistics
 from spikellm.coding.codes import Codes, base2_codes
+from spikellm.config.choices import Coding
 from spikellm.config.snn import SpikingConfig
 from spikellm.kernels.encode import BINARY
 from spikellm.search.evolution import squared_error
@@ -122,7 +123,7 @@ def main() -> None:
         model = re.sub(r"(-hf)?-T-.*", "", path.stem)
         base, same, rms, most = deviation(codes)
         likeness.append(f"| {model} | {T} | {G} | {len(raw)} | {base:.3f} | {same:.1%} | {rms:.2f} | {most:.1f} |")
-        snn = SpikingConfig(T=T, grain=str(G))
+        snn = SpikingConfig(T=T, grain=str(G), coding=Coding.phase, intervals="1")
         fits = evolution(sites, Options(snn=snn, seed=arguments.seed, compiled=False))
         for name, site in sites.items():
             x, weight, _ = (part[0] for part in part_points(site, REPORT))

@@ -78,9 +78,14 @@ class Config:
         check(bool(self.stages), "stages", self.stages, f"name at least one of {', '.join(STAGE_NAMES)}")
         binary = self.snn.coding is Coding.phase
         given = f"{self.search.import_file} with snn.coding={self.snn.coding.value}"
-        check(binary or self.search.import_file is None, "search.import_file", given, "such a file holds codes of snn.coding=phase")
+        check(binary or self.search.import_file is None, "search.import_file", given, "such a file holds codes of snn.coding=phase: add it")
         given = f"gradient with snn.coding={self.snn.coding.value}"
-        check(binary or self.search.method is not SearchMethod.gradient, "search.method", given, "it finds codes of snn.coding=phase")
+        check(
+            binary or self.search.method is not SearchMethod.gradient,
+            "search.method",
+            given,
+            "its codes are those of snn.coding=phase: add it",
+        )
         if self.dataset.zero_shot.tasks:
             self.dataset.zero_shot.scored(self.evaluation.networks)
         check(

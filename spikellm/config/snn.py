@@ -23,10 +23,10 @@ class SpikingConfig:
     """number of grains G: 1, 2, 3, .. or auto; set by the group `grain`"""
     min_grain_length: int = 2
     """phases in a grain, at least [steps]"""
-    coding: Coding = Coding.phase
+    coding: Coding = Coding.phase_signed
     """what a spike stands for"""
-    intervals: str = "1"
-    """intervals of the range of |x| with a table and a wire each: 1, 2, 3, .. or auto; coding=phase, phase_signed only"""
+    intervals: str = "auto"
+    """intervals of the range of |x| with a table and a wire each: 1, 2, 3, .. or auto, as many as a neuron group needs; phase codes only"""
     max_spikes: int | None = None
     """spikes of a neuron, at most; coding=few_spike only"""
     execution: Execution = Execution.folded
@@ -53,7 +53,7 @@ class SpikingConfig:
         check(fits, "snn.intervals", self.intervals, f"takes 1 to {MAX_INTERVALS} or auto")
         phases = self.coding in (Coding.phase, Coding.phase_signed)
         cure = f"intervals are of phase codes: leave it out, or take snn.coding=phase or phase_signed instead of {self.coding.value}"
-        check(phases or self.intervals == "1", "snn.intervals", self.intervals, cure)
+        check(phases or self.intervals in ("1", "auto"), "snn.intervals", self.intervals, cure)
         if self.grain != "auto":
             needed = self.min_grain_length * int(self.grain)
             check(

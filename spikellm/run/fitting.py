@@ -182,7 +182,7 @@ def without_effect(options: Options) -> Iterator[str]:
         if other:
             yield f"{other} has no effect with {coding}"
         return
-    if options.snn.intervals != "1" and options.method != "evolution":
+    if options.snn.intervals not in ("1", "auto") and options.method != "evolution":
         yield f"snn.intervals={options.snn.intervals} has no effect with {other or 'search.import_file'}: there it is one interval"
     if search.spike_weight and other:
         yield f"search.spike_weight={search.spike_weight:g} has no effect with {other}"

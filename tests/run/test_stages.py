@@ -93,7 +93,7 @@ def test_a_neuron_file_of_another_T_is_refused_before_the_calibration(tmp_path):
     path = tmp_path / "neurons.pth"
     torch.save({"site": (1, [0] * 4, torch.tensor([2.0]), 3.0, torch.tensor([2.0]), torch.tensor([2.0]))}, path)
     with pytest.raises(InputError, match=r"snn\.T=8; set snn\.T=4"):
-        run(tmp_path, f"search.import_file={path}", "search.method=evolution", "grain=1")
+        run(tmp_path, f"search.import_file={path}", "snn.coding=phase", "search.method=evolution", "grain=1")
     assert not artefacts(tmp_path, "calibrate")
 
 

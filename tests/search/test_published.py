@@ -151,7 +151,7 @@ def test_a_run_imports_and_knows_the_file_by_its_content(tmp_path, caplog):
     from spikellm.run.stages import run_stages
 
     def run(*arguments: str):
-        found = run_stages(configure(*SMALL, f"output_root={tmp_path}", "snn.T=4", "grain='2'", *arguments))
+        found = run_stages(configure(*SMALL, f"output_root={tmp_path}", "snn.coding=phase", "snn.T=4", "grain='2'", *arguments))
         return found.results.to_json(), found.tables["sites.csv"]
 
     _, rows = run()
@@ -169,4 +169,4 @@ def test_a_run_imports_and_knows_the_file_by_its_content(tmp_path, caplog):
     assert ruled[0]["v0"][0] == pytest.approx(4.0 * 2**-4 / 2)
     assert "search.method=base2 has no effect" in caplog.text
     with pytest.raises(InputError, match=r"snn.T=6; set snn.T=4"):
-        run_stages(configure(*SMALL, f"output_root={tmp_path}", "snn.T=6", "grain='2'", f"search.import_file={moved}"))
+        run_stages(configure(*SMALL, f"output_root={tmp_path}", "snn.coding=phase", "snn.T=6", "grain='2'", f"search.import_file={moved}"))

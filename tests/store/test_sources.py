@@ -181,7 +181,7 @@ def test_what_a_job_reads_is_in_its_inputs(model, digests, tmp_path):
         path.write_text("before")
     arguments = [
         "dataset=text", f"dataset.calibration.path={texts[0]}", f"dataset.evaluation.path={texts[1]}", f"search.import_file={neurons}",
-        "+dataset.extra={more: {source: text, path: " + str(texts[2]) + "}}", f"dataset.zero_shot.path={tmp_path}",
+        "snn.coding=phase", "+dataset.extra={more: {source: text, path: " + str(texts[2]) + "}}", f"dataset.zero_shot.path={tmp_path}",
         "dataset.zero_shot.tasks=[piqa]", "model.source=hub", f"model.path={model.path}",
     ]  # fmt: skip
     config = configure(*arguments)
