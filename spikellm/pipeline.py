@@ -123,7 +123,7 @@ def convert(
         max_spikes: of a neuron, with few_spike.
         method: evolution, gradient (hours) or base2.
         groups: head: one code an attention head, one for each sign at SiLU; site: one a site.
-        spike_weight: accuracy against spikes; None: 0, phase_signed 2.5.
+        spike_weight: accuracy against spikes; None: 0, phase_signed 2.6.
         softmax_norm: after: exponentials are coded; before: probabilities.
         prefix: outlier tokens get exact keys and values before every sequence.
         rotation_seed: of R1's signs; None: no rotation.

@@ -10,7 +10,7 @@ from spikellm.config.choices import Coding, Execution, Groups, ImportV0, Rotatio
 MAX_T = 16
 MAX_INTERVALS = 8
 # search.spike_weight of signed digits: they have fewer spikes (a fifth, at T = 8) and smaller errors than digits 0 and 1, at T = 4 to 8.
-SIGNED_SPIKE_WEIGHT = 2.5
+SIGNED_SPIKE_WEIGHT = 2.6
 
 
 @dataclass(kw_only=True, slots=True)
@@ -119,7 +119,7 @@ class SearchConfig:
     groups: Groups = Groups.head
     """neurons that share a table"""
     spike_weight: float | None = None
-    """lambda: a squared error counts exp(lambda x mean spikes of a neuron); null: 0, phase_signed 2.5"""
+    """lambda: a squared error counts exp(lambda x mean spikes of a neuron); null: 0, phase_signed 2.6"""
     sufficient_error: float = 5e-5
     """snn.intervals=auto: relative squared error of a neuron group (on the choosing part of the text) that needs no further interval"""
     tolerance: float = 0.02

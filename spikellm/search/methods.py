@@ -41,7 +41,7 @@ def search_summary(fits: dict[str, CodeFit], *, seconds: float | None = None) ->
         relative_mse_base2=sum(fit.relative_error_base2 for fit in every) / len(every),
         worse_than_base2=sum(fit.worse_than_base2 for fit in every),
         groups=sum(len(fit.error) for fit in every),
-        groups_by_grain=torch.cat([fit.grain for fit in every]).bincount()[1:].tolist(),
+        groups_by_grain=torch.cat([fit.grain.unflatten(0, (fit.digits.intervals, -1)).amax(0) for fit in every]).bincount()[1:].tolist(),
         groups_by_intervals=torch.cat([fit.intervals for fit in every]).bincount()[1:].tolist(),
         groups_at_base2=sum(int(fit.fallback.sum()) for fit in every),
     )

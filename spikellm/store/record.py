@@ -96,7 +96,7 @@ class SearchRecord(Record):
     relative_mse_base2: float
     worse_than_base2: int  # sites
     groups: int | None = None  # neuron groups of all sites
-    groups_by_grain: list[int] | None = None  # with 1, 2, .. grains, tables apart
+    groups_by_grain: list[int] | None = None  # with 1, 2, .. grains in a table, at most
     groups_by_intervals: list[int] | None = None  # with 1, 2, .. intervals
     groups_at_base2: int | None = None
 
