@@ -14,13 +14,13 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from spikellm.config.checks import check
-from spikellm.config.choices import Coding, SearchMethod
+from spikellm.config.choices import Coding, DType, SearchMethod
 from spikellm.config.dataset import DatasetConfig
 from spikellm.config.help import field_help
 from spikellm.config.measures import DiagnosticsConfig, EnergyConfig, ReferenceConfig, ReportConfig, SpikesConfig, TrackingConfig
 from spikellm.config.model import HardwareConfig, ModelConfig, path_part
 from spikellm.config.places import project_root
-from spikellm.config.snn import PrefixConfig, RotationConfig, SearchConfig, SpikingConfig
+from spikellm.config.snn import PrefixConfig, RotationConfig, SearchConfig, SpikingConfig, WeightsConfig
 
 STAGE_NAMES = ("calibrate", "search", "convert", "evaluate", "diagnose", "report")
 DEFAULT_STAGES = STAGE_NAMES[:4]  # a report is written at the end of a run and of a sweep anyway
@@ -37,6 +37,7 @@ class Config:
     hardware: HardwareConfig = MISSING
     tracking: TrackingConfig = MISSING
     rotation: RotationConfig = field(default_factory=RotationConfig)
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
     prefix: PrefixConfig = field(default_factory=PrefixConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
     diagnostics: DiagnosticsConfig = field(default_factory=DiagnosticsConfig)
@@ -72,6 +73,9 @@ class Config:
         check(binary or self.search.import_file is None, "search.import_file", given, "such a file holds codes of snn.coding=phase")
         given = f"gradient with snn.coding={self.snn.coding.value}"
         check(binary or self.search.method is not SearchMethod.gradient, "search.method", given, "it finds codes of snn.coding=phase")
+        narrow = self.weights.bits is not None and self.model.dtype in (DType.bfloat16, DType.float16)
+        given = f"true with weights.bits={self.weights.bits}, model.dtype={self.model.dtype.value}"
+        check(not (self.save_model and narrow), "save_model", given, "a checkpoint holds integers times scales, exact from float32 on")
         check(
             self.report.folder is None or self.stages == ["report"], "report.folder", self.report.folder,
             "stages=[report] rebuilds the report of an earlier run or sweep; other stages write into the run's own folder",

@@ -23,6 +23,7 @@ from spikellm.evaluation.networks import Networks
 from spikellm.evaluation.perplexity import readout_perplexities
 from spikellm.execution.memory import fitting_chunk
 from spikellm.execution.stepped import stepped
+from spikellm.model.integers import Rounding
 from spikellm.model.sites import HEAD
 from spikellm.search.fit import CodeFit
 from spikellm.search.options import Options
@@ -43,15 +44,18 @@ def measured_networks(
     keys: Mapping[str, object],
     calibration: Callable[[], Calibration],
     fits: Callable[[], dict[str, CodeFit]],
+    rounding: Callable[[], Rounding | None] = lambda: None,
 ) -> list[Network]:
     """The networks of a job, the spiking ones first: they share the converted model, which then makes room for the ANN.
 
     Args:
         models: builds them.
         options: of the codes; T, execution.
-        keys: stand for `model`, `calibrate` and `search` in what figures depend on.
-        calibration, fits: called no earlier than a figure is missing.
+        keys: stand for `model`, `calibrate` and `search` in what figures depend on, and for `weights` where integers are found by codes.
+        calibration, fits, rounding: called no earlier than a figure is missing; the weights of the spiking networks, `ann_prefix` has its
+            own.
     """
+    weights = {key: value for key, value in keys.items() if key == "weights"}
     device = {"device": models.hardware.device.value}
     snn = options.snn
     is_stepped = snn.execution is Execution.stepped
@@ -60,19 +64,21 @@ def measured_networks(
         return calibration().prefix_tokens
 
     def spiking(codes: Callable[[], dict[str, CodeFit]]) -> PreTrainedModel:
-        return models.spiking({name: fit.table for name, fit in codes().items()}, prefix())
+        return models.spiking({name: fit.table for name, fit in codes().items()}, prefix(), rounding())
 
     return [
         Network(
             name="snn",
-            inputs=device | {"code": (STEPPED if is_stepped else FOLDED).key(), "search": keys["search"], "execution": snn.execution.value},
+            inputs=device
+            | weights
+            | {"code": (STEPPED if is_stepped else FOLDED).key(), "search": keys["search"], "execution": snn.execution.value},
             build=partial(spiking, fits),
             prefix_tokens=prefix,
             measure=partial(stepped_perplexity, chunk=snn.step_chunk, max_gib=snn.max_memory_gib) if is_stepped else folded_perplexity,
         ),
         Network(
             name="base2",
-            inputs=device | {"code": BASE2.key(), "calibrate": keys["calibrate"], "T": options.T},
+            inputs=device | weights | {"code": BASE2.key(), "calibrate": keys["calibrate"], "T": options.T},
             build=partial(spiking, lambda: base2(calibration().statistics, options)),
             prefix_tokens=prefix,
         ),

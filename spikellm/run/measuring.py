@@ -13,7 +13,7 @@ from spikellm.config.extras import require
 from spikellm.evaluation import diagnostics, figures
 from spikellm.evaluation.density_plots import write_density_plots
 from spikellm.evaluation.measured import measured_networks
-from spikellm.run.fitting import CALIBRATE, SEARCH, spiking, transparent
+from spikellm.run.fitting import CALIBRATE, SEARCH, WEIGHTS, spiking, transparent
 from spikellm.run.stage import KeyedStage, Stage, StageOutcome
 from spikellm.run.workspace import Workspace
 from spikellm.spikes import accounts, ledger
@@ -28,7 +28,7 @@ class Spikes(KeyedStage):
     """Spikes and energy of the spiking model, the rows of spikes.csv; a part of evaluate."""
 
     name = "spikes"
-    needs = (CALIBRATE, SEARCH)
+    needs = (CALIBRATE, SEARCH, WEIGHTS)
     code = Code(3, ("evaluation.networks", "spikes.ledger"))
 
     def inputs(self, work: Workspace) -> dict[str, object]:
@@ -46,8 +46,9 @@ class Spikes(KeyedStage):
         found, wanted = ledger.Ledger.from_json(read_json(artefact.folder / "ledger.json")), work.config.spikes.windows
         if found.windows < wanted:
             log.warning("spikes.windows=%d: the evaluation text has %d", wanted, found.windows)
-        energy = accounts.energy_record(found, accounts.cost_table(work.config.energy))
-        findings = Findings(spikes=accounts.spikes_record(found), energy=energy)
+        weights = work.config.weights
+        energy = accounts.energy_record(found, accounts.cost_table(work.config.energy), weights)
+        findings = Findings(spikes=accounts.spikes_record(found, weights), energy=energy)
         return StageOutcome(artefacts=[artefact], findings=findings, tables={"spikes.csv": accounts.spike_rows(found)})
 
 
@@ -58,12 +59,19 @@ class Evaluate(Stage):
     """Spikes and energy of the spiking model; perplexities and accuracies of all networks, an artefact each."""
 
     name = "evaluate"
-    needs = (CALIBRATE, SEARCH)
+    needs = (CALIBRATE, SEARCH, WEIGHTS)
 
     def networks(self, work: Workspace) -> list[figures.Network]:
         """The networks that can be measured, none loaded yet."""
         keys = {"model": work.model_source, "calibrate": CALIBRATE.key(work), "search": SEARCH.key(work)}
-        return measured_networks(work.models, work.options, keys, lambda: CALIBRATE.found(work), lambda: SEARCH.found(work))
+        return measured_networks(
+            work.models,
+            work.options,
+            keys | WEIGHTS.dependence(work),
+            lambda: CALIBRATE.found(work),
+            lambda: SEARCH.found(work),
+            lambda: WEIGHTS.rounding(work),
+        )
 
     def prepare(self, work: Workspace) -> None:
         """Name options without effect; read texts and benchmarks that are not measured yet."""
@@ -79,7 +87,12 @@ class Evaluate(Stage):
         findings, artefacts = figures.evaluate(
             work.config.dataset, lambda: work.tokenizer, work.store, self.networks(work), work.benchmarks
         )
-        return StageOutcome(artefacts=artefacts + counted.artefacts, findings=findings | counted.findings, tables=counted.tables)
+        weights = WEIGHTS.run(work)
+        return StageOutcome(
+            artefacts=artefacts + counted.artefacts + weights.artefacts,
+            findings=findings | counted.findings | weights.findings,
+            tables=counted.tables,
+        )
 
 
 EVALUATE = Evaluate()
@@ -89,7 +102,7 @@ class Diagnose(KeyedStage):
     """How far each code is above the Lloyd-Max bound, which sites do the damage, levels drawn on densities."""
 
     name = "diagnose"
-    needs = (CALIBRATE, SEARCH)
+    needs = (CALIBRATE, SEARCH, WEIGHTS)
     code = Code(3, ("evaluation.networks", "evaluation.diagnostics", "evaluation.density_plots"))
 
     def inputs(self, work: Workspace) -> dict[str, object]:
@@ -129,4 +142,4 @@ DIAGNOSE = Diagnose()
 
 def folded_figures(work: Workspace) -> dict[str, object]:
     """What figures of the folded spiking model on the main evaluation text depend on."""
-    return {"search": SEARCH.key(work), "device": work.device, "text": work.evaluation_source}
+    return WEIGHTS.dependence(work) | {"search": SEARCH.key(work), "device": work.device, "text": work.evaluation_source}
