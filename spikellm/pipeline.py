@@ -5,6 +5,7 @@
     calibrate  prefix tokens, statistics of every site          (`calibration/calibrate.py`)
     search     statistics to codes                              (`search/methods.py`)
     fill       a neuron with its code in every slot             (`model/conversion.py`)
+    round      integer weights, where they are asked for        (`calibration/rounding.py`; to nearest before calibration)
 
 `python main.py` goes the same way with each result an artefact (`run/fitting.py`), and finds the same codes to the last bit.
 """
@@ -21,16 +22,19 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spikellm.calibration.calibrate import calibrate, enough_pieces
+from spikellm.calibration.rounding import round_spiking
 from spikellm.config.checks import InputError
-from spikellm.config.choices import Coding, DatasetSource, Groups, SearchMethod, SoftmaxNorm
+from spikellm.config.choices import Coding, DatasetSource, Groups, Rounding, SearchMethod, SoftmaxNorm
 from spikellm.config.dataset import TextConfig
 from spikellm.config.model import HardwareConfig
-from spikellm.config.snn import PrefixConfig, SearchConfig, SpikingConfig
+from spikellm.config.snn import PrefixConfig, SearchConfig, SpikingConfig, WeightsConfig
 from spikellm.evaluation.texts import cut, read_text, tokenise
 from spikellm.model import checkpoint
 from spikellm.model.attention import SpikingAttention
-from spikellm.model.conversion import fill, prepare
+from spikellm.model.conversion import clear, fill, prepare
 from spikellm.model.intake import not_finite
+from spikellm.model.integers import check_groups, round_model
+from spikellm.model.prefix import attach_prefix
 from spikellm.model.sites import check_architecture
 from spikellm.search.fit import CodeFit
 from spikellm.search.methods import find_codes, search_summary
@@ -99,6 +103,9 @@ def convert(
     spike_weight: float | None = None,
     softmax_norm: str = "after",
     prefix: bool = True,
+    weight_bits: int | None = None,
+    weight_group: int | None = None,
+    rounding: str = "gptq",
     rotation_seed: int | None = 0,
     seed: int = 0,
     query_block: int = 256,
@@ -126,6 +133,9 @@ def convert(
         spike_weight: accuracy against spikes; None: 0, phase_signed 2.6.
         softmax_norm: after: exponentials are coded; before: probabilities.
         prefix: outlier tokens get exact keys and values before every sequence.
+        weight_bits: 8 or 4: integer weights in the decoder's Linears; None: weights as they are.
+        weight_group: inputs of an output that share a scale; None: all.
+        rounding: gptq: against the inputs that the codes send; nearest: each weight by itself, before calibration.
         rotation_seed: of R1's signs; None: no rotation.
         seed: of the search.
         query_block: queries per block of attention [tokens].
@@ -157,7 +167,13 @@ def convert(
         seed=seed,
         compiled=compiled,
     )
+    weights = WeightsConfig(bits=weight_bits, group_size=weight_group, rounding=_choice(Rounding, "rounding", rounding))
     _check_model(model)
+    if weights.bits is not None:
+        try:
+            check_groups(model.config, weight_group)
+        except ValueError as error:
+            raise InputError(f"weight_group={weight_group}: {error}") from error
     tokenizer = None if isinstance(tokenizer_or_windows, Tensor) else tokenizer_or_windows
     if isinstance(tokenizer_or_windows, Tensor):
         windows = tokenizer_or_windows
@@ -168,12 +184,20 @@ def convert(
     _check_windows(windows, model.config.vocab_size)
     after = options.snn.softmax_norm is SoftmaxNorm.after
     prepare(model.eval().requires_grad_(False), rotation_seed=rotation_seed, normalise_after=after, query_block=query_block)
+    if weights.bits is not None and weights.rounding is Rounding.nearest:
+        round_model(model, bits=weights.bits, group_size=weights.group_size)
     try:
         found = calibrate(model, windows, PrefixConfig(enabled=prefix))
         fits = find_codes({name: site.to(model.device) for name, site in found.statistics.items()}, options)
     except ValueError as error:
         raise ValueError(f"{error}; the model is rotated by now and has no neurons: load it again") from error
-    fill(model, {name: fit.table for name, fit in fits.items()}, compiled=compiled)
+    tables = {name: fit.table for name, fit in fits.items()}
+    fill(model, tables, compiled=compiled)
+    if weights.bits is not None and weights.rounding is Rounding.gptq:
+        round_spiking(model, windows, bits=weights.bits, group_size=weights.group_size)
+        clear(model)
+        attach_prefix(model, found.prefix_tokens)  # keys and values of the rounded weights
+        fill(model, tables, compiled=compiled)
     rotation: dict[str, object] = {"kind": "none" if rotation_seed is None else "hadamard", "seed": rotation_seed}
     return Conversion(model=model, tokenizer=tokenizer, prefix_tokens=found.prefix_tokens, fits=fits, rotation=rotation)
 

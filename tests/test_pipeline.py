@@ -12,8 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import spikellm
 from spikellm.coding.neuron import PhaseNeuron
+from spikellm.config.checks import InputError
 from spikellm.config.model import HardwareConfig
-from spikellm.config.snn import PrefixConfig, RotationConfig, SearchConfig, SpikingConfig
+from spikellm.config.snn import PrefixConfig, RotationConfig, SearchConfig, SpikingConfig, WeightsConfig
 from spikellm.evaluation.texts import token_windows
 from spikellm.kernels.compiled import fused
 from spikellm.model.conversion import fill, prepare
@@ -43,8 +44,10 @@ def windows(count: int = 4, length: int = 32) -> torch.Tensor:
             ["snn.coding=phase_signed", "snn.softmax_norm=before", "search.groups=site", "rotation.kind=none", "search.spike_weight=1"],
         ),
         ({"coding": "few_spike", "max_spikes": 2, "prefix": False}, ["snn.coding=few_spike", "snn.max_spikes=2", "prefix.enabled=false"]),
+        ({"weight_bits": 4, "weight_group": 16}, ["weights.bits=4", "weights.group_size=16"]),
+        ({"weight_bits": 8, "rounding": "nearest"}, ["weights.bits=8", "weights.rounding=nearest"]),
     ],
-    ids=["default", "signed", "few spikes"],
+    ids=["default", "signed", "few spikes", "gptq", "nearest"],
 )
 def test_one_call_makes_the_network_of_the_command(options, arguments, tmp_path, ids):
     """To the last bit: the same codes, and the same logits."""
@@ -77,6 +80,7 @@ def test_its_defaults_are_those_of_the_configuration():
     assert (defaults["window"], defaults["max_windows"]) == (default.dataset.calibration.window, default.dataset.calibration.max_windows)
     assert defaults["prefix"] == PrefixConfig().enabled
     assert defaults["rotation_seed"] == RotationConfig().seed
+    assert (defaults["weight_bits"], defaults["weight_group"], defaults["rounding"]) == (None, None, WeightsConfig().rounding.value)
     assert defaults["compiled"] == HardwareConfig().compile
 
 
@@ -100,6 +104,19 @@ def test_every_architecture_is_converted_in_place_counted_stepped_saved_and_load
     assert tokenizer is None
     assert torch.equal(again(ids).logits, model(ids).logits)
     assert again.config.quantization_config.rotation == {"kind": "hadamard", "seed": 0}
+
+
+def test_integer_weights_are_saved_to_the_last_bit_or_not_at_all(tmp_path, ids):
+    """A bfloat16 model's rounded Linears are float32, which reading the checkpoint in its own dtype would round."""
+    options = QUICK | {"weight_bits": 4, "weight_group": 16}
+    found = spikellm.convert(tiny_model(), windows(), **options)
+    found.save(tmp_path)
+    again, _ = spikellm.load(tmp_path)
+    assert torch.equal(again(ids).logits, found.model(ids).logits)
+    with pytest.raises(ValueError, match=r"float32 beside torch\.bfloat16"):
+        spikellm.convert(tiny_model(dtype=torch.bfloat16), windows(), **options).save(tmp_path)
+    with pytest.raises(InputError, match=r"^weight_group=64: does not divide intermediate_size=144"):
+        spikellm.convert(tiny_model(), windows(), **QUICK, weight_bits=4, weight_group=64)
 
 
 def test_a_text_is_cut_as_the_command_cuts_it():

@@ -99,6 +99,15 @@ class ImportV0(Enum):
     """tau 2^-T / 2 at every site, as the authors' own loader"""
 
 
+class Rounding(Enum):
+    """How weights become integers."""
+
+    nearest = "nearest"
+    """each by itself, before calibration, which then observes the rounded network"""
+    gptq = "gptq"
+    """after the search, block by block: later weights make up for the rounding of earlier ones, on inputs as the found codes give them"""
+
+
 class Groups(Enum):
     """The neurons of a site that share a table."""
 

@@ -14,7 +14,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from spikellm.config.checks import check
-from spikellm.config.choices import Coding, SearchMethod
+from spikellm.config.choices import Coding, DType, SearchMethod
 from spikellm.config.dataset import DatasetConfig
 from spikellm.config.help import field_help
 from spikellm.config.measures import (
@@ -28,7 +28,7 @@ from spikellm.config.measures import (
 )
 from spikellm.config.model import HardwareConfig, ModelConfig, path_part
 from spikellm.config.places import project_root
-from spikellm.config.snn import PrefixConfig, RotationConfig, SearchConfig, SpikingConfig
+from spikellm.config.snn import PrefixConfig, RotationConfig, SearchConfig, SpikingConfig, WeightsConfig
 
 STAGE_NAMES = ("calibrate", "search", "convert", "evaluate", "diagnose", "report")
 DEFAULT_STAGES = STAGE_NAMES[:4]  # a report is written at the end of a run and of a sweep anyway
@@ -45,6 +45,7 @@ class Config:
     hardware: HardwareConfig = MISSING
     tracking: TrackingConfig = MISSING
     rotation: RotationConfig = field(default_factory=RotationConfig)
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
     prefix: PrefixConfig = field(default_factory=PrefixConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -86,6 +87,9 @@ class Config:
             given,
             "its codes are those of snn.coding=phase: add it",
         )
+        narrow = self.weights.bits is not None and self.model.dtype in (DType.bfloat16, DType.float16)
+        given = f"true with weights.bits={self.weights.bits}, model.dtype={self.model.dtype.value}"
+        check(not (self.save_model and narrow), "save_model", given, "a checkpoint holds integers times scales, exact from float32 on")
         if self.dataset.zero_shot.tasks:
             self.dataset.zero_shot.scored(self.evaluation.networks)
         check(

@@ -1,14 +1,15 @@
-"""The spiking network and the way to its codes: the nodes `snn`, `rotation`, `prefix` and `search`."""
+"""The spiking network and the way to its codes: the nodes `snn`, `rotation`, `weights`, `prefix` and `search`."""
 
 from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
 from spikellm.config.checks import check
-from spikellm.config.choices import Coding, Execution, Groups, ImportV0, RotationKind, RotationPart, SearchMethod, SoftmaxNorm
+from spikellm.config.choices import Coding, Execution, Groups, ImportV0, RotationKind, RotationPart, Rounding, SearchMethod, SoftmaxNorm
 
 MAX_T = 16
 MAX_INTERVALS = 8
+WEIGHT_BITS = (8, 4)
 # search.spike_weight of signed digits: they have fewer spikes (a fifth, at T = 8) and smaller errors than digits 0 and 1, at T = 4 to 8.
 SIGNED_SPIKE_WEIGHT = 2.6
 
@@ -92,6 +93,27 @@ class RotationConfig:
     def acting(self) -> list[RotationPart]:
         """The parts that are applied."""
         return self.parts if self.kind is RotationKind.hadamard else []
+
+
+@dataclass(kw_only=True, slots=True)
+class WeightsConfig:
+    """Integer weights of the decoder layers' Linears in spiking networks; embedding and lm_head keep theirs."""
+
+    bits: int | None = None
+    """of an integer, 8 or 4; null: weights as they are [bits]"""
+    group_size: int | None = None
+    """inputs of an output that share a scale; null: all of them"""
+    rounding: Rounding = Rounding.gptq
+    """how the integers are found"""
+
+    def __post_init__(self) -> None:
+        known = " or ".join(map(str, WEIGHT_BITS))
+        check(self.bits is None or self.bits in WEIGHT_BITS, "weights.bits", self.bits, f"takes {known}, or null")
+        check(self.group_size is None or self.group_size >= 1, "weights.group_size", self.group_size, "must be at least 1, or null")
+
+    def rounds(self, rounding: Rounding) -> bool:
+        """Whether weights become integers in this way."""
+        return self.bits is not None and self.rounding is rounding
 
 
 @dataclass(kw_only=True, slots=True)

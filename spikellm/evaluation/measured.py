@@ -28,6 +28,7 @@ from spikellm.evaluation.networks import Networks
 from spikellm.evaluation.perplexity import readout_perplexities
 from spikellm.execution.memory import fitting_chunk
 from spikellm.execution.stepped import stepped
+from spikellm.model.integers import Rounding
 from spikellm.model.sites import HEAD
 from spikellm.search.fit import CodeFit
 from spikellm.search.integers import static_quantizers, token_quantizers
@@ -51,6 +52,7 @@ def measured_networks(
     keys: Mapping[str, object],
     calibration: Callable[[], Calibration],
     fits: Callable[[], dict[str, CodeFit]],
+    rounding: Callable[[], Rounding | None] = lambda: None,
 ) -> list[Network]:
     """The networks of a job, that of the ANN last: the others share the converted model, which then makes room for it.
 
@@ -58,9 +60,11 @@ def measured_networks(
         names: of those that are wanted.
         models: builds them.
         options: of the codes; T, execution.
-        keys: stand for `model`, `calibrate` and `search` in what figures depend on.
-        calibration, fits: called no earlier than a figure is missing.
+        keys: stand for `model`, `calibrate` and `search` in what figures depend on, and for `weights` where integers are found by codes.
+        calibration, fits, rounding: called no earlier than a figure is missing; the weights of the spiking networks, `ann_prefix` has its
+            own.
     """
+    weights = {key: value for key, value in keys.items() if key == "weights"}
     device = {"device": models.hardware.device.value}
     snn = options.snn
     is_stepped = snn.execution is Execution.stepped
@@ -69,7 +73,7 @@ def measured_networks(
         return calibration().prefix_tokens
 
     def spiking(codes: Callable[[], dict[str, CodeFit]]) -> PreTrainedModel:
-        return models.spiking({name: fit.table for name, fit in codes().items()}, prefix())
+        return models.spiking({name: fit.table for name, fit in codes().items()}, prefix(), rounding())
 
     def integer(quantizers: Callable[[Mapping[str, SiteStatistics], Options], dict[str, Slot]]) -> PreTrainedModel:
         return models.integer(quantizers(calibration().statistics, options), prefix())
@@ -83,14 +87,16 @@ def measured_networks(
     known = [
         Network(
             name=NetworkName.snn,
-            inputs=device | {"code": (STEPPED if is_stepped else FOLDED).key(), "search": keys["search"], "execution": snn.execution.value},
+            inputs=device
+            | weights
+            | {"code": (STEPPED if is_stepped else FOLDED).key(), "search": keys["search"], "execution": snn.execution.value},
             build=partial(spiking, fits),
             prefix_tokens=prefix,
             measure=partial(stepped_perplexity, chunk=snn.step_chunk, max_gib=snn.max_memory_gib) if is_stepped else folded_perplexity,
         ),
         Network(
             name=NetworkName.base2,
-            inputs=device | {"code": BASE2.key(), "calibrate": keys["calibrate"], "T": options.T},
+            inputs=device | weights | {"code": BASE2.key(), "calibrate": keys["calibrate"], "T": options.T},
             build=partial(spiking, lambda: base2(calibration().statistics, options)),
             prefix_tokens=prefix,
         ),

@@ -4,6 +4,8 @@ ann           as pretrained
 transparent   rotated, a slot at every site and nothing in it, the prefix attached: the ANN that the spiking networks approximate
 spiking       the same model with a neuron in every slot
 integer       the same model with integers there
+
+Either has weights as they are, or integers (`weights.bits`). The ANN that figures are compared with has its own.
 """
 
 import gc
@@ -20,6 +22,7 @@ from spikellm.config.model import HardwareConfig, ModelConfig
 from spikellm.config.snn import RotationConfig
 from spikellm.kernels.hadamard import HAS_CUDA_KERNEL
 from spikellm.model import conversion
+from spikellm.model.integers import Rounding
 from spikellm.model.load import load_model
 from spikellm.model.prefix import attach_prefix
 
@@ -32,23 +35,27 @@ class Networks:
     def __init__(self, model: ModelConfig, hardware: HardwareConfig, rotation: RotationConfig, softmax_norm: SoftmaxNorm) -> None:
         self.model, self.hardware, self.rotation, self.softmax_norm = model, hardware, rotation, softmax_norm
         self._installed: PreTrainedModel | None = None
+        self._rounding: Rounding | None = None  # of the converted model's weights
 
     def ann(self) -> PreTrainedModel:
         """The model as it was pretrained, loaded afresh; the converted one makes room for it."""
         self.release()
         return load_model(self.model, self.hardware)
 
-    def transparent(self, prefix_tokens: list[int]) -> PreTrainedModel:
-        """The converted model with empty slots and the prefix of `prefix_tokens`."""
-        if self._installed is None:
-            self._installed = self._install()
+    def transparent(self, prefix_tokens: list[int], rounding: Rounding | None = None) -> PreTrainedModel:
+        """The converted model with empty slots and the prefix of `prefix_tokens`, its weights as they are or integers of a `rounding`."""
+        if self._installed is None or self._rounding != rounding:
+            self.release()  # weights as they are have no copy
+            self._installed, self._rounding = self._install(), rounding
+            if rounding is not None:
+                rounding.apply(self._installed)
         conversion.clear(self._installed)
         attach_prefix(self._installed, prefix_tokens)
         return self._installed
 
-    def spiking(self, tables: Mapping[str, PhaseTable], prefix_tokens: list[int]) -> PreTrainedModel:
-        """The converted model with the neurons of `tables`, by site name, behind the prefix of `prefix_tokens`."""
-        model = self.transparent(prefix_tokens)
+    def spiking(self, tables: Mapping[str, PhaseTable], prefix_tokens: list[int], rounding: Rounding | None = None) -> PreTrainedModel:
+        """The converted model with the neurons of `tables`, by site name; the rest as in `transparent`."""
+        model = self.transparent(prefix_tokens, rounding)
         conversion.fill(model, tables, compiled=self.hardware.compile)
         return model
 

@@ -41,7 +41,7 @@ from spikellm.model.attention import attentions
 from spikellm.model.conversion import get_neuron, install, model_sites, online_parts, place, set_neuron
 from spikellm.model.intake import unfilled
 from spikellm.model.modules import OnlineHadamard
-from spikellm.model.sites import ARCHITECTURES, GROUP_AXIS, ROTARY, SPIKING_TYPE, decoder_layers
+from spikellm.model.sites import ARCHITECTURES, EMBEDDING, GROUP_AXIS, LINEARS, ROTARY, SPIKING_TYPE, decoder_layers
 
 METHOD = "spikellm"
 SCHEMA = 4  # of `SpikingModelConfig`; raised when what is written no longer means the same
@@ -306,6 +306,13 @@ def described(model: PreTrainedModel, *, rotation: dict[str, object] | None = No
     if bare:
         raise ValueError(f"{len(bare)} sites carry no neuron, {bare[0]} first: convert the model (outside `stepped`) before saving it")
     tables: dict[str, Any] = {name: neuron.table for name, neuron in neurons.items()}
+    weight: Any = model.get_submodule(EMBEDDING).weight
+    linear: Any = decoder_layers(model)[0].get_submodule(LINEARS[0])
+    if linear.weight.dtype is not weight.dtype:
+        raise ValueError(
+            f"integer weights are held in {linear.weight.dtype} beside {weight.dtype}, which loading would round them to; "
+            "convert the model in float32 to save it"
+        )
     layers = {
         (tuple(online_parts(layer)), each.normalise_after, 0 if each.prefix_key is None else each.prefix_key.shape[1])
         for layer, each in zip(decoder_layers(model), attentions(model), strict=True)

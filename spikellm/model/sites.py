@@ -26,8 +26,16 @@ ATTENTION_NORM, MLP_NORM = "input_layernorm", "post_attention_layernorm"
 QUERY, KEY, VALUE, OUTPUT = "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"
 GATE, UP, DOWN, ACTIVATION = "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "mlp.act_fn"
 HEAD_NORMS = ("q_norm", "k_norm")  # of the attention module, between projection and RoPE; Qwen3 only
+LINEARS = (QUERY, KEY, VALUE, OUTPUT, GATE, UP, DOWN)
 LAYER_PARTS = (ATTENTION_NORM, MLP_NORM, QUERY, KEY, VALUE, OUTPUT, GATE, UP, DOWN, ACTIVATION)
 
+# The Linears of a layer that read a site's spikes.
+READERS = {
+    SiteKind.attention_input: (QUERY, KEY, VALUE),
+    SiteKind.attention_output: (OUTPUT,),
+    SiteKind.mlp_input: (GATE, UP),
+    SiteKind.mlp_product: (DOWN,),
+}
 
 # Where a spike reaches a single synapse: its product with one other number is taken there.
 ONE_SYNAPSE = (SiteKind.value, SiteKind.activation)

@@ -213,6 +213,7 @@ def _facts(results: Results) -> list[tuple[str, str]]:
         "sites": results.sites,
         "prefix tokens": results.prefix_tokens,
         "rotation": results.rotation and results.rotation.kind,
+        "weights": results.weights and f"int{results.weights.bits}, {results.weights.rounding}",
         "relative error of base 2": search and search.relative_mse_base2,
         "relative error of the fitted code": search and search.relative_mse,
         "synaptic operations per token": results.spikes and results.spikes.sops_per_token,

@@ -2,6 +2,7 @@
 
 calibrate   model, rotation, prefix, calibration text -> statistics of every site, prefix tokens
 search      statistics, T, grain                      -> one code per site
+weights     model, codes, calibration text            -> integer weights, where weights.rounding=gptq asks for them
 convert     model, codes                              -> the spiking model (in memory; on disk with save_model=true)
 """
 
@@ -14,11 +15,13 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from spikellm.calibration.calibrate import Calibration, calibrate
+from spikellm.calibration.rounding import round_spiking
 from spikellm.config.checks import InputError
-from spikellm.config.choices import Device, ImportV0, SearchMethod
-from spikellm.config.snn import PrefixConfig, RotationConfig, SearchConfig
-from spikellm.model import checkpoint
-from spikellm.run.stage import KeyedStage, StageOutcome
+from spikellm.config.choices import Device, ImportV0, Rounding, SearchMethod
+from spikellm.config.snn import PrefixConfig, RotationConfig, SearchConfig, WeightsConfig
+from spikellm.model import checkpoint, integers
+from spikellm.model.load import model_config
+from spikellm.run.stage import KeyedStage, Stage, StageOutcome
 from spikellm.run.workspace import Workspace
 from spikellm.search.fit import CodeFit, load_fits, save_fits
 from spikellm.search.methods import find_codes, search_summary, site_row
@@ -26,7 +29,7 @@ from spikellm.search.options import Options
 from spikellm.search.published import configured_neurons, file_hash
 from spikellm.store.artifacts import read_json, write_json
 from spikellm.store.provenance import Code
-from spikellm.store.record import Findings, SearchRecord
+from spikellm.store.record import Findings, SearchRecord, WeightsRecord
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +43,8 @@ class Calibrate(KeyedStage):
     def inputs(self, work: Workspace) -> dict[str, object]:
         """Code, model, rotation, prefix options and text."""
         config = work.config
-        return {
+        rounded = {"weights": plain(config.weights)} if config.weights.rounds(Rounding.nearest) else {}
+        return rounded | {
             "code": self.code.key(),
             "model": work.model_source,
             "rotation": plain(config.rotation),
@@ -50,13 +54,14 @@ class Calibrate(KeyedStage):
         }
 
     def prepare(self, work: Workspace) -> None:
-        """Read the text, unless the artefact is there."""
+        """Read the text, unless the artefact is there; refuse groups of weights that divide no Linear's inputs."""
+        check_weights(work)
         if not self.is_done(work):
             log.debug("calibration: %d windows", len(work.calibration_windows))
 
     def compute(self, work: Workspace, folder: Path) -> None:
-        """Calibrate the installed model, its neurons transparent."""
-        config, windows, model = work.config, work.calibration_windows, work.models.transparent([])
+        """Calibrate the installed model, its neurons transparent, its weights rounded where that needs no codes."""
+        config, windows, model = work.config, work.calibration_windows, work.models.transparent([], to_nearest(work.config.weights))
         try:
             found = calibrate(model, windows, config.prefix)
         except ValueError as error:
@@ -140,16 +145,89 @@ class Search(KeyedStage):
 SEARCH = Search()
 
 
+class Weights(KeyedStage):
+    """Integer weights that were rounded against the coded inputs; a part of the stages that build the spiking model."""
+
+    name = "weights"
+    needs = (CALIBRATE, SEARCH)
+    code = Code(1, ("evaluation.networks", "calibration.rounding"))
+
+    def inputs(self, work: Workspace) -> dict[str, object]:
+        """Code, codes and options; the search's key stands for model and text."""
+        return {"code": self.code.key(), "search": SEARCH.key(work), "device": work.device, "weights": plain(work.config.weights)}
+
+    def dependence(self, work: Workspace) -> dict[str, object]:
+        """What keys of the spiking model's figures hold of its weights beside the search's; nothing where they are as they are."""
+        return {"weights": self.key(work)} if work.config.weights.rounds(Rounding.gptq) else {}
+
+    def needed(self, work: Workspace) -> tuple[Stage, ...]:
+        """None where no integers are found here."""
+        return super().needed(work) if work.config.weights.rounds(Rounding.gptq) else ()
+
+    def prepare(self, work: Workspace) -> None:
+        """Refuse groups that do not divide the inputs of a Linear; name options without effect."""
+        options = work.config.weights
+        if options.bits is None:
+            if options.group_size is not None:
+                log.warning("weights.group_size=%d has no effect without weights.bits", options.group_size)
+            if options.rounding is not WeightsConfig().rounding:
+                log.warning("weights.rounding=%s has no effect without weights.bits", options.rounding.value)
+        elif options.rounds(Rounding.gptq) and not self.is_done(work):
+            log.debug("weights: %d windows", len(work.calibration_windows))
+        check_weights(work)
+
+    def compute(self, work: Workspace, folder: Path) -> None:
+        """Round the spiking model block by block."""
+        options = work.config.weights
+        assert options.bits is not None
+        tables = {name: fit.table for name, fit in SEARCH.found(work).items()}
+        model = work.models.spiking(tables, CALIBRATE.found(work).prefix_tokens)
+        try:
+            found, errors = round_spiking(model, work.calibration_windows, bits=options.bits, group_size=options.group_size)
+        finally:
+            work.models.release()  # its weights are no longer those that it was loaded with
+        integers.save_integers(folder / "integers.safetensors", found)
+        write_json(folder / "errors.json", errors)
+
+    def rounding(self, work: Workspace) -> integers.Rounding | None:
+        """The integers of the spiking model; None: its weights are as they are."""
+        options = work.config.weights
+        if not options.rounds(Rounding.gptq):
+            return to_nearest(options)
+        assert options.bits is not None
+        file = self.artefact(work).folder / "integers.safetensors"
+        return integers.Rounding(bits=options.bits, group_size=options.group_size, file=file)
+
+    def run(self, work: Workspace) -> StageOutcome:
+        """Format and mean error for results.json; nothing where weights are as they are."""
+        options = work.config.weights
+        if options.bits is None:
+            return StageOutcome(artefacts=[], findings=Findings())
+        artefacts = [self.artefact(work)] if options.rounds(Rounding.gptq) else []
+        errors = [error for artefact in artefacts for error in read_json(artefact.folder / "errors.json").values()]
+        record = WeightsRecord(
+            bits=options.bits,
+            group_size=options.group_size,
+            rounding=options.rounding.value,
+            relative_error=sum(errors) / len(errors) if errors else None,
+        )
+        return StageOutcome(artefacts=artefacts, findings=Findings(weights=record))
+
+
+WEIGHTS = Weights()
+
+
 class Convert(KeyedStage):
     """The codes fit the model's sites; with save_model=true the spiking model on disk."""
 
     name = "convert"
-    needs = (CALIBRATE, SEARCH)
+    needs = (CALIBRATE, SEARCH, WEIGHTS)
     code = Code(2, ("evaluation.networks", "model.checkpoint"))
 
     def inputs(self, work: Workspace) -> dict[str, object]:
         """Code, codes, and whether the model is saved."""
-        return {"code": self.code.key(), "search": SEARCH.key(work), "save_model": work.config.save_model}
+        found = {"code": self.code.key(), "search": SEARCH.key(work), "save_model": work.config.save_model}
+        return found | WEIGHTS.dependence(work)
 
     def compute(self, work: Workspace, folder: Path) -> None:
         """Check that codes and sites fit; save the model where it is asked for."""
@@ -166,7 +244,8 @@ class Convert(KeyedStage):
         """Where the saved model lies."""
         artefact = self.artefact(work)
         saved = str(artefact.folder / "model") if work.config.save_model else None
-        return StageOutcome(artefacts=[artefact], findings=Findings(saved_model=saved))
+        weights = WEIGHTS.run(work)
+        return StageOutcome(artefacts=[artefact, *weights.artefacts], findings=weights.findings | Findings(saved_model=saved))
 
 
 CONVERT = Convert()
@@ -193,17 +272,40 @@ def without_effect(options: Options) -> Iterator[str]:
         yield f"search.import_v0={search.import_v0.value} has no effect without search.import_file"
 
 
+def check_weights(work: Workspace) -> None:
+    """Refuse groups of weights that do not divide the inputs of a Linear.
+
+    Raises:
+        InputError: naming what would.
+    """
+    options = work.config.weights
+    if options.bits is None or options.group_size is None:
+        return
+    try:
+        integers.check_groups(model_config(work.model), options.group_size)
+    except ValueError as error:
+        raise InputError(f"weights.group_size={options.group_size} with model={work.config.model.name}: {error}") from error
+
+
+def to_nearest(options: WeightsConfig) -> integers.Rounding | None:
+    """The rounding that needs no codes; None: another one, or none."""
+    if not options.rounds(Rounding.nearest):
+        return None
+    assert options.bits is not None
+    return integers.Rounding(bits=options.bits, group_size=options.group_size)
+
+
 def transparent(work: Workspace) -> PreTrainedModel:
-    """The rotated model with its prefix and without neurons."""
-    return work.models.transparent(CALIBRATE.found(work).prefix_tokens)
+    """The rotated model with its prefix and the spiking model's weights, without neurons."""
+    return work.models.transparent(CALIBRATE.found(work).prefix_tokens, WEIGHTS.rounding(work))
 
 
 def spiking(work: Workspace) -> PreTrainedModel:
     """The spiking model with the codes that were found: prefix attached, a neuron at every site."""
     tables = {name: fit.table for name, fit in SEARCH.found(work).items()}
-    return work.models.spiking(tables, CALIBRATE.found(work).prefix_tokens)
+    return work.models.spiking(tables, CALIBRATE.found(work).prefix_tokens, WEIGHTS.rounding(work))
 
 
-def plain(node: RotationConfig | PrefixConfig | SearchConfig) -> dict[str, object]:
+def plain(node: RotationConfig | PrefixConfig | SearchConfig | WeightsConfig) -> dict[str, object]:
     """A config node in JSON types."""
     return {key: getattr(value, "value", value) for key, value in asdict(node).items()}

@@ -14,7 +14,7 @@ from spikellm.config.labels import NetworkName
 from spikellm.evaluation import diagnostics, figures
 from spikellm.evaluation.density_plots import write_density_plots
 from spikellm.evaluation.measured import measured_networks
-from spikellm.run.fitting import CALIBRATE, SEARCH, spiking, transparent
+from spikellm.run.fitting import CALIBRATE, SEARCH, WEIGHTS, spiking, transparent
 from spikellm.run.stage import KeyedStage, Stage, StageOutcome
 from spikellm.run.workspace import Workspace
 from spikellm.spikes import accounts, ledger
@@ -29,7 +29,7 @@ class Spikes(KeyedStage):
     """Spikes and energy of the spiking model, the rows of spikes.csv; a part of evaluate."""
 
     name = "spikes"
-    needs = (CALIBRATE, SEARCH)
+    needs = (CALIBRATE, SEARCH, WEIGHTS)
     code = Code(3, ("evaluation.networks", "spikes.ledger"))
 
     def inputs(self, work: Workspace) -> dict[str, object]:
@@ -47,9 +47,11 @@ class Spikes(KeyedStage):
         found, wanted = ledger.Ledger.from_json(read_json(artefact.folder / "ledger.json")), work.config.spikes.windows
         if found.windows < wanted:
             log.warning("spikes.windows=%d: the evaluation text has %d", wanted, found.windows)
-        table, by_head = accounts.cost_table(work.config.energy), work.config.search.groups is Groups.head
+        table, by_head, weights = accounts.cost_table(work.config.energy), work.config.search.groups is Groups.head, work.config.weights
         rivals = accounts.rivals_energy(found, table, work.config.evaluation.networks, by_head=by_head)
-        findings = Findings(spikes=accounts.spikes_record(found), energy=accounts.energy_record(found, table, rivals))
+        findings = Findings(
+            spikes=accounts.spikes_record(found, weights), energy=accounts.energy_record(found, table, rivals=rivals, weights=weights)
+        )
         return StageOutcome(artefacts=[artefact], findings=findings, tables={"spikes.csv": accounts.spike_rows(found)})
 
 
@@ -60,13 +62,20 @@ class Evaluate(Stage):
     """Spikes and energy of the spiking model; perplexities and accuracies of all networks, an artefact each."""
 
     name = "evaluate"
-    needs = (CALIBRATE, SEARCH)
+    needs = (CALIBRATE, SEARCH, WEIGHTS)
 
     def networks(self, work: Workspace) -> list[figures.Network]:
         """The networks that are to be measured, none loaded yet."""
         keys = {"model": work.model_source, "calibrate": CALIBRATE.key(work), "search": SEARCH.key(work)}
-        names = work.config.evaluation.networks
-        return measured_networks(names, work.models, work.options, keys, lambda: CALIBRATE.found(work), lambda: SEARCH.found(work))
+        return measured_networks(
+            work.config.evaluation.networks,
+            work.models,
+            work.options,
+            keys | WEIGHTS.dependence(work),
+            lambda: CALIBRATE.found(work),
+            lambda: SEARCH.found(work),
+            lambda: WEIGHTS.rounding(work),
+        )
 
     def prepare(self, work: Workspace) -> None:
         """Name options without effect; read texts and benchmarks that are not measured yet."""
@@ -84,7 +93,12 @@ class Evaluate(Stage):
         findings, artefacts = figures.evaluate(
             work.config.dataset, lambda: work.tokenizer, work.store, self.networks(work), work.benchmarks
         )
-        return StageOutcome(artefacts=artefacts + counted.artefacts, findings=findings | counted.findings, tables=counted.tables)
+        weights = WEIGHTS.run(work)
+        return StageOutcome(
+            artefacts=artefacts + counted.artefacts + weights.artefacts,
+            findings=findings | counted.findings | weights.findings,
+            tables=counted.tables,
+        )
 
 
 EVALUATE = Evaluate()
@@ -94,7 +108,7 @@ class Diagnose(KeyedStage):
     """How far each code is above the Lloyd-Max bound, which sites do the damage, levels drawn on densities."""
 
     name = "diagnose"
-    needs = (CALIBRATE, SEARCH)
+    needs = (CALIBRATE, SEARCH, WEIGHTS)
     code = Code(3, ("evaluation.networks", "evaluation.diagnostics", "evaluation.density_plots"))
 
     def inputs(self, work: Workspace) -> dict[str, object]:
@@ -134,4 +148,4 @@ DIAGNOSE = Diagnose()
 
 def folded_figures(work: Workspace) -> dict[str, object]:
     """What figures of the folded spiking model on the main evaluation text depend on."""
-    return {"search": SEARCH.key(work), "device": work.device, "text": work.evaluation_source}
+    return WEIGHTS.dependence(work) | {"search": SEARCH.key(work), "device": work.device, "text": work.evaluation_source}

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping
 from dataclasses import asdict
+from itertools import pairwise
 from typing import Any
 
 from jaxtyping import Int
@@ -11,23 +12,27 @@ from transformers import PreTrainedModel
 from spikellm.config.choices import EnergyTable
 from spikellm.config.labels import NetworkName, SiteKind
 from spikellm.config.measures import EnergyConfig
+from spikellm.config.snn import WeightsConfig
+from spikellm.model.sites import READERS
 from spikellm.spikes.energy import (
     COST_TABLES,
     HOROWITZ,
     CostTable,
     Operation,
+    RoundedWork,
     compare,
     integer_ac_pj,
     integer_mac_pj,
     integer_operations,
     integer_pj,
+    linear_products,
     matrix_products,
     pointwise_operations,
     softmax_quotients,
     spiking_operations,
     weight_receivers,
 )
-from spikellm.spikes.ledger import READERS, Ledger, SiteSpikes, count
+from spikellm.spikes.ledger import Ledger, SiteSpikes, count
 from spikellm.store.record import DenseOperation, EnergyRecord, KindSpikes, Row, SpikesRecord
 
 
@@ -40,8 +45,12 @@ def cost_table(options: EnergyConfig) -> CostTable:
     return CostTable(name="custom", mac_pj=options.mac_pj, ac_pj=options.ac_pj, source="energy.mac_pj, energy.ac_pj")
 
 
-def dense_operations(ledger: Ledger) -> list[Operation]:
-    """All that the spiking model computes beside its spikes, over the ledger's tokens."""
+def dense_operations(ledger: Ledger, weights: WeightsConfig | None = None) -> list[Operation]:
+    """All that the spiking model computes beside its spikes, over the ledger's tokens.
+
+    Args:
+        weights: where its Linears have integers, whose scales multiply sums.
+    """
     shape, tokens = ledger.shape, ledger.tokens
     # coded prefix columns are in the softmax like any other
     pairs = ledger.pairs + ledger.coded_prefix * tokens * shape.layers
@@ -53,7 +62,7 @@ def dense_operations(ledger: Ledger) -> list[Operation]:
             shape,
             T=ledger.T,
             tokens=tokens,
-            receivers=sum(scaled_sums(site, receivers[SiteKind[site.kind]]) for site in ledger.sites),
+            receivers=sum(scaled_sums(site, receivers[SiteKind[site.kind]], segments(ledger, site, weights)) for site in ledger.sites),
             comparisons=sum(comparisons(site) for site in ledger.sites),
             spikes=ledger.spikes,
             rotated=ledger.rotated,
@@ -62,14 +71,49 @@ def dense_operations(ledger: Ledger) -> list[Operation]:
     ]
 
 
-def scaled_sums(site: SiteSpikes, receivers: int) -> int:
+def scaled_sums(site: SiteSpikes, receivers: int, parts: list[int]) -> int:
     """Multiplications by output weights per token and step, where one population of one group has so many receivers.
 
-    Behind a Linear each output adds up all groups, whose populations are scaled apart; elsewhere the groups divide the receivers.
+    Behind a Linear each output adds up all groups, whose populations are scaled apart, in as many parts as have scales of their own;
+    elsewhere the groups divide the receivers.
     """
     if SiteKind[site.kind] in (*READERS, SiteKind.head_input):
-        return receivers * sum(site.populations)
+        return receivers * sum(populations * part for populations, part in zip(site.populations, parts, strict=True))
     return receivers * sum(site.populations) // len(site.populations)
+
+
+def segments(ledger: Ledger, site: SiteSpikes, weights: WeightsConfig | None) -> list[int]:
+    """Into how many parts groups of weights cut the inputs of each neuron group; a part's sums are scaled by one number, d_t s."""
+    groups, size = len(site.populations), None if weights is None or weights.bits is None else weights.group_size
+    if size is None or SiteKind[site.kind] not in READERS:
+        return [1] * groups
+    shape = ledger.shape
+    widths = {SiteKind.attention_output: shape.H * shape.E, SiteKind.mlp_product: shape.F}
+    width = widths.get(SiteKind[site.kind], shape.D)
+    ends = [index * width // groups for index in range(groups + 1)]
+    return [-(-end // size) - start // size for start, end in pairwise(ends)]
+
+
+def rounded_work(ledger: Ledger, weights: WeightsConfig) -> RoundedWork | None:
+    """The work of the integer pair that meets integer weights; None: it has none."""
+    if weights.bits is None:
+        return None
+    linears, calls = linear_products(ledger.shape).values(), ledger.tokens * ledger.shape.layers
+    grouped = sum(outputs * (inputs // weights.group_size) for inputs, outputs in linears) if weights.group_size else 0
+    receivers = weight_receivers(ledger.shape)
+    readers = [site for site in ledger.sites if SiteKind[site.kind] in READERS]
+    scaled = [
+        scaled_sums(site, receivers[SiteKind[site.kind]], segments(ledger, site, weights))
+        - scaled_sums(site, receivers[SiteKind[site.kind]], segments(ledger, site, None))
+        for site in readers
+    ]
+    return RoundedWork(
+        bits=weights.bits,
+        mac=calls * sum(inputs * outputs for inputs, outputs in linears),
+        sops=sum(sum(map(sum, site.sops)) for site in readers),
+        ann_scales=calls * grouped,
+        snn_scales=ledger.tokens * ledger.T * sum(scaled),
+    )
 
 
 def comparisons(site: SiteSpikes) -> int:
@@ -95,8 +139,8 @@ def count_spikes(model: PreTrainedModel, windows: Int[Tensor, "W L"]) -> dict[st
     return spikes_record(count(model, windows)).to_json()
 
 
-def spikes_record(ledger: Ledger) -> SpikesRecord:
-    """Rates and operations per token."""
+def spikes_record(ledger: Ledger, weights: WeightsConfig | None = None) -> SpikesRecord:
+    """Rates and operations per token; `weights` as in `dense_operations`."""
     tokens, T = ledger.tokens, ledger.T
     by_kind: dict[str, KindSpikes] = {}
     rows = spike_rows(ledger)
@@ -105,7 +149,7 @@ def spikes_record(ledger: Ledger) -> SpikesRecord:
         neurons, spikes, sops = (sum(row[f"{what}_per_token"] for row in chosen) for what in ("neurons", "spikes", "sops"))
         by_kind[kind.name] = KindSpikes(firing_rate=spikes / (neurons * T), spikes_per_token=spikes, sops_per_token=sops)
     steps = [sum(sum(site.spikes[t]) for site in ledger.sites) for t in range(T)]
-    dense = dense_operations(ledger)
+    dense = dense_operations(ledger, weights)
     return SpikesRecord(
         windows=ledger.windows,
         window=tokens // ledger.windows,
@@ -160,8 +204,14 @@ def rivals_energy(ledger: Ledger, table: CostTable, names: Collection[NetworkNam
     return found
 
 
-def energy_record(ledger: Ledger, table: CostTable, rivals: Mapping[NetworkName, float] | None = None) -> EnergyRecord:
-    """Energy per token. ANN and integer ANN see the same tokens and mask, without a prefix; rivals: of `rivals_energy`."""
+def energy_record(
+    ledger: Ledger, table: CostTable, *, rivals: Mapping[NetworkName, float] | None = None, weights: WeightsConfig | None = None
+) -> EnergyRecord:
+    """Energy per token. ANN and integer ANN see the same tokens and mask, without a prefix; rivals: of `rivals_energy`.
+
+    The integer pair has integer `weights`, where there are any.
+    """
+    rounded = None if weights is None else rounded_work(ledger, weights)
     seen = {"tokens": ledger.tokens, "pairs": ledger.pairs}
     matrices = matrix_products(ledger.shape, **seen)
     pointwise = [*pointwise_operations(ledger.shape, **seen), softmax_quotients(ledger.shape, **seen, after=False)]
@@ -176,9 +226,10 @@ def energy_record(ledger: Ledger, table: CostTable, rivals: Mapping[NetworkName,
         spikes=ledger.spikes,
         synapses=ledger.synapses,
         tokens=ledger.tokens,
+        rounded=rounded,
     )
     bits, rivals = ledger.T + 1, rivals or {}
-    integers = ("int", "snn_int", *(name.value for name in rivals))
+    integer = f"int{bits if rounded is None else rounded.bits}"
     return EnergyRecord(
         table=table.name,
         mac_pj=table.mac_pj,
@@ -187,7 +238,8 @@ def energy_record(ledger: Ledger, table: CostTable, rivals: Mapping[NetworkName,
         int_bits=bits,
         int_mac_pj=integer_mac_pj(bits),
         int_ac_pj=integer_ac_pj(bits),
-        weights={"ann": table.name, "snn": table.name} | dict.fromkeys(integers, f"int{bits}"),
+        weights={"ann": table.name, "snn": table.name, "int": integer, "snn_int": integer} | {name.value: f"int{bits}" for name in rivals},
+        weights_note=None if rounded is None else f"of the decoder's Linears; activations, attention, gate and lm_head count int{bits}",
         int_source=f"{HOROWITZ}, 8 bits, scaled to {bits}",
         ann_mac_per_token=sum(each.mac for each in matrices + pointwise) / ledger.tokens,
         snn_mac_per_token=sum(each.mac for each in dense) / ledger.tokens,

@@ -15,7 +15,10 @@ counts arithmetic alone: no memory traffic, no leakage. Two pairs of networks st
 The integer ANN is a bound: its numbers are integers for nothing. What the networks int_static and int_token (`coding/integers.py`) compute
 beside its MACs is in `integer_operations`: theirs is the energy that stands beside the integer SNN's at their perplexity.
 
-Perplexities are those of weights that are not quantised, whatever the pair. What stays dense costs what the table says in all four.
+Perplexities are those of the network's own weights. Where these are integers (`weights.bits`), the integer pair has them in the decoder's
+Linears: MACs of T + 1 bits with weights of so many, spikes that add them, and the scales of groups of inputs that multiply sums; attention,
+the gate and lm_head, which is not rounded, still count integers of T + 1 bits. Without the option the integer pair has weights that no
+perplexity here is of. What stays dense costs what the table says in all four.
 
 Sources: Horowitz, "Computing's energy problem", ISSCC 2014, 45 nm, 0.9 V; that energy is the one of spiking papers' tables
 (Zheng et al., ICLR 2026: 4.6 and 0.9 pJ). Ours: the list of what stays dense, and integers of other widths than 8 bits.
@@ -65,12 +68,13 @@ COST_TABLES = {
 }
 
 
-def integer_mac_pj(bits: int) -> float:
-    """A MAC of signed integers [pJ]: INT8_MULTIPLY_PJ (bits / 8)^2 + `integer_ac_pj`."""
-    return INT8_MULTIPLY_PJ * (bits / 8) ** 2 + integer_ac_pj(bits)
+def integer_mac_pj(bits: int, weight_bits: int | None = None) -> float:
+    """A MAC of signed integers [pJ]: INT8_MULTIPLY_PJ (bits / 8) (weight_bits / 8) + `integer_ac_pj` of half the product's width."""
+    other = bits if weight_bits is None else weight_bits
+    return INT8_MULTIPLY_PJ * (bits * other / 64) + integer_ac_pj((bits + other) / 2)
 
 
-def integer_ac_pj(bits: int) -> float:
+def integer_ac_pj(bits: int | float) -> float:
     """An accumulate of signed integers [pJ]: INT8_ADD_PJ bits / 8."""
     return INT8_ADD_PJ * bits / 8
 
@@ -106,17 +110,8 @@ def matrix_products(shape: DecoderShape, *, tokens: int, pairs: int) -> list[Ope
         tokens: tokens of all sequences.
         pairs: (query, key) pairs, over all sequences and layers; `layers * tokens**2` if masked pairs are computed too.
     """
-    D, F, H, K, E = shape.D, shape.F, shape.H, shape.K, shape.E
-    per_layer = {
-        "query": D * H * E,
-        "key": D * K * E,
-        "value": D * K * E,
-        "attention output": H * E * D,
-        "gate": D * F,
-        "up": D * F,
-        "gate product": F,
-        "down": F * D,
-    }
+    D, F, H, E = shape.D, shape.F, shape.H, shape.E
+    per_layer = {name: inputs * outputs for name, (inputs, outputs) in linear_products(shape).items()} | {"gate product": F}
     linear = [Operation(name=name, mac=tokens * shape.layers * each) for name, each in per_layer.items()]
     attention = [Operation(name=name, mac=pairs * H * E) for name in ("query x key", "probabilities x value")]
     return [*linear, *attention, Operation(name="language model head", mac=tokens * D * shape.V)]
@@ -157,6 +152,20 @@ def fast_hadamard_additions(width: int) -> int:
     power = (width & -width).bit_length() - 1
     odd = width >> power
     return power if odd == 1 else 4 * odd + power - 2
+
+
+def linear_products(shape: DecoderShape) -> dict[str, tuple[int, int]]:
+    """(inputs, outputs) of the Linears of a decoder layer, by their names among `matrix_products`."""
+    D, F, H, K, E = shape.D, shape.F, shape.H, shape.K, shape.E
+    return {
+        "query": (D, H * E),
+        "key": (D, K * E),
+        "value": (D, K * E),
+        "attention output": (H * E, D),
+        "gate": (D, F),
+        "up": (D, F),
+        "down": (F, D),
+    }
 
 
 def weight_receivers(shape: DecoderShape) -> dict[SiteKind, int]:
@@ -265,6 +274,17 @@ def integer_operations(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RoundedWork:
+    """The part of the integer pair's work that meets integer weights, over the same tokens."""
+
+    bits: int
+    mac: int  # of the integer ANN
+    sops: int  # of the integer SNN
+    ann_scales: int  # multiplications of sums by scales
+    snn_scales: int  # the same of the SNN, beside those that output weights take anyway
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Energy:
     """Energy of four networks for the same tokens [pJ per token] and the firing rates at which they would meet.
 
@@ -290,7 +310,7 @@ def integer_pj(table: CostTable, *, bits: int, matrices: list[Operation], dense:
 
 def compare(
     table: CostTable, *, T: int, matrices: list[Operation], pointwise: list[Operation], dense: list[Operation], sops: int, spikes: int,
-    synapses: int, tokens: int,
+    synapses: int, tokens: int, rounded: RoundedWork | None = None,
 ) -> Energy:  # fmt: skip
     """Energy of ANN and SNN, and of both with integer weights.
 
@@ -298,29 +318,34 @@ def compare(
         matrices, pointwise: of the ANN.
         dense: all that the SNN computes beside its synaptic operations, a reset a spike included.
         sops, spikes, synapses: spikes times their fan-out, spikes, neurons times their fan-out, over the same tokens.
+        rounded: of the integer pair, where it has weights of their own width; None: they have T + 1 bits.
     """
+    rounded = rounded or RoundedWork(bits=T + 1, mac=0, sops=0, ann_scales=0, snn_scales=0)
 
     def cost(operations: list[Operation]) -> float:
         return table.joule(mac=sum(each.mac for each in operations), ac=sum(each.ac for each in operations)) * 1e12
 
-    def snn(ac_pj: float) -> float:
-        return cost(dense) + ac_pj * sops
+    def snn(ac_pj: float, scales: int = 0) -> float:
+        return cost(dense) + table.mac_pj * scales + ac_pj * sops
 
-    def break_even(rival: float, ac_pj: float) -> float:
+    def break_even(rival: float, ac_pj: float, scales: int = 0) -> float:
         # resets come and go with the spikes: at every rate there are as many to a synaptic operation as now
-        resting = cost(dense) - table.ac_pj * spikes
+        resting = cost(dense) + table.mac_pj * scales - table.ac_pj * spikes
         saturated = T * synapses * (ac_pj + table.ac_pj * spikes / max(1, sops))
         return max(0.0, (rival - resting) / saturated)
 
     ann = cost(matrices + pointwise)
-    integer = integer_pj(table, bits=T + 1, matrices=matrices, dense=pointwise)
-    integer_ac = integer_ac_pj(T + 1)
+    plain = sum(each.mac for each in matrices) - rounded.mac
+    integer = integer_mac_pj(T + 1) * plain + integer_mac_pj(T + 1, rounded.bits) * rounded.mac
+    integer += table.mac_pj * rounded.ann_scales + cost(pointwise)
+    share = rounded.sops / max(1, sops)  # of the spikes that meet such weights
+    integer_ac = integer_ac_pj(T + 1) * (1 - share) + integer_ac_pj(rounded.bits) * share
     return Energy(
         ann_pj_per_token=ann / tokens,
         int_pj_per_token=integer / tokens,
         snn_pj_per_token=snn(table.ac_pj) / tokens,
-        snn_int_pj_per_token=snn(integer_ac) / tokens,
+        snn_int_pj_per_token=snn(integer_ac, rounded.snn_scales) / tokens,
         break_even_firing_rate=break_even(ann, table.ac_pj),
         break_even_firing_rate_int=break_even(integer, table.ac_pj),
-        break_even_firing_rate_snn_int=break_even(integer, integer_ac),
+        break_even_firing_rate_snn_int=break_even(integer, integer_ac, rounded.snn_scales),
     )

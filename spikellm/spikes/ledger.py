@@ -46,32 +46,18 @@ from spikellm.model.attention import SpikingAttention, attentions
 from spikellm.model.conversion import get_neuron, model_sites, online_parts, set_neuron, site_groups
 from spikellm.model.sites import (
     ATTENTION,
-    DOWN,
-    GATE,
     GROUP_AXIS,
     HEAD,
-    KEY,
+    LINEARS,
     ONE_SYNAPSE,
-    OUTPUT,
-    QUERY,
+    READERS,
     SPIKING_ATTENTION,
-    UP,
-    VALUE,
     Site,
     decoder_layers,
     head_width,
 )
 from spikellm.spikes.counter import SpikeCounter
 from spikellm.spikes.energy import DecoderShape
-
-LINEARS = (QUERY, KEY, VALUE, OUTPUT, GATE, UP, DOWN)
-# The Linears that read a site's spikes.
-READERS = {
-    SiteKind.attention_input: (QUERY, KEY, VALUE),
-    SiteKind.attention_output: (OUTPUT,),
-    SiteKind.mlp_input: (GATE, UP),
-    SiteKind.mlp_product: (DOWN,),
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -102,6 +102,16 @@ class SearchRecord(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class WeightsRecord(Record):
+    """Integer weights of the spiking networks' decoder Linears."""
+
+    bits: int
+    group_size: int | None  # inputs of an output that share a scale; None: all
+    rounding: str
+    relative_error: float | None = None  # squared, of the Linears' outputs on the calibration text, mean of the Linears; None: not known
+
+
+@dataclass(frozen=True, kw_only=True)
 class AnytimeRecord(Record):
     """Figures of a stepped run when its last neuron is read after 1 .. T steps."""
 
@@ -202,6 +212,7 @@ class EnergyRecord(Record):
     int_mac_pj: float | None = None
     int_ac_pj: float | None = None
     weights: dict[str, str] | None = None  # of each network
+    weights_note: str | None = None  # where they are not the same everywhere
     int_source: str | None = None
     ann_mac_per_token: float | None = None
     snn_mac_per_token: float | None = None
@@ -253,6 +264,7 @@ class Findings(Record):
     prefix_tokens: list[int] | None = None
     rotation: RotationRecord | None = None
     search: SearchRecord | None = None
+    weights: WeightsRecord | None = None  # None: as the model has them
     codes: str | None = None  # path
     saved_model: str | None = None  # path
     anytime: AnytimeRecord | None = None

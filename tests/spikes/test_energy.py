@@ -5,8 +5,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from spikellm.config.snn import WeightsConfig
 from spikellm.model.rotation import R3, R4
-from spikellm.spikes.accounts import dense_operations
+from spikellm.spikes.accounts import dense_operations, energy_record
 from spikellm.spikes.energy import (
     COST_TABLES,
     CostTable,
@@ -88,6 +89,7 @@ def test_attention_counts_visible_pairs():
 def test_integers_of_other_widths():
     assert integer_mac_pj(8) == pytest.approx(COST_TABLES["int8"].mac_pj)
     assert integer_mac_pj(32) == pytest.approx(3.2, rel=0.05)  # Horowitz: 3.1 + 0.1
+    assert integer_mac_pj(9, 8) == pytest.approx(0.2 * 72 / 64 + 0.03 * 8.5 / 8)
     assert integer_mac_pj(9) == pytest.approx(0.2 * 81 / 64 + 0.03 * 9 / 8)
 
 
@@ -178,6 +180,50 @@ def test_every_population_compares_and_is_weighted_by_hand(sites, receivers, com
     assert found.latency_steps == T * 8
     # a neuron is one, whatever its populations
     assert found.neurons == 48
+
+
+def hand_ledger(sites, *, T: int = 2, sops: int = 0) -> Ledger:
+    return Ledger(
+        sites=[
+            SiteSpikes(
+                name=kind, kind=kind, layer=None if kind == "head_input" else 0, populations=populations, intervals=intervals,
+                spikes=[[0]] * T, sops=[[sops], *[[0]] * (T - 1)], neurons=[neurons], synapses=[neurons],
+            )
+            for kind, neurons, populations, intervals in sites
+        ],
+        tokens=1, windows=1, pairs=1, coded_prefix=0, exact_prefix=0, normalise_after=True, rotated=[], shape=SMALL,
+    )  # fmt: skip
+
+
+def test_scales_of_groups_multiply_sums_by_hand():
+    """Two inputs a group: 2 parts of 4 inputs; of two heads of 3 inputs each is cut in 2; 4 parts of 8. The rest as without."""
+    receivers = 2 * 12 * 2 + (1 + 3) * 3 + 2 * 6 + (2 + 1) * 3 + (2 + 3) * 2 * 4 + 3 * 16 * 2 + 4 * 8 + 3 * 4 * 4 + 2 * 10
+    by_name = {each.name: each for each in dense_operations(hand_ledger(MANY), WeightsConfig(bits=4, group_size=2))}
+    assert by_name["output weights d_t"].mac == 2 * receivers
+    plain = dense_operations(hand_ledger(MANY))
+    for same in (None, WeightsConfig(), WeightsConfig(bits=8), WeightsConfig(group_size=2)):
+        assert dense_operations(hand_ledger(MANY), same) == plain
+
+
+@pytest.mark.parametrize(("bits", "group_size"), [(8, None), (4, 2)])
+def test_the_integer_pair_with_integer_weights_by_hand(bits, group_size):
+    """100 synaptic operations at each of ten sites, four of them before rounded Linears."""
+    table, ledger = COST_TABLES["fp32"], hand_ledger(ONE, sops=100)
+    found = energy_record(ledger, table, WeightsConfig(bits=bits, group_size=group_size))
+    plain = energy_record(ledger, table)
+    weights = 4 * 6 + 4 * 3 + 4 * 3 + 6 * 4 + 3 * 4 * 8
+    width = 3  # T + 1
+    mac = {b: 0.2 * width * b / 64 + 0.03 * (width + b) / 16 for b in (width, bits)}
+    extra = {"ann": 0, "snn": 0}
+    if group_size:
+        extra["ann"] = 2 * (6 + 3 + 3) + 3 * 4 + 2 * 8 + 2 * 8 + 4 * 4
+        extra["snn"] = 2 * (12 + 2 * 4 + 16 + 3 * 4)  # T steps; parts beyond the first: 1, 1 of each head, 1, 3
+    assert found.int_pj_per_token == pytest.approx(plain.int_pj_per_token + (mac[bits] - mac[width]) * weights + 4.6 * extra["ann"])
+    assert found.snn_int_pj_per_token == pytest.approx(plain.snn_int_pj_per_token + 400 * 0.03 * (bits - width) / 8 + 4.6 * extra["snn"])
+    assert found.weights == {"ann": "fp32", "snn": "fp32", "int": f"int{bits}", "snn_int": f"int{bits}"}
+    for same in ("ann_pj_per_token", "snn_pj_per_token", "break_even_firing_rate", "snn_mac_per_token"):
+        assert getattr(found, same) == getattr(plain, same)
+    assert energy_record(ledger, table, WeightsConfig()) == plain
 
 
 def test_a_network_whose_dense_part_costs_more_than_the_ann_never_breaks_even():

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from spikellm.evaluation import measured
+from spikellm.run.fitting import WEIGHTS
 from spikellm.run.measuring import SPIKES
 from spikellm.run.stage import KeyedStage
 from spikellm.run.stages import STAGES
@@ -14,7 +15,7 @@ from spikellm.store.provenance import JOB, PACKAGE, closure, code_fingerprint
 from tests.jobs import run
 
 # What is keyed -> the modules that compute it.
-COMPUTED_BY = {stage.name: stage.code.modules for stage in (*STAGES.values(), SPIKES) if isinstance(stage, KeyedStage)} | {
+COMPUTED_BY = {stage.name: stage.code.modules for stage in (*STAGES.values(), SPIKES, WEIGHTS) if isinstance(stage, KeyedStage)} | {
     "evaluate": measured.FOLDED.modules,
     "evaluate base2": measured.BASE2.modules,
     "evaluate stepped": measured.STEPPED.modules,
@@ -81,7 +82,9 @@ EDITS = {
     "MEMBERS": ("search.evolution", {"search"}),
     "squared_error": ("search.evolution", {"search"}),
     "find_prefix_tokens": ("model.prefix", {"calibrate"}),
-    "rotate": ("model.rotation", {"calibrate"}),
+    "rotate": ("model.rotation", {"calibrate", "weights"}),
+    "round_to_nearest": ("model.integers", {"calibrate"}),
+    "moments": ("calibration.rounding", {"weights"}),
     "encode": ("coding.neuron", {"search", "convert", "evaluate", "evaluate base2", "evaluate stepped", "spikes", "diagnose"}),
     "readout_perplexities": ("evaluation.perplexity", {"evaluate", "evaluate base2", "evaluate stepped", "evaluate ann", "diagnose"}),
     "walk": ("model.blocks", {"calibrate", "evaluate", "evaluate base2", "evaluate stepped", "evaluate ann", "diagnose"}),
