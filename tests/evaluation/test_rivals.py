@@ -268,7 +268,7 @@ def test_energy_is_that_of_integer_macs_and_the_rest(ids):
     dense = dense_operations_of_integers(ledger, per_token=False, by_head=True)
     rest = sum(4.6 * each.mac + 0.9 * each.ac for each in dense) / ledger.tokens
     assert found[NetworkName.int_static] == pytest.approx(integer_mac_pj(T + 1) * products + rest)
-    record = energy_record(ledger, table, found).to_json()
+    record = energy_record(ledger, table, rivals=found).to_json()
     assert record["int_token_pj_per_token"] == found[NetworkName.int_token]
     assert record["weights"]["int_token"] == record["weights"]["int"] == "int5"
     plain = energy_record(ledger, table).to_json()

@@ -209,7 +209,7 @@ def test_scales_of_groups_multiply_sums_by_hand():
 def test_the_integer_pair_with_integer_weights_by_hand(bits, group_size):
     """100 synaptic operations at each of ten sites, four of them before rounded Linears."""
     table, ledger = COST_TABLES["fp32"], hand_ledger(ONE, sops=100)
-    found = energy_record(ledger, table, WeightsConfig(bits=bits, group_size=group_size))
+    found = energy_record(ledger, table, weights=WeightsConfig(bits=bits, group_size=group_size))
     plain = energy_record(ledger, table)
     weights = 4 * 6 + 4 * 3 + 4 * 3 + 6 * 4 + 3 * 4 * 8
     width = 3  # T + 1
@@ -223,7 +223,7 @@ def test_the_integer_pair_with_integer_weights_by_hand(bits, group_size):
     assert found.weights == {"ann": "fp32", "snn": "fp32", "int": f"int{bits}", "snn_int": f"int{bits}"}
     for same in ("ann_pj_per_token", "snn_pj_per_token", "break_even_firing_rate", "snn_mac_per_token"):
         assert getattr(found, same) == getattr(plain, same)
-    assert energy_record(ledger, table, WeightsConfig()) == plain
+    assert energy_record(ledger, table, weights=WeightsConfig()) == plain
 
 
 def test_a_network_whose_dense_part_costs_more_than_the_ann_never_breaks_even():
