@@ -94,8 +94,8 @@ def convert(
     text: str | None = None,
     window: int = 1024,
     max_windows: int | None = 8,
-    coding: str = "phase_signed",
-    intervals: int | str = "auto",
+    coding: str = "phase",
+    intervals: int | str = 1,
     min_grain_length: int = 2,
     max_spikes: int | None = None,
     method: str = "evolution",
@@ -130,7 +130,7 @@ def convert(
         max_spikes: of a neuron, with few_spike.
         method: evolution, gradient (hours) or base2.
         groups: head: one code an attention head, one for each sign at SiLU; site: one a site.
-        spike_weight: accuracy against spikes; None: 0, phase_signed 2.6.
+        spike_weight: accuracy against spikes; None: 0, phase_signed 2.5.
         softmax_norm: after: exponentials are coded; before: probabilities.
         prefix: outlier tokens get exact keys and values before every sequence.
         weight_bits: 8 or 4: integer weights in the decoder's Linears; None: weights as they are.

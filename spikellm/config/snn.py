@@ -11,7 +11,7 @@ MAX_T = 16
 MAX_INTERVALS = 8
 WEIGHT_BITS = (8, 4)
 # search.spike_weight of signed digits: they have fewer spikes (a fifth, at T = 8) and smaller errors than digits 0 and 1, at T = 4 to 8.
-SIGNED_SPIKE_WEIGHT = 2.6
+SIGNED_SPIKE_WEIGHT = 2.5
 
 
 @dataclass(kw_only=True, slots=True)
@@ -24,9 +24,9 @@ class SpikingConfig:
     """number of grains G: 1, 2, 3, .. or auto; set by the group `grain`"""
     min_grain_length: int = 2
     """phases in a grain, at least [steps]"""
-    coding: Coding = Coding.phase_signed
+    coding: Coding = Coding.phase
     """what a spike stands for"""
-    intervals: str = "auto"
+    intervals: str = "1"
     """intervals of the range of |x| with a table and a wire each: 1, 2, 3, .. or auto, as many as a neuron group needs; phase codes only"""
     max_spikes: int | None = None
     """spikes of a neuron, at most; coding=few_spike only"""
@@ -141,7 +141,7 @@ class SearchConfig:
     groups: Groups = Groups.head
     """neurons that share a table"""
     spike_weight: float | None = None
-    """lambda: a squared error counts exp(lambda x mean spikes of a neuron); null: 0, phase_signed 2.6"""
+    """lambda: a squared error counts exp(lambda x mean spikes of a neuron); null: 0, phase_signed 2.5"""
     sufficient_error: float = 5e-5
     """snn.intervals=auto: relative squared error of a neuron group (on the choosing part of the text) that needs no further interval"""
     tolerance: float = 0.02

@@ -167,7 +167,7 @@ def test_two_sides_may_be_cut_and_signed():
         ({"intervals": "0"}, "snn.intervals=0: takes 1 to"),
         ({"intervals": "two"}, "snn.intervals=two"),
         ({"intervals": "2", "coding": Coding.rate}, "intervals are of phase codes"),
-        ({"intervals": "auto", "coding": Coding.ttfs}, "intervals are of phase codes"),
+        ({"intervals": "3", "coding": Coding.ttfs}, "intervals are of phase codes"),
     ],
 )
 def test_what_no_code_has_is_refused(options, complaint):
