@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -83,3 +84,24 @@ def byte_model(folder: Path) -> list[str]:
     tiny_model(vocab_size=258, bos_token_id=BOS).save_pretrained(folder)
     byte_tokenizer(adds_bos=True).save_pretrained(folder)
     return ["model.source=hub", f"model.path={folder}"]
+
+
+def greedy(model, tokens: torch.Tensor, steps: int) -> torch.Tensor:
+    """The tokens and the likeliest ones after them, without a cache: what `generate` must give."""
+    for _ in range(steps):
+        tokens = torch.cat([tokens, model(tokens, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+    return tokens
+
+
+def watch(modules) -> list:
+    """What accelerate's hooks see from now on: the modules in the order of their calls, one entry a call."""
+    called: list = []
+
+    class Watched(AlignDevicesHook):
+        def pre_forward(self, module, *args, **kwargs):
+            called.append(module)
+            return super().pre_forward(module, *args, **kwargs)
+
+    for module in modules:
+        add_hook_to_module(module, Watched(execution_device="cpu"))
+    return called

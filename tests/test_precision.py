@@ -26,7 +26,7 @@ from spikellm.model.rotation import PARTS, random_signs, rotate
 from spikellm.search.fit import CodeFit
 from spikellm.search.search import base2, evolution
 from tests.codes import asked, base2_table, base2_tables
-from tests.models import norm_ratio, tiny_model
+from tests.models import greedy, norm_ratio, tiny_model
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 HALF = (torch.float16, torch.bfloat16)
@@ -206,9 +206,7 @@ def test_stepped_logits_are_the_folded_ones(dtype, ids):
 def test_generation_with_a_cache_equals_greedy_without(dtype, ids):
     model = spiking("llama", dtype, 8)
     tokens = ids[:1, :9]
-    wanted = tokens
-    for _ in range(6):
-        wanted = torch.cat([wanted, model(wanted, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+    wanted = greedy(model, tokens, 6)
     made = model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=6, do_sample=False, use_cache=True)
     assert made.tolist() == wanted.tolist()
 

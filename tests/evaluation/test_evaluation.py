@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch.nn.functional import cross_entropy
 
 from spikellm.evaluation.perplexity import perplexity, readout_perplexities
@@ -13,7 +12,7 @@ from spikellm.execution.stepped import stepped
 from spikellm.model.conversion import fill, install, prepare
 from spikellm.model.prefix import attach_prefix
 from tests.codes import base2_tables
-from tests.models import TINY, tiny_model
+from tests.models import TINY, tiny_model, watch
 
 
 def perplexity_by_transformers(model, windows) -> float:
@@ -96,17 +95,9 @@ def test_a_stepped_run_block_by_block_is_that_of_whole_forwards_to_the_last_bit(
 @pytest.mark.parametrize(("in_flight", "passes"), [(1, 3), (2, 2), (3, 1)])
 def test_a_block_is_called_for_all_windows_in_flight_before_the_next_one_is(in_flight, passes):
     """What a block that brings its weights in just before use pays for."""
-    called = []
-
-    class Watched(AlignDevicesHook):
-        def pre_forward(self, module, *args, **kwargs):
-            called.append(module)
-            return super().pre_forward(module, *args, **kwargs)
-
     model = tiny_model()
     blocks = [*model.model.layers, model.model.norm]
-    for block in blocks:
-        add_hook_to_module(block, Watched(execution_device="cpu"))
+    called = watch(blocks)
     perplexity(model, torch.randint(2, 256, (3, 8)), in_flight=in_flight)
     assert len(called) == 3 * len(blocks)
     brought_in = [module for index, module in enumerate(called) if index == 0 or called[index - 1] is not module]

@@ -16,7 +16,7 @@ from spikellm.model.conversion import fill, install, prepare
 from spikellm.model.prefix import attach_prefix
 from spikellm.model.rotation import PARTS, rotate
 from tests.codes import base2_tables
-from tests.models import TINY, norm_ratio, tiny_model
+from tests.models import TINY, greedy, norm_ratio, tiny_model
 
 BLOCK = 16  # queries per block: several blocks in every test
 
@@ -91,9 +91,7 @@ def test_padding_and_batching_change_nothing(side, build, prefix):
 def test_generation_with_a_cache_equals_greedy_without(name, prefix, ids):
     model = spiking(name, prefix=prefix)
     tokens = ids[:1, :9]
-    wanted = tokens
-    for _ in range(8):
-        wanted = torch.cat([wanted, model(wanted, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+    wanted = greedy(model, tokens, 8)
     made = model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=8, do_sample=False, use_cache=True)
     assert made.tolist() == wanted.tolist()
 

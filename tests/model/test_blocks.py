@@ -5,7 +5,6 @@ from itertools import cycle
 
 import pytest
 import torch
-from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
 from spikellm.calibration.calibrate import PERIOD, QUERY_BLOCK, calibrate, observing
 from spikellm.coding.neuron import Slot
@@ -16,7 +15,7 @@ from spikellm.model.prefix import attach_prefix
 from spikellm.model.rotation import PARTS, rotate
 from spikellm.model.sites import sites
 from tests.codes import base2_tables
-from tests.models import TINY, tiny_model
+from tests.models import TINY, tiny_model, watch
 
 # Windows of 64 tokens are longer than these; of Qwen2's two layers one slides.
 SLIDING = {
@@ -118,17 +117,8 @@ def test_observers_are_there_for_one_block_at_a_time(windows):
 
 def test_a_block_moves_its_inputs_as_accelerates_device_map_has_it(windows):
     wanted = calibrate(installed("llama", prefix=()), windows, PrefixConfig()).statistics
-    moved = []
-
-    class Watched(AlignDevicesHook):
-        def pre_forward(self, module, *args, **kwargs):
-            moved.append(module)
-            return super().pre_forward(module, *args, **kwargs)
-
     model = tiny_model()
-    for layer in model.model.layers:
-        add_hook_to_module(layer, Watched(execution_device="cpu"))
-    add_hook_to_module(model.model.norm, Watched(execution_device="cpu"))
+    moved = watch([*model.model.layers, model.model.norm])
     rotate(model, seed=0)
     install(model, rotated=PARTS, query_block=16)
     states, blocks = enter(model, windows)
