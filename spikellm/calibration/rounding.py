@@ -54,8 +54,7 @@ def round_spiking(
                 path = f"{LAYERS}.{block.layer}.{name}"
                 found[path], errors[path] = integers, relative_error(linear.weight, integers, moment)
                 put(linear, integers)
-        for index, state in enumerate(states):
-            states[index] = block(state)
+        block.advance(states)
     return found, errors
 
 

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from spikellm.coding.grains import phase_amplitudes
-from spikellm.coding.neuron import PhaseTable
+from spikellm.coding.neuron import BEYOND, PhaseTable
 from spikellm.kernels.encode import Digits, Rows
 
 FIXED = 3  # parameters that do not multiply with the number of grains
@@ -65,9 +65,6 @@ class Codes:
     def at(self, index: Any) -> "Codes":
         """The codes at an index of the leading shape."""
         return Codes(values=self.values[index], assignment=self.assignment[index])
-
-
-BEYOND = torch.finfo(torch.float32).max  # where an interval begins that is not used
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from spikellm.coding.neuron import Slot
+from spikellm.coding.neuron import Slot, grouped
 
 
 class Levels(NamedTuple):
@@ -61,10 +61,7 @@ class IntegerQuantizer(Slot):
     def forward(self, x: Tensor) -> Tensor:
         """What the integers of x [..] stand for, same shape."""
         levels = Levels(*(values[:, None] for values in (self.step, self.low, self.high)))
-        groups = len(self.step)
-        axis = self.axis % x.ndim
-        outer = x.shape[:axis].numel() if groups > 1 else 1
-        return quantised(x.reshape(outer, groups, -1), levels).view(x.shape)
+        return quantised(grouped(x, len(self.step), self.axis), levels).view(x.shape)
 
     def extra_repr(self) -> str:
         """Number of groups, in the printed model."""

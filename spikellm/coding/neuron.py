@@ -31,8 +31,10 @@ import torch
 from jaxtyping import Bool, Float, Int8, Int64
 from torch import Tensor, nn
 
-from spikellm.kernels.compiled import fused
+from spikellm.kernels.compiled import chosen
 from spikellm.kernels.encode import BINARY, Digits, Rows, count_plain, encode_plain, fire_plain
+
+BEYOND = torch.finfo(torch.float32).max  # where an interval begins that is not used
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -110,7 +112,7 @@ class PhaseTable:
         found = torch.ones(sides, self.groups, dtype=torch.int64, device=self.v0.device)
         if self.cuts is None:
             return found
-        return found + (self.cuts < torch.finfo(torch.float32).max).sum(0).view(sides, -1)
+        return found + (self.cuts < BEYOND).sum(0).view(sides, -1)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Self:
         """The same change of all rows, and of the cuts as [sides C, K-1]; the same digits."""
@@ -128,7 +130,7 @@ class PhaseTable:
 
 def fire(x: Float[Tensor, "A C I"], table: PhaseTable, *, compiled: bool = False) -> Int8[Tensor, "S A C I"]:
     """The spike train s z_t of every neuron, on its S = T P wires (`PhaseTable.wires`); arguments as in `encode`."""
-    kernel = fused(fire_plain, x.device.type) if compiled else fire_plain
+    kernel = chosen(fire_plain, x, compiled=compiled)
     return torch.stack(kernel(x, table.rows, table.digits, table.cuts))
 
 
@@ -145,13 +147,13 @@ def encode(x: Float[Tensor, "A C I"], table: PhaseTable, *, compiled: bool = Tru
         table: on x's device.
         compiled: one fused pass (first call per T and partition compiles for some seconds) or T plain ones.
     """
-    kernel = fused(encode_plain, x.device.type) if compiled else encode_plain
+    kernel = chosen(encode_plain, x, compiled=compiled)
     return kernel(x, table.rows, table.digits, table.cuts)
 
 
 def count_spikes(x: Float[Tensor, "C I J"], table: PhaseTable, *, compiled: bool = True) -> Int64[Tensor, "T C I"]:
     """Spikes that the inputs fire at every step, summed over J: what a train would be counted for, in one pass and no memory."""
-    kernel = fused(count_plain, x.device.type) if compiled else count_plain
+    kernel = chosen(count_plain, x, compiled=compiled)
     return kernel(x, table.rows, table.digits, table.cuts)
 
 
@@ -175,6 +177,15 @@ class Slot(nn.Module):
 
     def weigh(self, importance: Float[Tensor, "..."] | None, neurons: Bool[Tensor, "..."] | None = None) -> None:
         """Told after a forward: what a squared error of each activation counts, and which are a neuron's (None: all the same, all)."""
+
+
+def grouped(x: Tensor, groups: int, axis: int) -> Float[Tensor, "A C I"]:
+    """x as [A, C, I]: C groups of equal, consecutive slices of an axis, which is unused for one group."""
+    if groups == 1:
+        return x.reshape(1, 1, -1)
+    axis = axis % x.ndim
+    outer, inner = x.shape[:axis].numel(), x.shape[axis + 1 :].numel()
+    return x.reshape(outer, groups, x.shape[axis] // groups * inner)
 
 
 class PhaseNeuron(Slot):
@@ -208,12 +219,7 @@ class PhaseNeuron(Slot):
 
     def grouped(self, x: Tensor) -> Float[Tensor, "A C I"]:
         """x as [A, C, I] with one index of the middle axis per group."""
-        groups = self.table.groups
-        if groups == 1:
-            return x.reshape(1, 1, -1)
-        axis = self.axis % x.ndim
-        outer, inner = x.shape[:axis].numel(), x.shape[axis + 1 :].numel()
-        return x.reshape(outer, groups, x.shape[axis] // groups * inner)
+        return grouped(x, self.table.groups, self.axis)
 
     def forward(self, x: Tensor) -> Tensor:
         """Decoded values of the spikes that x [..] causes, same shape."""

@@ -53,8 +53,7 @@ def write_density_plots(folder: Path, statistics: Mapping[str, SiteStatistics], 
 
 
 def _panel(axis: Any, statistics: SiteStatistics, fit: CodeFit) -> None:
-    if fit.table.groups * fit.table.digits.sides < statistics.counts.shape[1]:
-        statistics = statistics.merged()
+    statistics = fit.seen(statistics)
     weights = (statistics.counts if statistics.weights is None else statistics.weights)[REPORT, 0].double()
     x = statistics.centers
     top = x[weights > 0].amax().log2().item() if (weights > 0).any() else 0.0

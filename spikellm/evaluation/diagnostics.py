@@ -90,8 +90,7 @@ def bound(statistics: SiteStatistics, fit: CodeFit) -> float | None:
     Returns:
         None where levels are too many for the histogram to tell how well they could lie (`POINTS_PER_LEVEL`).
     """
-    if fit.table.groups * fit.table.digits.sides < statistics.counts.shape[1]:
-        statistics = statistics.merged()
+    statistics = fit.seen(statistics)
     x, weight, _ = part_points(statistics, REPORT)
     # the points around a level, harmonic mean over the levels that p^(1/3) would place
     points = 1 / _level_density(x.double(), weight.double()).square().sum(1).clamp_min(1e-300)

@@ -7,8 +7,14 @@ from functools import cache
 from importlib.util import find_spec
 
 import torch
+from torch import Tensor
 
 log = logging.getLogger(__name__)
+
+
+def chosen(function: Callable, like: Tensor, *, compiled: bool) -> Callable:
+    """`function` fused for the device of `like`, or as it is."""
+    return fused(function, like.device.type) if compiled else function
 
 
 @cache

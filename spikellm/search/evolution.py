@@ -29,6 +29,19 @@ CHUNK = 2**19  # elements of a buffer: 2 MiB stay in the cache, page faults took
 LOG_TAU_BELOW, LOG_TAU_ABOVE, LOWEST_V0, LOWEST_RHO, LOWEST_BASE, HIGHEST_BASE = 8.0, 4.0, -4.0, -2.0, 0.05, 4.0
 
 
+def respond(x: Tensor, rows: Rows, digits: Digits) -> tuple[Tensor, Tensor]:
+    """What K codes each make of the points x >= 0 of N groups, and in how many spikes: x [N, 1, points], rows [N, K, T], v0 [N, K]."""
+    theta, h, d, v0 = rows
+    v = x + v0[..., None]
+    y, fired, spikes = torch.zeros_like(v), torch.zeros_like(v), torch.zeros_like(v)
+    for t in range(theta.shape[-1]):
+        z, fired = emit(v, theta[..., t, None], fired, digits)
+        v = v - h[..., t, None] * z
+        y = y + d[..., t, None] * z
+        spikes = spikes + z.abs()
+    return y, spikes
+
+
 def squared_error(
     x: Tensor,
     weight: Tensor,
@@ -42,15 +55,7 @@ def squared_error(
     With bias_weight [N, 1] the square of the sum of weight (y - x) is added, so often; with spike_weight [N, 1, points] the error is
     multiplied by exp(sum over points of spike_weight * spikes).
     """
-    theta, h, d, v0 = rows
-    v = x + v0[..., None]
-    y, fired, spikes = torch.zeros_like(v), torch.zeros_like(v), torch.zeros_like(v)
-    for t in range(theta.shape[-1]):
-        z, fired = emit(v, theta[..., t, None], fired, digits)
-        v = v - h[..., t, None] * z
-        y = y + d[..., t, None] * z
-        if spike_weight is not None:
-            spikes = spikes + z.abs()
+    y, spikes = respond(x, rows, digits)
     off = y - x
     error = (weight * off.square()).sum(-1)
     if bias_weight is not None:

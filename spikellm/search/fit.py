@@ -75,7 +75,11 @@ class CodeFit:
     @property
     def intervals(self) -> Int[Tensor, " C"]:
         """Intervals that each group uses."""
-        return self.d.any(-1).unflatten(0, (self.digits.intervals, -1)).sum(0)
+        return self.table.intervals.flatten()
+
+    def seen(self, statistics: SiteStatistics) -> SiteStatistics:
+        """The site's statistics in the groups that have codes of their own: a code for all of them sees them together."""
+        return statistics.merged() if len(self.error) < statistics.counts.shape[1] else statistics
 
     @property
     def relative_error(self) -> float:
@@ -158,14 +162,15 @@ class CodeFit:
         neurons = count.sum(-1) + statistics.zeros[REPORT]
         bias = bias_weight(statistics, weight, count / neurons.clamp_min(1)[:, None])
         own = by_group(table)
-        base2 = PhaseTable(*base2_codes(site, table.T).spell())
+        error, cost = weighted_errors(x, weight, own, bias)
+        error_base2, cost_base2 = weighted_errors(x, weight, PhaseTable(*base2_codes(site, table.T).spell()), bias)
         return cls(
             **parameters,
             **table.rows._asdict(),
-            error=weighted_error(x, weight, own),
-            error_base2=weighted_error(x, weight, base2),
-            cost=weighted_error(x, weight, own, bias),
-            cost_base2=weighted_error(x, weight, base2, bias),
+            error=error,
+            error_base2=error_base2,
+            cost=cost,
+            cost_base2=cost_base2,
             power=(weight * x.square()).sum(-1),
             firing_rate=spikes_per_neuron(x, count, neurons, own) / table.T,
             share=neurons / neurons.sum().clamp_min(1),
@@ -210,22 +215,19 @@ def choice_cost(statistics: SiteStatistics, table: PhaseTable, *, spike_weight: 
     x, weight, count = part_points(statistics, CHOOSE)
     neurons = count.sum(-1) + statistics.zeros[CHOOSE]
     bias = bias_weight(statistics, weight, count / neurons.clamp_min(1)[:, None])
-    cost = weighted_error(x, weight, table, bias)
+    error, cost = weighted_errors(x, weight, table, bias)
     if spike_weight:
         cost = cost * (spike_weight * spikes_per_neuron(x, count, neurons, table)).exp()
-    return torch.stack([cost, weighted_error(x, weight, table) / (weight * x.square()).sum(-1).clamp_min(1e-30)])
+    return torch.stack([cost, error / (weight * x.square()).sum(-1).clamp_min(1e-30)])
 
 
-def weighted_error(
-    x: Float[Tensor, "C points"],
-    weight: Float[Tensor, "C points"],
-    table: PhaseTable,
-    bias_weight: Float[Tensor, "C 1"] | None = None,
-) -> Float[Tensor, " C"]:
-    """Squared error of one code per group on points x >= 0."""
+def weighted_errors(
+    x: Float[Tensor, "C points"], weight: Float[Tensor, "C points"], table: PhaseTable, bias_weight: Float[Tensor, "C 1"]
+) -> tuple[Float[Tensor, " C"], Float[Tensor, " C"]]:
+    """Squared error of one code per group on points x >= 0; and with the square of the mean error, so often."""
     off = encode(x[None], table, compiled=False)[0] - x
     error = (weight * off.square()).sum(-1)
-    return error if bias_weight is None else error + bias_weight[:, 0] * (weight * off).sum(-1).square()
+    return error, error + bias_weight[:, 0] * (weight * off).sum(-1).square()
 
 
 def spikes_per_neuron(

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from spikellm.coding.codes import FIXED, Codes, IntervalCodes
 from spikellm.coding.grains import assignments
-from spikellm.kernels.encode import Digits, Rows, emit
-from spikellm.search.evolution import CHUNK, GENERATIONS, SIGNED_GENERATIONS, bounds, first_population, propose
+from spikellm.kernels.encode import Digits, Rows
+from spikellm.search.evolution import CHUNK, GENERATIONS, SIGNED_GENERATIONS, bounds, first_population, propose, respond
 from spikellm.search.options import Options
 
 EDGES = 64  # where an interval may end while tables evolve
@@ -39,14 +39,7 @@ def segment_sums(x: Tensor, weight: Tensor, share: Tensor, rows: Rows, digits: D
 
     x, weight, share [N, 1, Q, points] of N groups in Q segments, K codes each: rows [N, K, T], v0 [N, K].
     """
-    theta, h, d, v0 = rows
-    v = x + v0[..., None, None]
-    y, fired, spikes = torch.zeros_like(v), torch.zeros_like(v), torch.zeros_like(v)
-    for t in range(theta.shape[-1]):
-        z, fired = emit(v, theta[..., t, None, None], fired, digits)
-        v = v - h[..., t, None, None] * z
-        y = y + d[..., t, None, None] * z
-        spikes = spikes + z.abs()
+    y, spikes = respond(x, rows.at((slice(None), slice(None), None)), digits)
     return (weight * (y - x).square()).sum(-1), (share * spikes).sum(-1)
 
 
@@ -101,6 +94,11 @@ def prefix(sums: list[Float[Tensor, "N M Q1"]], like: Float[Tensor, "N M Q1"]) -
 def suffix(sums: list[Float[Tensor, "N M Q1"]], like: Float[Tensor, "N M Q1"]) -> Float[Tensor, "N Q1"]:
     """Least costs of the points behind each edge."""
     return prefix([(each[..., -1:] - each).flip(-1) for each in reversed(sums)], like).flip(-1)
+
+
+def worth(before: Float[Tensor, "N Q1"], sums: Float[Tensor, "N M Q1"], behind: Float[Tensor, "N Q1"]) -> Float[Tensor, "N M"]:
+    """The least cost of a whole code with each member in its place, between the best of the others."""
+    return (through(before, sums) + behind[:, None]).amin(-1)
 
 
 def best_chain(sums: list[Float[Tensor, "N M Q1"]]) -> tuple[Int[Tensor, "K N"], Int[Tensor, "ends N"]]:
@@ -165,7 +163,7 @@ def spread(population: Codes, segments: Segments, reach: Float[Tensor, " N"], *,
     what is left.
     """
     values = population.values.clone()
-    (N, members, P), T = values.shape, population.assignment.shape[-1]
+    (N, members, _), T = values.shape, population.assignment.shape[-1]
     device, half, signed = values.device, 1 + members // 2, segments.digits.signed
     ascending = segments.x.cummax(1).values
     last = ascending.shape[1] - 1
@@ -186,7 +184,7 @@ def spread(population: Codes, segments: Segments, reach: Float[Tensor, " N"], *,
         digits = torch.stack([first, *(second * base**-t for t in range(T - 1))], -1)
         # an amplitude from which the first digit and what follows it can be reached by bases above 1
         tau = torch.maximum(second * base**2, 1.1 * first)
-        grains = (P - FIXED) // 3
+        grains = population.G
         starts = torch.stack([(population.assignment[:, half:] == grain).int().argmax(-1) for grain in range(grains)], -1)
         bases = (tau[..., None] / digits.gather(-1, starts)).log2() / (starts + 1)
         values[:, half:, 0] = tau.log()
@@ -212,11 +210,12 @@ def _evolve(
             price = (spike_weight * totals(kept, *best_chain(_priced(kept, price)))[0])[:, None, None]
         for k in range(len(populations)):
             every = _priced(kept, price)
-            before, behind = prefix(every[:k], every[k])[:, None], suffix(every[k + 1 :], every[k])[:, None]
-            found = (through(before[:, 0], every[k]) + behind).amin(-1)
+            before, behind = prefix(every[:k], every[k]), suffix(every[k + 1 :], every[k])
+            found = worth(before, every[k], behind)
             trial = propose(populations[k], found, limits, generator)
             running = segments.running(trial, EDGES)
-            better = (through(before[:, 0], *_priced([running], price)) + behind).amin(-1) <= found
+            (cost,) = _priced([running], price)
+            better = worth(before, cost, behind) <= found
             populations[k] = trial.where(better, populations[k])
             kept[k] = torch.where(better[..., None], running, kept[k])
     members, _ = best_chain(_priced(kept, price))

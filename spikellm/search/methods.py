@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from spikellm.calibration.statistics import SiteStatistics
-from spikellm.coding.codes import BEYOND
+from spikellm.coding.neuron import BEYOND
 from spikellm.config.choices import Groups
 from spikellm.search.fit import CodeFit
 from spikellm.search.options import Options

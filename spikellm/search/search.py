@@ -24,9 +24,8 @@ spikes of a neuron: lambda is the relative rise of the error at which one spike 
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -35,7 +34,7 @@ from tqdm.auto import tqdm
 
 from spikellm.calibration.statistics import FIT, SiteStatistics
 from spikellm.coding.codes import IntervalCodes, base2_codes
-from spikellm.kernels.compiled import fused
+from spikellm.kernels.compiled import chosen
 from spikellm.kernels.encode import BINARY, Digits
 from spikellm.search.evolution import Objective, evolve_grains, squared_error
 from spikellm.search.fit import CodeFit, bias_weight, choice_cost
@@ -65,7 +64,7 @@ def evolution(statistics: Mapping[str, SiteStatistics], options: Options) -> dic
     objective = Objective(
         x=points.x[:, None],
         weight=points.weight[:, None],
-        kernel=kernel_of(squared_error, points.x, options),
+        kernel=chosen(squared_error, points.x, compiled=options.compiled),
         digits=digits,
         spike_weight=points.share[:, None] * spike_weight[:, None, None] if spike_weight.any() else None,
         bias_weight=bias,
@@ -82,7 +81,7 @@ def evolution(statistics: Mapping[str, SiteStatistics], options: Options) -> dic
             if not len(wanting):
                 break
             points = density_points(statistics, options, K)
-            kernel = kernel_of(segment_sums, points.x, options)
+            kernel = chosen(segment_sums, points.x, compiled=options.compiled)
             segments = Segments(x=points.x, weight=points.weight, share=points.share, kernel=kernel, digits=digits).at(wanting)
             more = evolve_intervals(segments, maximum[wanting], best.at((wanting,)), options, spike_weight[wanting], bar.update)
             whole = [(best.padded(K).replaced(wanting, codes), error.index_copy(0, wanting, found)) for codes, found in more]
@@ -92,17 +91,16 @@ def evolution(statistics: Mapping[str, SiteStatistics], options: Options) -> dic
 
 def choice_errors(statistics: Mapping[str, SiteStatistics], codes: IntervalCodes, digits: Digits) -> list[Float[Tensor, " C"]]:
     """Relative errors on the choosing part, site by site, of codes of all groups in a row."""
-    found, start = [], 0
-    for site in statistics.values():
+    return [choice_cost(site, codes.at(rows).table(digits), spike_weight=0.0)[1] for _, site, rows in group_rows(statistics)]
+
+
+def group_rows(statistics: Mapping[str, SiteStatistics]) -> Iterator[tuple[str, SiteStatistics, slice]]:
+    """Sites, and where their groups are among those of all sites in a row."""
+    start = 0
+    for name, site in statistics.items():
         rows = slice(start, start + site.counts.shape[1])
         start = rows.stop
-        found.append(choice_cost(site, codes.at(rows).table(digits), spike_weight=0.0)[1])
-    return found
-
-
-def kernel_of(function: Callable[..., Any], like: Tensor, options: Options) -> Callable[..., Any]:
-    """The function, compiled if the options say so."""
-    return fused(function, like.device.type) if options.compiled else function
+        yield name, site, rows
 
 
 def gradient(statistics: Mapping[str, SiteStatistics], options: Options) -> dict[str, CodeFit]:
@@ -143,10 +141,8 @@ def assess_all(
     intervals = options.snn.interval_count is None
     tolerance = options.search.tolerance if options.snn.grains is None or intervals else 0.0
     sufficient = options.search.sufficient_error if intervals else 0.0
-    fits, start = {}, 0
-    for name, site in statistics.items():
-        rows = slice(start, start + site.counts.shape[1])
-        start = rows.stop
+    fits = {}
+    for name, site, rows in group_rows(statistics):
         own = [(codes.at(rows), objective[rows]) for codes, objective in rounds]
         spike_weight = (spike_weights or {}).get(name, 0.0)
         fits[name] = CodeFit.assess(site, own, tolerance=tolerance, sufficient=sufficient, digits=digits, spike_weight=spike_weight)
@@ -173,12 +169,7 @@ class Points:
 
     def bias(self, statistics: Mapping[str, SiteStatistics]) -> Float[Tensor, "N 1"]:
         """See `fit.bias_weight`."""
-        found, start = [], 0
-        for site in statistics.values():
-            rows = slice(start, start + site.counts.shape[1])
-            start = rows.stop
-            found.append(bias_weight(site, self.weight[rows], self.share[rows]))
-        return torch.cat(found)
+        return torch.cat([bias_weight(site, self.weight[rows], self.share[rows]) for _, site, rows in group_rows(statistics)])
 
 
 def density_points(statistics: Mapping[str, SiteStatistics], options: Options, K: int) -> Points:

@@ -20,7 +20,7 @@ from spikellm.calibration.statistics import SiteStatistics
 from spikellm.coding.grains import uniform_rows
 from spikellm.coding.neuron import PhaseTable
 from spikellm.config.choices import Coding
-from spikellm.kernels.compiled import fused
+from spikellm.kernels.compiled import chosen
 from spikellm.kernels.encode import Digits, Rows
 from spikellm.search.evolution import CHUNK, squared_error
 from spikellm.search.fit import CodeFit, bias_weight
@@ -53,8 +53,8 @@ def classic(statistics: Mapping[str, SiteStatistics], options: Options) -> dict[
         statistics: by site name; all on one device.
         options: T; coding, rate, ttfs or few_spike; max_spikes.
     """
-    snn, device = options.snn, next(iter(statistics.values())).counts.device.type
-    kernel = fused(squared_error, device) if options.compiled else squared_error
+    snn, some = options.snn, next(iter(statistics.values()))
+    kernel = chosen(squared_error, some.counts, compiled=options.compiled)
     tried = variants(snn.coding, options.T)
     sites = tqdm(statistics.items(), desc="search", unit="site", disable=None)
     return {name: _fit_site(site, tried, options.T, options.digits, kernel) for name, site in sites}

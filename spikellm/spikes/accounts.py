@@ -52,8 +52,7 @@ def dense_operations(ledger: Ledger, weights: WeightsConfig | None = None) -> li
         weights: where its Linears have integers, whose scales multiply sums.
     """
     shape, tokens = ledger.shape, ledger.tokens
-    # coded prefix columns are in the softmax like any other
-    pairs = ledger.pairs + ledger.coded_prefix * tokens * shape.layers
+    pairs = ledger.coded_pairs
     receivers = weight_receivers(shape)
     return [
         *pointwise_operations(shape, tokens=tokens, pairs=pairs),
@@ -172,7 +171,7 @@ def dense_operations_of_integers(ledger: Ledger, *, per_token: bool, by_head: bo
     heads have levels of their own.
     """
     shape, tokens, after = ledger.shape, ledger.tokens, ledger.normalise_after
-    pairs = ledger.pairs + ledger.coded_prefix * tokens * shape.layers
+    pairs = ledger.coded_pairs
     scales = sum(len(site.neurons) if by_head else 1 for site in ledger.sites)
     row_sums = [Operation(name="sums of the softmax's rows", mac=0, ac=pairs * shape.H)] if after else []
     return [
@@ -194,8 +193,7 @@ def dense_operations_of_integers(ledger: Ledger, *, per_token: bool, by_head: bo
 
 def rivals_energy(ledger: Ledger, table: CostTable, names: Collection[NetworkName], *, by_head: bool) -> dict[NetworkName, float]:
     """Energy of the integer networks among `names` [pJ per token]; their weights are integers of as many bits as their activations."""
-    pairs = ledger.pairs + ledger.coded_prefix * ledger.tokens * ledger.shape.layers
-    matrices = matrix_products(ledger.shape, tokens=ledger.tokens, pairs=pairs)
+    matrices = matrix_products(ledger.shape, tokens=ledger.tokens, pairs=ledger.coded_pairs)
     found = {}
     for name, per_token in ((NetworkName.int_static, False), (NetworkName.int_token, True)):
         if name in names:

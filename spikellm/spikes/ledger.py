@@ -106,6 +106,11 @@ class Ledger:
         return cls(**record | {"sites": sites, "rotated": rotated, "shape": DecoderShape(**record["shape"])})
 
     @property
+    def coded_pairs(self) -> int:
+        """Pairs with coded prefix columns among them: they are in the softmax like any other."""
+        return self.pairs + self.coded_prefix * self.tokens * self.shape.layers
+
+    @property
     def T(self) -> int:
         """Time steps."""
         return len(self.sites[0].spikes)

@@ -5,8 +5,8 @@ from itertools import combinations_with_replacement, product
 import pytest
 import torch
 
-from spikellm.coding.codes import BEYOND, IntervalCodes, base2_codes
-from spikellm.coding.neuron import PhaseNeuron, fire
+from spikellm.coding.codes import IntervalCodes, base2_codes
+from spikellm.coding.neuron import BEYOND, PhaseNeuron, fire
 from spikellm.config.checks import InputError
 from spikellm.config.choices import Coding
 from spikellm.config.snn import SpikingConfig
