@@ -22,7 +22,6 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spikellm.calibration.calibrate import calibrate, enough_pieces
-from spikellm.calibration.rounding import round_spiking
 from spikellm.config.checks import InputError
 from spikellm.config.choices import Coding, DatasetSource, Groups, Rounding, SearchMethod, SoftmaxNorm
 from spikellm.config.dataset import TextConfig
@@ -36,6 +35,7 @@ from spikellm.model.intake import not_finite
 from spikellm.model.integers import check_groups, round_model
 from spikellm.model.prefix import attach_prefix
 from spikellm.model.sites import check_architecture
+from spikellm.reconstruction.rounding import round_spiking
 from spikellm.search.fit import CodeFit
 from spikellm.search.methods import find_codes, search_summary
 from spikellm.search.options import Options

@@ -16,6 +16,7 @@ LAYERS = (
     {"model"},
     {"calibration", "execution"},
     {"search", "spikes"},
+    {"reconstruction"},
     {"evaluation", "report"},
     {"pipeline"},
     {"run"},

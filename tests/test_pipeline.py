@@ -18,8 +18,8 @@ from spikellm.config.snn import PrefixConfig, RotationConfig, SearchConfig, Spik
 from spikellm.evaluation.texts import token_windows
 from spikellm.kernels.compiled import fused
 from spikellm.model.conversion import fill, prepare
+from spikellm.run.converting import spiking as of_the_command
 from spikellm.run.fitting import CALIBRATE, SEARCH
-from spikellm.run.fitting import spiking as of_the_command
 from spikellm.run.workspace import Workspace
 from spikellm.spikes import ledger
 from tests.codes import base2_tables

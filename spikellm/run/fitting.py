@@ -1,9 +1,7 @@
-"""The stages on the way to a spiking model.
+"""The stages from the model to codes.
 
 calibrate   model, rotation, prefix, calibration text -> statistics of every site, prefix tokens
 search      statistics, T, grain                      -> one code per site
-weights     model, codes, calibration text            -> integer weights, where weights.rounding=gptq asks for them
-convert     model, codes                              -> the spiking model (in memory; on disk with save_model=true)
 """
 
 import logging
@@ -12,16 +10,13 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from transformers import PreTrainedModel
-
 from spikellm.calibration.calibrate import Calibration, calibrate
-from spikellm.calibration.rounding import round_spiking
 from spikellm.config.checks import InputError
 from spikellm.config.choices import Device, ImportV0, Rounding, SearchMethod
 from spikellm.config.snn import PrefixConfig, RotationConfig, SearchConfig, WeightsConfig
-from spikellm.model import checkpoint, integers
+from spikellm.model import integers
 from spikellm.model.load import model_config
-from spikellm.run.stage import KeyedStage, Stage, StageOutcome
+from spikellm.run.stage import KeyedStage, StageOutcome
 from spikellm.run.workspace import Workspace
 from spikellm.search.fit import CodeFit, load_fits, save_fits
 from spikellm.search.methods import find_codes, search_summary, site_row
@@ -29,7 +24,7 @@ from spikellm.search.options import Options
 from spikellm.search.published import configured_neurons, file_hash
 from spikellm.store.artifacts import read_json, write_json
 from spikellm.store.provenance import Code
-from spikellm.store.record import Findings, SearchRecord, WeightsRecord
+from spikellm.store.record import Findings, SearchRecord
 
 log = logging.getLogger(__name__)
 
@@ -145,112 +140,6 @@ class Search(KeyedStage):
 SEARCH = Search()
 
 
-class Weights(KeyedStage):
-    """Integer weights that were rounded against the coded inputs; a part of the stages that build the spiking model."""
-
-    name = "weights"
-    needs = (CALIBRATE, SEARCH)
-    code = Code(1, ("evaluation.networks", "calibration.rounding"))
-
-    def inputs(self, work: Workspace) -> dict[str, object]:
-        """Code, codes and options; the search's key stands for model and text."""
-        return {"code": self.code.key(), "search": SEARCH.key(work), "device": work.device, "weights": plain(work.config.weights)}
-
-    def dependence(self, work: Workspace) -> dict[str, object]:
-        """What keys of the spiking model's figures hold of its weights beside the search's; nothing where they are as they are."""
-        return {"weights": self.key(work)} if work.config.weights.rounds(Rounding.gptq) else {}
-
-    def needed(self, work: Workspace) -> tuple[Stage, ...]:
-        """None where no integers are found here."""
-        return super().needed(work) if work.config.weights.rounds(Rounding.gptq) else ()
-
-    def prepare(self, work: Workspace) -> None:
-        """Refuse groups that do not divide the inputs of a Linear; name options without effect."""
-        options = work.config.weights
-        if options.bits is None:
-            if options.group_size is not None:
-                log.warning("weights.group_size=%d has no effect without weights.bits", options.group_size)
-            if options.rounding is not WeightsConfig().rounding:
-                log.warning("weights.rounding=%s has no effect without weights.bits", options.rounding.value)
-        elif options.rounds(Rounding.gptq) and not self.is_done(work):
-            log.debug("weights: %d windows", len(work.calibration_windows))
-        check_weights(work)
-
-    def compute(self, work: Workspace, folder: Path) -> None:
-        """Round the spiking model block by block."""
-        options = work.config.weights
-        assert options.bits is not None
-        tables = {name: fit.table for name, fit in SEARCH.found(work).items()}
-        model = work.models.spiking(tables, CALIBRATE.found(work).prefix_tokens)
-        try:
-            found, errors = round_spiking(model, work.calibration_windows, bits=options.bits, group_size=options.group_size)
-        finally:
-            work.models.release()  # its weights are no longer those that it was loaded with
-        integers.save_integers(folder / "integers.safetensors", found)
-        write_json(folder / "errors.json", errors)
-
-    def rounding(self, work: Workspace) -> integers.Rounding | None:
-        """The integers of the spiking model; None: its weights are as they are."""
-        options = work.config.weights
-        if not options.rounds(Rounding.gptq):
-            return to_nearest(options)
-        assert options.bits is not None
-        file = self.artefact(work).folder / "integers.safetensors"
-        return integers.Rounding(bits=options.bits, group_size=options.group_size, file=file)
-
-    def run(self, work: Workspace) -> StageOutcome:
-        """Format and mean error for results.json; nothing where weights are as they are."""
-        options = work.config.weights
-        if options.bits is None:
-            return StageOutcome(artefacts=[], findings=Findings())
-        artefacts = [self.artefact(work)] if options.rounds(Rounding.gptq) else []
-        errors = [error for artefact in artefacts for error in read_json(artefact.folder / "errors.json").values()]
-        record = WeightsRecord(
-            bits=options.bits,
-            group_size=options.group_size,
-            rounding=options.rounding.value,
-            relative_error=sum(errors) / len(errors) if errors else None,
-        )
-        return StageOutcome(artefacts=artefacts, findings=Findings(weights=record))
-
-
-WEIGHTS = Weights()
-
-
-class Convert(KeyedStage):
-    """The codes fit the model's sites; with save_model=true the spiking model on disk."""
-
-    name = "convert"
-    needs = (CALIBRATE, SEARCH, WEIGHTS)
-    code = Code(2, ("evaluation.networks", "model.checkpoint"))
-
-    def inputs(self, work: Workspace) -> dict[str, object]:
-        """Code, codes, and whether the model is saved."""
-        found = {"code": self.code.key(), "search": SEARCH.key(work), "save_model": work.config.save_model}
-        return found | WEIGHTS.dependence(work)
-
-    def compute(self, work: Workspace, folder: Path) -> None:
-        """Check that codes and sites fit; save the model where it is asked for."""
-        fits, places = SEARCH.found(work), CALIBRATE.found(work).statistics
-        if absent := sorted(set(fits) ^ set(places)):
-            raise ValueError(f"codes do not fit the model: {len(absent)} sites with a code or statistics alone, {absent[:3]}")
-        write_json(folder / "neurons.json", {name: {"groups": len(fit.tau), "T": fit.assignment.shape[-1]} for name, fit in fits.items()})
-        if work.config.save_model:
-            checkpoint.save(spiking(work), folder / "model", rotation=work.rotation_record.to_json())
-            if work.tokenizer is not None:
-                work.tokenizer.save_pretrained(folder / "model")
-
-    def run(self, work: Workspace) -> StageOutcome:
-        """Where the saved model lies."""
-        artefact = self.artefact(work)
-        saved = str(artefact.folder / "model") if work.config.save_model else None
-        weights = WEIGHTS.run(work)
-        return StageOutcome(artefacts=[artefact, *weights.artefacts], findings=weights.findings | Findings(saved_model=saved))
-
-
-CONVERT = Convert()
-
-
 def without_effect(options: Options) -> Iterator[str]:
     """Options of the search that the configured method does not read, one message each."""
     search, coding = options.search, f"snn.coding={options.snn.coding.value}"
@@ -293,17 +182,6 @@ def to_nearest(options: WeightsConfig) -> integers.Rounding | None:
         return None
     assert options.bits is not None
     return integers.Rounding(bits=options.bits, group_size=options.group_size)
-
-
-def transparent(work: Workspace) -> PreTrainedModel:
-    """The rotated model with its prefix and the spiking model's weights, without neurons."""
-    return work.models.transparent(CALIBRATE.found(work).prefix_tokens, WEIGHTS.rounding(work))
-
-
-def spiking(work: Workspace) -> PreTrainedModel:
-    """The spiking model with the codes that were found: prefix attached, a neuron at every site."""
-    tables = {name: fit.table for name, fit in SEARCH.found(work).items()}
-    return work.models.spiking(tables, CALIBRATE.found(work).prefix_tokens, WEIGHTS.rounding(work))
 
 
 def plain(node: RotationConfig | PrefixConfig | SearchConfig | WeightsConfig) -> dict[str, object]:

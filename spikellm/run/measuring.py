@@ -14,7 +14,8 @@ from spikellm.config.labels import NetworkName
 from spikellm.evaluation import diagnostics, figures
 from spikellm.evaluation.density_plots import write_density_plots
 from spikellm.evaluation.measured import measured_networks
-from spikellm.run.fitting import CALIBRATE, SEARCH, WEIGHTS, spiking, transparent
+from spikellm.run.converting import WEIGHTS, spiking, transparent
+from spikellm.run.fitting import CALIBRATE, SEARCH
 from spikellm.run.stage import KeyedStage, Stage, StageOutcome
 from spikellm.run.workspace import Workspace
 from spikellm.spikes import accounts, ledger

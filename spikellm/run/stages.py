@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from spikellm.config.schema import Config
-from spikellm.run.fitting import CALIBRATE, CONVERT, SEARCH
+from spikellm.run.converting import CONVERT
+from spikellm.run.fitting import CALIBRATE, SEARCH
 from spikellm.run.measuring import DIAGNOSE, EVALUATE
 from spikellm.run.stage import Stage
 from spikellm.run.workspace import Workspace, threads

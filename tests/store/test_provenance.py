@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from spikellm.evaluation import measured
-from spikellm.run.fitting import WEIGHTS
+from spikellm.run.converting import WEIGHTS
 from spikellm.run.measuring import SPIKES
 from spikellm.run.stage import KeyedStage
 from spikellm.run.stages import STAGES
@@ -84,7 +84,7 @@ EDITS = {
     "find_prefix_tokens": ("model.prefix", {"calibrate"}),
     "rotate": ("model.rotation", {"calibrate", "weights"}),
     "round_to_nearest": ("model.integers", {"calibrate"}),
-    "moments": ("calibration.rounding", {"weights"}),
+    "moments": ("reconstruction.rounding", {"weights"}),
     "encode": ("coding.neuron", {"search", "convert", "evaluate", "evaluate base2", "evaluate stepped", "spikes", "diagnose"}),
     "readout_perplexities": ("evaluation.perplexity", {"evaluate", "evaluate base2", "evaluate stepped", "evaluate ann", "diagnose"}),
     "walk": ("model.blocks", {"calibrate", "evaluate", "evaluate base2", "evaluate stepped", "evaluate ann", "diagnose"}),

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from spikellm.calibration.rounding import round_spiking
 from spikellm.execution.stepped import stepped
 from spikellm.model.conversion import fill, prepare
 from spikellm.model.integers import put, relative_error, round_compensating, round_to_nearest
 from spikellm.model.prefix import attach_prefix
 from spikellm.model.sites import DOWN, LAYERS, LINEARS, OUTPUT
+from spikellm.reconstruction.rounding import round_spiking
 from tests.codes import base2_tables
 from tests.models import norm_ratio, tiny_model
 
