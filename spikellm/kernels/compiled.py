@@ -3,11 +3,12 @@
 import logging
 import shutil
 from collections.abc import Callable
-from functools import cache
+from functools import cache, wraps
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
+from torch.fx.experimental import _config
 
 log = logging.getLogger(__name__)
 
@@ -27,4 +28,12 @@ def fused(function: Callable, device_type: str) -> Callable:
         log.warning("no Triton found: neurons run unfused, several times slower; pip install triton cures it")
         return function
     # a process that sweeps over T compiles once per T and kind of shape; dynamo's default of 8 would end it
-    return torch.compile(function, dynamic=True, fullgraph=True, recompile_limit=128)  # type: ignore[call-overload]
+    kernel = torch.compile(function, dynamic=True, fullgraph=True, recompile_limit=128)  # type: ignore[call-overload]
+
+    @wraps(function)
+    def run(*arguments: object) -> object:
+        # sizes that happen to be equal need not be so in the next call
+        with _config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
+            return kernel(*arguments)
+
+    return run

@@ -116,17 +116,23 @@ def fire_plain(x: Tensor, rows: Rows, digits: Digits, cuts: Tensor | None = None
     return spikes
 
 
+def respond(magnitude: Tensor, rows: Rows, digits: Digits, owner: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """What neurons make of |x|, and in how many spikes; rows [.., T] to broadcast against |x| [.., I], those of each input by `owner`."""
+    theta, h, d, v0 = rows
+    v = magnitude + own(v0[..., None], owner, digits)
+    y, fired, spikes = torch.zeros_like(v), torch.zeros_like(v), torch.zeros_like(v)
+    for t in range(theta.shape[-1]):
+        z, fired = emit(v, own(theta[..., t, None], owner, digits), fired, digits)
+        v = v - own(h[..., t, None], owner, digits) * z
+        y = y + own(d[..., t, None], owner, digits) * z
+        spikes = spikes + z.abs()
+    return y, spikes
+
+
 def encode_plain(x: Tensor, rows: Rows, digits: Digits, cuts: Tensor | None = None) -> Tensor:
     """decode(fire(x)) without the train; x [A, C, I], rows of P C. The specification."""
-    theta, h, d, v0 = rows
-    magnitude = x.abs().to(theta.dtype)
-    owner = owners(x, magnitude, None if cuts is None else cuts[..., None], digits)
-    v = magnitude + own(v0[:, None], owner, digits)
-    y, fired = torch.zeros_like(v), torch.zeros_like(v)
-    for t in range(theta.shape[1]):
-        z, fired = emit(v, own(theta[:, t, None], owner, digits), fired, digits)
-        v = v - own(h[:, t, None], owner, digits) * z
-        y = y + own(d[:, t, None], owner, digits) * z
+    magnitude = x.abs().to(rows.theta.dtype)
+    y, _ = respond(magnitude, rows, digits, owners(x, magnitude, None if cuts is None else cuts[..., None], digits))
     # a neuron whose input is exactly 0 has no sign to send, whatever v0 makes it do
     return (y * x.sign().to(y.dtype)).to(torch.promote_types(x.dtype, y.dtype))
 

@@ -15,75 +15,42 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from spikellm.coding.codes import FIXED, Codes, base2_codes
+from spikellm.coding.codes import FIXED, Codes, IntervalCodes, base2_codes
 from spikellm.coding.grains import assignments
-from spikellm.kernels.encode import BINARY, Digits, Rows, emit
 from spikellm.search.options import Options
+from spikellm.search.points import Points
 
-MEMBERS = 32  # population per group, at least; twice as many as there are assignments
+MEMBERS = 64  # population per group, at least; twice as many as there are assignments
 # Per number of grains, the last entry for more. Five times as many lower the error of binary codes by 0.3 %, of signed ones by 5 %.
 GENERATIONS = (30, 40, 40)
 SIGNED_GENERATIONS = (60, 80, 80)
-CHUNK = 2**19  # elements of a buffer: 2 MiB stay in the cache, page faults took half of the time without
 # Bounds of log tau around the maximum's, of v0 in units of tau 2^-(T+1), of log2 rho, and of log2 of a base.
 LOG_TAU_BELOW, LOG_TAU_ABOVE, LOWEST_V0, LOWEST_RHO, LOWEST_BASE, HIGHEST_BASE = 8.0, 4.0, -4.0, -2.0, 0.05, 4.0
 
 
-def respond(x: Tensor, rows: Rows, digits: Digits) -> tuple[Tensor, Tensor]:
-    """What K codes each make of the points x >= 0 of N groups, and in how many spikes: x [N, 1, points], rows [N, K, T], v0 [N, K]."""
-    theta, h, d, v0 = rows
-    v = x + v0[..., None]
-    y, fired, spikes = torch.zeros_like(v), torch.zeros_like(v), torch.zeros_like(v)
-    for t in range(theta.shape[-1]):
-        z, fired = emit(v, theta[..., t, None], fired, digits)
-        v = v - h[..., t, None] * z
-        y = y + d[..., t, None] * z
-        spikes = spikes + z.abs()
-    return y, spikes
-
-
-def squared_error(
-    x: Tensor,
-    weight: Tensor,
-    rows: Rows,
-    digits: Digits,
-    spike_weight: Tensor | None = None,
-    bias_weight: Tensor | None = None,
-) -> Tensor:
-    """Sum over points of weight (y - x)^2 [N, K]; x, weight [N, 1, points] of N groups, K codes each: rows [N, K, T], v0 [N, K].
-
-    With bias_weight [N, 1] the square of the sum of weight (y - x) is added, so often; with spike_weight [N, 1, points] the error is
-    multiplied by exp(sum over points of spike_weight * spikes).
-    """
-    y, spikes = respond(x, rows, digits)
-    off = y - x
-    error = (weight * off.square()).sum(-1)
-    if bias_weight is not None:
-        error = error + bias_weight * (weight * off).sum(-1).square()
-    return error if spike_weight is None else error * (spike_weight * spikes).sum(-1).exp()
-
-
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Objective:
-    """Weighted squared error of codes on the points of N groups; `kernel` is `squared_error`, fused or plain, and so its arguments."""
+    """Weighted squared error of codes on the points of N groups.
 
-    x: Float[Tensor, "N 1 points"]
-    weight: Float[Tensor, "N 1 points"]
-    kernel: Callable[..., Tensor]
-    digits: Digits = BINARY
-    spike_weight: Float[Tensor, "N 1 points"] | None = None
+    The square of the sum of weight (y - x) is added, bias_weight times; then the error is multiplied by exp(spike_weight n), n the mean
+    spikes of a neuron.
+    """
+
+    points: Points
+    spike_weight: Float[Tensor, " N"]
     bias_weight: Float[Tensor, "N 1"] | None = None
 
-    def __call__(self, codes: Codes) -> Float[Tensor, "N K"]:
-        """Cost of K codes for each of the N groups."""
-        rows = codes.spell()
-        groups = max(1, CHUNK // (codes.values.shape[1] * self.x.shape[-1]))
-        parts = [slice(start, start + groups) for start in range(0, len(self.x), groups)]
-        costs = []
-        for part in parts:
-            spike_weight, bias_weight = (each if each is None else each[part] for each in (self.spike_weight, self.bias_weight))
-            costs.append(self.kernel(self.x[part], self.weight[part], rows.at(part), self.digits, spike_weight, bias_weight))
-        return torch.cat(costs)
+    def __call__(self, codes: Codes) -> Float[Tensor, "N M"]:
+        """Cost of M codes for each of the N groups."""
+        error, off, spikes = self.points.sums(codes.spell()).sum(-1)
+        if self.bias_weight is not None:
+            error = error + self.bias_weight * off.square()
+        return error * (self.spike_weight[:, None] * spikes).exp()
+
+    def at(self, rows: Int[Tensor, " m"]) -> "Objective":
+        """Of some groups."""
+        bias_weight = None if self.bias_weight is None else self.bias_weight[rows]
+        return Objective(points=self.points.at(rows), spike_weight=self.spike_weight[rows], bias_weight=bias_weight)
 
 
 def evolve_grains(
@@ -100,7 +67,7 @@ def evolve_grains(
     T, G = options.T, options.most_grains
     # random numbers come from the CPU, so that every device searches the same candidates
     generator = torch.Generator().manual_seed(options.seed)
-    signed = objective.digits.signed
+    signed = objective.points.digits.signed
     rounds: list[tuple[Codes, Tensor]] = []
     previous = base2_codes(maximum, T)
     for grains in range(1, G + 1):
@@ -154,7 +121,7 @@ def evolve(
     objective: Objective, population: Codes, maximum: Tensor, generations: int, generator: torch.Generator
 ) -> tuple[Codes, Float[Tensor, " N"]]:
     """Differential evolution; the best member of every group and its objective."""
-    limits = bounds(population, maximum, signed=objective.digits.signed)
+    limits = bounds(population, maximum, signed=objective.points.digits.signed)
     found = objective(population)
     for _ in range(generations):
         candidates = propose(population, found, limits, generator)
@@ -162,6 +129,14 @@ def evolve(
         population, found = candidates.where(error <= found, population), torch.minimum(error, found)
     index = (torch.arange(len(maximum), device=maximum.device), found.argmin(1))
     return population.at(index), found[index]
+
+
+def evolve_single(
+    objective: Objective, populations: list[Codes], maximum: Float[Tensor, " N"], generations: int, generator: torch.Generator
+) -> tuple[IntervalCodes, Float[Tensor, " N"]]:
+    """`evolve` of the only interval's population."""
+    codes, found = evolve(objective, populations[0], maximum, generations, generator)
+    return IntervalCodes.single(codes), found
 
 
 def bounds(population: Codes, maximum: Float[Tensor, " N"], *, signed: bool) -> tuple[Float[Tensor, "N 1 P"], Float[Tensor, "N 1 P"]]:

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from spikellm.calibration.statistics import CHOOSE, REPORT, SiteStatistics
 from spikellm.coding.codes import IntervalCodes, base2_codes
-from spikellm.coding.neuron import PhaseTable, encode, fire
+from spikellm.coding.neuron import PhaseTable
 from spikellm.kernels.encode import BINARY, Digits
+from spikellm.search.points import table_sums
 from spikellm.store.artifacts import write_tensors
 
 SUBDIVISION = 4  # points per bin where errors are reported: a bin at the top is wider than a step at T = 10
@@ -112,6 +113,7 @@ class CodeFit:
         fall_back: bool = True,
         digits: Digits = BINARY,
         spike_weight: float = 0.0,
+        compiled: bool = False,
     ) -> Self:
         """Choose per group between the found codes and base 2, on the choosing part.
 
@@ -123,13 +125,15 @@ class CodeFit:
             fall_back: False never takes base 2.
             digits: of the neurons, but for the partition: sides are the statistics', intervals the codes'.
             spike_weight: see `Options.spike_weight`.
+            compiled: fuse the evaluation.
         """
         T, G, K = rounds[0][0].codes.assignment.shape[-1], rounds[0][0].codes.G, max(code.K for code, _ in rounds)
         known = statistics.known_maximum
         site = torch.where(known.amax() > 0, known.amax(), 1.0).expand_as(known)
         per_site, per_group = (IntervalCodes.single(base2_codes(each, T, G)) for each in (site, torch.where(known > 0, known, site)))
         codes = [per_site, per_group, *(code for code, _ in rounds)]
-        costs, errors = torch.stack([choice_cost(statistics, code.table(digits), spike_weight=spike_weight) for code in codes], 1)
+        tables = [code.table(digits) for code in codes]
+        costs, errors = choice_costs(statistics, tables, spike_weight=spike_weight, compiled=compiled)
         within = (costs[2:] <= (1 + tolerance) * costs[2:].amin(0)) | (errors[2:] <= sufficient)
         number = within.int().argmax(0)
         found = number + 2
@@ -143,6 +147,7 @@ class CodeFit:
         return cls.reported(
             statistics,
             chosen.table(replace(digits, sides=statistics.sides)),
+            compiled=compiled,
             tau=chosen.codes.tau.flatten(),
             assignment=chosen.codes.assignment.flatten(0, 1),
             base_d=base_d,
@@ -154,25 +159,27 @@ class CodeFit:
         )
 
     @classmethod
-    def reported(cls, statistics: SiteStatistics, table: PhaseTable, **parameters: Tensor) -> Self:
+    def reported(cls, statistics: SiteStatistics, table: PhaseTable, *, compiled: bool = False, **parameters: Tensor) -> Self:
         """The code that `table` spells, with its errors and firing rates on the reporting part; `parameters` are all other fields."""
         known = statistics.known_maximum
         site = torch.where(known.amax() > 0, known.amax(), 1.0).expand_as(known)
         x, weight, count = part_points(statistics, REPORT)
         neurons = count.sum(-1) + statistics.zeros[REPORT]
-        bias = bias_weight(statistics, weight, count / neurons.clamp_min(1)[:, None])
-        own = by_group(table)
-        error, cost = weighted_errors(x, weight, own, bias)
-        error_base2, cost_base2 = weighted_errors(x, weight, PhaseTable(*base2_codes(site, table.T).spell()), bias)
+        share = count / neurons.clamp_min(1)[:, None]
+        # of base 2 signed digits send no negative one: the potential never falls below 0
+        base2 = PhaseTable(*base2_codes(site, table.T).spell(), digits=Digits(signed=table.digits.signed))
+        every = [table_sums(x, weight, share, [each], compiled=compiled) for each in (by_group(table), base2)]
+        error, off, spikes = torch.cat(every, 1)
+        cost = error + bias_weight(statistics, weight, share)[:, 0] * off.square()
         return cls(
             **parameters,
             **table.rows._asdict(),
-            error=error,
-            error_base2=error_base2,
-            cost=cost,
-            cost_base2=cost_base2,
+            error=error[0],
+            error_base2=error[1],
+            cost=cost[0],
+            cost_base2=cost[1],
             power=(weight * x.square()).sum(-1),
-            firing_rate=spikes_per_neuron(x, count, neurons, own) / table.T,
+            firing_rate=spikes[0] / table.T,
             share=neurons / neurons.sum().clamp_min(1),
             digits=table.digits,
             cuts=table.cuts,
@@ -192,14 +199,15 @@ def _ratio(part: Tensor, whole: Tensor) -> float:
 def part_points(
     statistics: SiteStatistics, part: int
 ) -> tuple[Float[Tensor, "C points"], Float[Tensor, "C points"], Float[Tensor, "C points"]]:
-    """Positions, error weights (all groups' together scaled to sum 1) and counts of one part: every bin as SUBDIVISION points."""
-    edges = statistics.edges
+    """Positions, error weights (of all groups scaled to sum 1) and counts of one part: every used bin as SUBDIVISION points."""
+    counts, weight = statistics.counts[part], (statistics.counts if statistics.weights is None else statistics.weights)[part].double()
+    used = ((counts > 0) | (weight > 0)).any(0)
+    edges, widths = statistics.edges[:-1][used], statistics.edges.diff()[used]
     inside = (torch.arange(SUBDIVISION, device=edges.device) + 0.5) / SUBDIVISION
-    counts = statistics.counts[part].float().repeat_interleave(SUBDIVISION, -1) / SUBDIVISION
-    weight = (statistics.counts if statistics.weights is None else statistics.weights)[part].double()
-    weight = (weight / weight.sum().clamp_min(1e-300)).float().repeat_interleave(SUBDIVISION, -1) / SUBDIVISION
-    x = (edges[:-1, None] + edges.diff()[:, None] * inside).flatten().expand_as(weight)
-    return x.contiguous(), weight, counts
+    count = counts[:, used].float().repeat_interleave(SUBDIVISION, -1) / SUBDIVISION
+    weight = (weight / weight.sum().clamp_min(1e-300))[:, used].float().repeat_interleave(SUBDIVISION, -1) / SUBDIVISION
+    x = (edges[:, None] + widths[:, None] * inside).flatten().expand_as(weight)
+    return x.contiguous(), weight, count
 
 
 def bias_weight(statistics: SiteStatistics, weight: Float[Tensor, "C points"], share: Float[Tensor, "C points"]) -> Float[Tensor, "C 1"]:
@@ -210,32 +218,15 @@ def bias_weight(statistics: SiteStatistics, weight: Float[Tensor, "C points"], s
     return (statistics.row_neurons or 0.0) * share.sum(-1, keepdim=True) / weight.sum(-1, keepdim=True).clamp_min(1e-30)
 
 
-def choice_cost(statistics: SiteStatistics, table: PhaseTable, *, spike_weight: float) -> Float[Tensor, "2 C"]:
+def choice_costs(
+    statistics: SiteStatistics, tables: Sequence[PhaseTable], *, spike_weight: float, compiled: bool = False
+) -> Float[Tensor, "2 J C"]:
     """What the choice is made by: the search's objective on the choosing part, in one scale for all codes; and the relative error there."""
     x, weight, count = part_points(statistics, CHOOSE)
-    neurons = count.sum(-1) + statistics.zeros[CHOOSE]
-    bias = bias_weight(statistics, weight, count / neurons.clamp_min(1)[:, None])
-    error, cost = weighted_errors(x, weight, table, bias)
-    if spike_weight:
-        cost = cost * (spike_weight * spikes_per_neuron(x, count, neurons, table)).exp()
+    share = count / (count.sum(-1) + statistics.zeros[CHOOSE]).clamp_min(1)[:, None]
+    error, off, spikes = table_sums(x, weight, share, tables, compiled=compiled)
+    cost = (error + bias_weight(statistics, weight, share)[:, 0] * off.square()) * (spike_weight * spikes).exp()
     return torch.stack([cost, error / (weight * x.square()).sum(-1).clamp_min(1e-30)])
-
-
-def weighted_errors(
-    x: Float[Tensor, "C points"], weight: Float[Tensor, "C points"], table: PhaseTable, bias_weight: Float[Tensor, "C 1"]
-) -> tuple[Float[Tensor, " C"], Float[Tensor, " C"]]:
-    """Squared error of one code per group on points x >= 0; and with the square of the mean error, so often."""
-    off = encode(x[None], table, compiled=False)[0] - x
-    error = (weight * off.square()).sum(-1)
-    return error, error + bias_weight[:, 0] * (weight * off).sum(-1).square()
-
-
-def spikes_per_neuron(
-    x: Float[Tensor, "C points"], count: Float[Tensor, "C points"], neurons: Float[Tensor, " C"], table: PhaseTable
-) -> Float[Tensor, " C"]:
-    """Mean spikes of a neuron, 0 .. T, where `count` of `neurons` have input x > 0; one code a group."""
-    spikes = fire(x[None], table).abs().sum(0)[0]
-    return (count * spikes).sum(-1) / neurons.clamp_min(1)
 
 
 def save_fits(path: Path, fits: Mapping[str, CodeFit]) -> None:

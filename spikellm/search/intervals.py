@@ -8,7 +8,7 @@ The range of |x| is cut into K intervals, each coded by a population with a tabl
 so that, whatever tables there are to choose from, the best of each and the best cuts follow exactly from their running sums, by dynamic
 programming. Evolution (`evolution.py`) has K populations here, and what a member is worth is the least error of a whole code with this
 table in its place, the best partners and the best cuts. Nobody fixes a cut: it lies where the tables meet. While they evolve, cuts are
-taken from EDGES places that divide the points of a group evenly; in the end from all points.
+taken from SEGMENTS places that divide the points of a group evenly; in the end from all points.
 
 With a spike weight lambda the objective E exp(lambda n) is no sum. Near the best code, of error E*, its logarithm rises by
 dE / E* + lambda dn: members compete by E + lambda E* n.
@@ -17,7 +17,6 @@ Ours. Ranges of an activation as grains of a code: Zheng et al., ICLR 2026, in t
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -25,56 +24,37 @@ from torch import Tensor
 
 from spikellm.coding.codes import FIXED, Codes, IntervalCodes
 from spikellm.coding.grains import assignments
-from spikellm.kernels.encode import Digits, Rows
-from spikellm.search.evolution import CHUNK, GENERATIONS, SIGNED_GENERATIONS, bounds, first_population, propose, respond
+from spikellm.search.evolution import GENERATIONS, SIGNED_GENERATIONS, Objective, bounds, first_population, propose
 from spikellm.search.options import Options
+from spikellm.search.points import Points
 
-EDGES = 64  # where an interval may end while tables evolve
 JITTER = 0.12  # of the first intervals' ends, as a share of all points
 PRICE_UPDATES = 5  # generations between two looks at E*
 
 
-def segment_sums(x: Tensor, weight: Tensor, share: Tensor, rows: Rows, digits: Digits) -> tuple[Tensor, Tensor]:
-    """Sums of weight (y - x)^2 and of share * spikes over each segment [N, K, Q].
-
-    x, weight, share [N, 1, Q, points] of N groups in Q segments, K codes each: rows [N, K, T], v0 [N, K].
-    """
-    y, spikes = respond(x, rows.at((slice(None), slice(None), None)), digits)
-    return (weight * (y - x).square()).sum(-1), (share * spikes).sum(-1)
+def running(points: Points, codes: Codes) -> Float[Tensor, "2 N M Q1"]:
+    """Errors and spikes of codes [N, M] on the points before each edge, the first edge before all points."""
+    error, _, spikes = points.sums(codes.spell())
+    return running_sums(torch.stack([error, spikes]))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Segments:
-    """Points of N groups, ascending, and what codes cost on them up to each edge; `kernel` is `segment_sums`, fused or plain."""
+def running_everywhere(points: Points, codes: Codes) -> Float[Tensor, "2 N 1 Q1"]:
+    """The same of one code [N] a group, an edge before every point."""
+    return running_sums(torch.stack(points.pointwise(codes.spell())))[:, :, None]
 
-    x: Float[Tensor, "N points"]
-    weight: Float[Tensor, "N points"]
-    share: Float[Tensor, "N points"]
-    kernel: Callable[..., tuple[Tensor, Tensor]]
-    digits: Digits
 
-    def at(self, rows: Int[Tensor, " m"]) -> "Segments":
-        """Those of some groups."""
-        return replace(self, x=self.x[rows], weight=self.weight[rows], share=self.share[rows])
+def ends(points: Points, edge: Int[Tensor, "ends N"]) -> Float[Tensor, "ends N"]:
+    """Where the points before an edge, of one before every point, end and those behind it begin: in the middle [units of x]."""
+    highest = points.x.amax(1, keepdim=True)
+    below = torch.nn.functional.pad(points.x.cummax(1).values, (1, 0))
+    used = torch.where(points.weight > 0, points.x, torch.inf)
+    above = torch.cat([used.flip(1).cummin(1).values.flip(1), highest], 1).minimum(highest)
+    return ((below + above) / 2).gather(1, edge.mT).mT
 
-    def running(self, codes: Codes, segments: int) -> Float[Tensor, "2 N M Q1"]:
-        """Errors and spikes of codes [N, K] on the points before each edge, the first edge before all points."""
-        rows = codes.spell()
-        x, weight, share = (each.unflatten(1, (segments, -1))[:, None] for each in (self.x, self.weight, self.share))
-        groups = max(1, CHUNK // (codes.values.shape[1] * self.x.shape[1]))
-        found = []
-        for start in range(0, len(x), groups):
-            part = slice(start, start + groups)
-            found.append(torch.stack(self.kernel(x[part], weight[part], share[part], rows.at(part), self.digits)))
-        return torch.nn.functional.pad(torch.cat(found, 1).cumsum(-1), (1, 0))
 
-    def ends(self, edge: Int[Tensor, "ends N"], segments: int) -> Float[Tensor, "ends N"]:
-        """Where the points before an edge end and those behind it begin: in the middle [units of x]."""
-        size, highest = self.x.shape[1] // segments, self.x.amax(1, keepdim=True)
-        below = torch.nn.functional.pad(self.x.cummax(1).values, (1, 0))[:, ::size]
-        used = torch.where(self.weight > 0, self.x, torch.inf)
-        above = torch.cat([used.flip(1).cummin(1).values.flip(1), highest], 1)[:, ::size].minimum(highest)
-        return ((below + above) / 2).gather(1, edge.mT).mT
+def running_sums(each: Float[Tensor, "*n Q"]) -> Float[Tensor, "*n Q1"]:
+    """Sums of what comes before each edge, from 0 on."""
+    return torch.nn.functional.pad(each.cumsum(-1), (1, 0))
 
 
 def through(before: Float[Tensor, "N Q1"], sums: Float[Tensor, "N M Q1"]) -> Float[Tensor, "N M Q1"]:
@@ -116,24 +96,22 @@ def best_chain(sums: list[Float[Tensor, "N M Q1"]]) -> tuple[Int[Tensor, "K N"],
 
 
 def evolve_intervals(
-    segments: Segments,
+    objective: Objective,
     maximum: Float[Tensor, " N"],
     previous: IntervalCodes,
     options: Options,
-    spike_weight: Float[Tensor, " N"],
     progress: Callable[[], None] = lambda: None,
 ) -> list[tuple[IntervalCodes, Float[Tensor, " N"]]]:
     """Codes of one interval more than `previous`, of 1, 2, .. G grains, and their objectives.
 
     Args:
-        segments: points; their number is a multiple of EDGES.
+        objective: to be minimised for each of N groups, but for what the mean error counts.
         maximum: of |x| in each group [units of x].
         previous: the best codes of one interval less; [K-1, N].
         options: T, most_grains (G), min_length, seed.
-        spike_weight: lambda of each group.
         progress: called after each round.
     """
-    T, G, signed = options.T, options.most_grains, segments.digits.signed
+    T, G, signed = options.T, options.most_grains, objective.points.digits.signed
     K = previous.K + 1
     generator = torch.Generator().manual_seed(options.seed + K)
     # each interval starts from one of the code before: the lowest from the lowest, the others from the next one outwards
@@ -145,16 +123,16 @@ def evolve_intervals(
         populations = []
         for k, model in enumerate(models):
             population = first_population(model, maximum, cuts, generator, signed=signed)
-            populations.append(spread(population, segments, reach[k], place=k, K=K, generator=generator))
+            populations.append(spread(population, objective.points, reach[k], place=k, K=K, generator=generator))
         generations = (SIGNED_GENERATIONS if signed else GENERATIONS)[min(grains, 3) - 1]
-        found, objective = _evolve(segments, populations, maximum, generations, generator, spike_weight)
+        found, value = evolve_chains(objective, populations, maximum, generations, generator)
         models, reach = [found.codes.at(k) for k in range(K)], torch.cat([found.cuts, maximum[None]])
-        rounds.append((found.widened(G), objective))
+        rounds.append((found.widened(G), value))
         progress()
     return rounds
 
 
-def spread(population: Codes, segments: Segments, reach: Float[Tensor, " N"], *, place: int, K: int, generator: torch.Generator) -> Codes:
+def spread(population: Codes, points: Points, reach: Float[Tensor, " N"], *, place: int, K: int, generator: torch.Generator) -> Codes:
     """A first population for the interval number `place` of K, from one whose members code inputs up to `reach`.
 
     Each member gets an interval (a, b] somewhere about its place; points lie as levels should, so that K intervals of as many points
@@ -164,8 +142,8 @@ def spread(population: Codes, segments: Segments, reach: Float[Tensor, " N"], *,
     """
     values = population.values.clone()
     (N, members, _), T = values.shape, population.assignment.shape[-1]
-    device, half, signed = values.device, 1 + members // 2, segments.digits.signed
-    ascending = segments.x.cummax(1).values
+    device, half, signed = values.device, 1 + members // 2, points.digits.signed
+    ascending = points.x.cummax(1).values
     last = ascending.shape[1] - 1
 
     def around(share: float) -> Tensor:
@@ -193,17 +171,13 @@ def spread(population: Codes, segments: Segments, reach: Float[Tensor, " N"], *,
     return Codes(values=values, assignment=population.assignment)
 
 
-def _evolve(
-    segments: Segments,
-    populations: list[Codes],
-    maximum: Float[Tensor, " N"],
-    generations: int,
-    generator: torch.Generator,
-    spike_weight: Float[Tensor, " N"],
+def evolve_chains(
+    objective: Objective, populations: list[Codes], maximum: Float[Tensor, " N"], generations: int, generator: torch.Generator
 ) -> tuple[IntervalCodes, Float[Tensor, " N"]]:
     """The best whole code and its objective E exp(lambda n)."""
-    limits = bounds(populations[0], maximum, signed=segments.digits.signed)
-    kept = [segments.running(population, EDGES) for population in populations]
+    limits = bounds(populations[0], maximum, signed=objective.points.digits.signed)
+    kept = [running(objective.points, population) for population in populations]
+    spike_weight = objective.spike_weight
     price = torch.zeros_like(spike_weight)[:, None, None]
     for generation in range(generations):
         if generation % PRICE_UPDATES == 0 and spike_weight.any():
@@ -213,34 +187,33 @@ def _evolve(
             before, behind = prefix(every[:k], every[k]), suffix(every[k + 1 :], every[k])
             found = worth(before, every[k], behind)
             trial = propose(populations[k], found, limits, generator)
-            running = segments.running(trial, EDGES)
-            (cost,) = _priced([running], price)
+            tried = running(objective.points, trial)
+            (cost,) = _priced([tried], price)
             better = worth(before, cost, behind) <= found
             populations[k] = trial.where(better, populations[k])
-            kept[k] = torch.where(better[..., None], running, kept[k])
+            kept[k] = torch.where(better[..., None], tried, kept[k])
     members, _ = best_chain(_priced(kept, price))
     row = torch.arange(len(maximum), device=maximum.device)
     chosen = [population.at((row, member)) for population, member in zip(populations, members, strict=True)]
     # the tables meet anywhere, not only at the edges
-    points = segments.x.shape[1]
-    final = [segments.running(codes.at((slice(None), None)), points) for codes in chosen]
+    final = [running_everywhere(objective.points, codes) for codes in chosen]
     members, edges = best_chain(_priced(final, price))
     error, spikes = totals(final, members, edges)
     codes = Codes(values=torch.stack([each.values for each in chosen]), assignment=torch.stack([each.assignment for each in chosen]))
-    return IntervalCodes(codes=codes, cuts=segments.ends(edges, points)), error * (spike_weight * spikes).exp()
+    return IntervalCodes(codes=codes, cuts=ends(objective.points, edges)), error * (spike_weight * spikes).exp()
 
 
-def _priced(running: list[Float[Tensor, "2 N M Q1"]], price: Float[Tensor, "N 1 1"]) -> list[Float[Tensor, "N M Q1"]]:
-    return [errors + price * spikes for errors, spikes in running]
+def _priced(sums: list[Float[Tensor, "2 N M Q1"]], price: Float[Tensor, "N 1 1"]) -> list[Float[Tensor, "N M Q1"]]:
+    return [errors + price * spikes for errors, spikes in sums]
 
 
 def totals(
-    running: list[Float[Tensor, "2 N M Q1"]], members: Int[Tensor, "K N"], edges: Int[Tensor, "ends N"]
+    sums: list[Float[Tensor, "2 N M Q1"]], members: Int[Tensor, "K N"], edges: Int[Tensor, "ends N"]
 ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
     """Error and spikes of whole codes."""
-    last = torch.full_like(members[:1], running[0].shape[-1] - 1)
+    last = torch.full_like(members[:1], sums[0].shape[-1] - 1)
     bounds = torch.cat([torch.zeros_like(last), edges, last])
     row = torch.arange(members.shape[1], device=members.device)
-    cells = zip(running, members, bounds[:-1], bounds[1:], strict=True)
+    cells = zip(sums, members, bounds[:-1], bounds[1:], strict=True)
     found = torch.stack([each[:, row, member, stop] - each[:, row, member, start] for each, member, start, stop in cells]).sum(0)
     return found[0], found[1]

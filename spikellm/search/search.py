@@ -12,9 +12,8 @@ as a row is long (`fit.py`).
 The integrals are over the fitting part of the calibration text (`calibration/statistics.py`). What comes out is chosen on the
 second part and measured on the third, which decides nothing; tau may know of the largest activation of the first two.
 
-The density stands as weighted points, each an equal share of a mixture of p^(1/3) (the level density of the optimal quantiser,
-Panter & Dite 1951), mass and energy, so that the tail keeps points of its own. Zheng et al. (ICLR 2026) optimise one site at a
-time by surrogate gradients (`gradient.py`); here all sites evolve together (`evolution.py`).
+The density stands as weighted points (`points.py`). Zheng et al. (ICLR 2026) optimise one site at a time by surrogate gradients
+(`gradient.py`); here all sites evolve together (`evolution.py`) and lend each other what they find (`exchange.py`).
 
 Ours also: a table may use fewer grains than it may, so that more grains are never worse on the objective; grain=auto takes the
 coarsest G whose cost on the choosing part is within a tolerance of the best; a group whose fitted table is no better than base 2 there
@@ -23,24 +22,23 @@ one number more, the ratio of thresholds to resets. With a spike weight lambda t
 spikes of a neuron: lambda is the relative rise of the error at which one spike less a neuron is a fair exchange.
 """
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from spikellm.calibration.statistics import FIT, SiteStatistics
+from spikellm.calibration.statistics import SiteStatistics
 from spikellm.coding.codes import IntervalCodes, base2_codes
-from spikellm.kernels.compiled import chosen
 from spikellm.kernels.encode import BINARY, Digits
-from spikellm.search.evolution import Objective, evolve_grains, squared_error
-from spikellm.search.fit import CodeFit, bias_weight, choice_cost
+from spikellm.search.evolution import Objective, evolve_grains, evolve_single
+from spikellm.search.exchange import Rounds, exchanged
+from spikellm.search.fit import CodeFit, bias_weight, choice_costs
 from spikellm.search.gradient import descend_grains, draw_samples
-from spikellm.search.intervals import Segments, evolve_intervals, segment_sums
+from spikellm.search.intervals import evolve_chains, evolve_intervals
 from spikellm.search.options import Options
+from spikellm.search.points import Points, enough_points
 
 
 def evolution(statistics: Mapping[str, SiteStatistics], options: Options) -> dict[str, CodeFit]:
@@ -52,46 +50,56 @@ def evolution(statistics: Mapping[str, SiteStatistics], options: Options) -> dic
             choosing part, or of intervals the fewest with search.sufficient_error there); min_grain_length; coding, phase or
             phase_signed; search.spike_weight; seed.
     """
-    digits, most = options.digits, options.most_intervals
-    points = density_points(statistics, options, 1)
-    weights = {name: options.spike_weight(name) for name in statistics}
-    spike_weight = torch.tensor([weights[name] for name, site in statistics.items() for _ in range(site.counts.shape[1])])
-    spike_weight = spike_weight.to(points.x.device)
+    digits, most, every_round = options.digits, options.most_intervals, options.snn.grains is None
     maximum = group_maxima(statistics)
-    bias = None
-    if any(site.row_neurons for site in statistics.values()):
-        bias = points.bias(statistics)
-    objective = Objective(
-        x=points.x[:, None],
-        weight=points.weight[:, None],
-        kernel=chosen(squared_error, points.x, compiled=options.compiled),
-        digits=digits,
-        spike_weight=points.share[:, None] * spike_weight[:, None, None] if spike_weight.any() else None,
-        bias_weight=bias,
-    )
+    objective = objective_of(statistics, options, 1)
     with tqdm(total=options.most_grains * most, desc="search", unit="grain", disable=None) as bar:
-        found = evolve_grains(objective, maximum, options, lambda _: bar.update())
-        rounds = [(IntervalCodes.single(codes), error) for codes, error in (found[-1:] if options.snn.grains else found)]
-        wanting = torch.arange(len(maximum), device=maximum.device)
+
+        def first(part: Objective, rows: Tensor) -> Rounds:
+            found = evolve_grains(part, maximum[rows], options, bar.update)
+            return [(IntervalCodes.single(codes), value) for codes, value in found]
+
+        rounds = exchanged(objective, maximum, first, evolve_single, every_round=every_round, seed=options.seed)
         for K in range(2, most + 1):
-            best, error = rounds[-1]
+            best, value = rounds[-1]
+            wanting = torch.arange(len(maximum), device=maximum.device)
             if options.snn.interval_count is None:  # auto: the others have what they need
-                enough = torch.cat(choice_errors(statistics, best, digits)) <= options.search.sufficient_error
+                enough = torch.cat(choice_errors(statistics, best, options)) <= options.search.sufficient_error
                 wanting = (~enough).nonzero().flatten()
             if not len(wanting):
                 break
-            points = density_points(statistics, options, K)
-            kernel = chosen(segment_sums, points.x, compiled=options.compiled)
-            segments = Segments(x=points.x, weight=points.weight, share=points.share, kernel=kernel, digits=digits).at(wanting)
-            more = evolve_intervals(segments, maximum[wanting], best.at((wanting,)), options, spike_weight[wanting], bar.update)
-            whole = [(best.padded(K).replaced(wanting, codes), error.index_copy(0, wanting, found)) for codes, found in more]
-            rounds += whole[-1:] if options.snn.grains else whole
+            own = best.at((wanting,))
+
+            def further(part: Objective, rows: Tensor, own: IntervalCodes = own, known: Tensor = maximum[wanting]) -> Rounds:
+                return evolve_intervals(part, known[rows], own.at((rows,)), options, bar.update)
+
+            objective = objective_of(statistics, options, K)
+            more = exchanged(
+                objective.at(wanting), maximum[wanting], further, evolve_chains, every_round=every_round, seed=options.seed + K
+            )
+            rounds += [(best.padded(K).replaced(wanting, codes), value.index_copy(0, wanting, found)) for codes, found in more]
+    weights = {name: options.spike_weight(name) for name in statistics}
     return assess_all(statistics, rounds, options, digits=digits, spike_weights=weights)
 
 
-def choice_errors(statistics: Mapping[str, SiteStatistics], codes: IntervalCodes, digits: Digits) -> list[Float[Tensor, " C"]]:
+def objective_of(statistics: Mapping[str, SiteStatistics], options: Options, K: int) -> Objective:
+    """What codes of K intervals cost on the fitting part, the groups of all sites in a row."""
+    points = Points.of(statistics, options.digits, enough_points(options, K), compiled=options.compiled)
+    spike_weight = torch.cat([points.x.new_full(site.counts.shape[1:2], options.spike_weight(name)) for name, site in statistics.items()])
+    bias = None
+    if any(site.row_neurons for site in statistics.values()):
+        rows = group_rows(statistics)
+        bias = torch.cat([bias_weight(site, points.weight[own], points.share[own]) for _, site, own in rows])
+    return Objective(points=points, spike_weight=spike_weight, bias_weight=bias)
+
+
+def choice_errors(statistics: Mapping[str, SiteStatistics], codes: IntervalCodes, options: Options) -> list[Float[Tensor, " C"]]:
     """Relative errors on the choosing part, site by site, of codes of all groups in a row."""
-    return [choice_cost(site, codes.at(rows).table(digits), spike_weight=0.0)[1] for _, site, rows in group_rows(statistics)]
+    found = []
+    for _, site, rows in group_rows(statistics):
+        table = codes.at(rows).table(options.digits)
+        found.append(choice_costs(site, [table], spike_weight=0.0, compiled=options.compiled)[1, 0])
+    return found
 
 
 def group_rows(statistics: Mapping[str, SiteStatistics]) -> Iterator[tuple[str, SiteStatistics, slice]]:
@@ -145,7 +153,15 @@ def assess_all(
     for name, site, rows in group_rows(statistics):
         own = [(codes.at(rows), objective[rows]) for codes, objective in rounds]
         spike_weight = (spike_weights or {}).get(name, 0.0)
-        fits[name] = CodeFit.assess(site, own, tolerance=tolerance, sufficient=sufficient, digits=digits, spike_weight=spike_weight)
+        fits[name] = CodeFit.assess(
+            site,
+            own,
+            tolerance=tolerance,
+            sufficient=sufficient,
+            digits=digits,
+            spike_weight=spike_weight,
+            compiled=options.compiled,
+        )
     return fits
 
 
@@ -157,59 +173,3 @@ def base2(statistics: Mapping[str, SiteStatistics], options: Options) -> dict[st
         maximum = group_maxima({name: merged})
         fits[name] = CodeFit.assess(merged, [(IntervalCodes.single(base2_codes(maximum, options.T)), torch.full_like(maximum, torch.nan))])
     return fits
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Points:
-    """The densities of all groups in points: positions, error weights, shares of a group's neurons."""
-
-    x: Float[Tensor, "N points"]
-    weight: Float[Tensor, "N points"]
-    share: Float[Tensor, "N points"]
-
-    def bias(self, statistics: Mapping[str, SiteStatistics]) -> Float[Tensor, "N 1"]:
-        """See `fit.bias_weight`."""
-        return torch.cat([bias_weight(site, self.weight[rows], self.share[rows]) for _, site, rows in group_rows(statistics)])
-
-
-def density_points(statistics: Mapping[str, SiteStatistics], options: Options, K: int) -> Points:
-    """Enough points for codes of K intervals: four a level, up to 512 levels."""
-    bits = (math.log2(3) if options.digits.signed else 1) * options.T + math.log2(K)
-    number = min(2048, max(256, 2 ** round(bits + 2)))
-    x, weight, share = (torch.cat(part) for part in zip(*(weighted_points(site, number) for site in statistics.values()), strict=True))
-    return Points(x=x, weight=weight, share=share)
-
-
-def weighted_points(
-    statistics: SiteStatistics, count: int
-) -> tuple[Float[Tensor, "C points"], Float[Tensor, "C points"], Float[Tensor, "C points"]]:
-    """The density of the fitting part in `count` points a group; ascending where they are used.
-
-    Returns:
-        positions; weights scaled so that sum weight x^2 = 1, an unused point weighs 0; shares of the group's neurons (zeros have
-        no point).
-    """
-    points = [_group_points(statistics, group, count) for group in range(statistics.counts.shape[1])]
-    x, weight, share = (torch.stack(part) for part in zip(*points, strict=True))
-    return x, weight, share
-
-
-def _group_points(statistics: SiteStatistics, group: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    weights = (statistics.counts if statistics.weights is None else statistics.weights)[FIT, group].double()
-    used = weights > 0
-    if not used.any():
-        nothing = torch.zeros(count, device=weights.device)
-        return nothing, nothing, nothing
-    mass = weights[used]
-    width = statistics.edges.double().diff()[used]
-    center = statistics.centers.double()[used]
-    parts = ((mass / width).pow(1 / 3) * width, mass, mass * center.square())
-    # most points where levels belong, some for mass and energy
-    measure = torch.stack([factor * part / part.sum() for factor, part in zip((0.7, 0.2, 0.1), parts, strict=True)]).sum(0)
-    cell = ((measure.cumsum(0) - measure / 2) * count).long().clamp_(0, count - 1)
-    total = torch.zeros(count, dtype=torch.float64, device=mass.device).index_add_(0, cell, mass)
-    first = torch.zeros_like(total).index_add_(0, cell, mass * center)
-    x = torch.where(total > 0, first / total.clamp_min(1e-300), 0.0)
-    neurons = statistics.counts[FIT, group].double()
-    share = torch.zeros_like(total).index_add_(0, cell, neurons[used]) / (neurons.sum() + statistics.zeros[FIT, group])
-    return x.float(), (total / (total * x.square()).sum()).float(), share.float()

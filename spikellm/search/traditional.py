@@ -7,7 +7,7 @@ are in `coding/grains.py`; they have no grains. Sources: rate coding as in Rueck
 2018 (here with logarithmic times of any base), few spikes as in Stoeckl & Maass 2021; the grids and thresholds are ours.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import product
 
@@ -20,12 +20,11 @@ from spikellm.calibration.statistics import SiteStatistics
 from spikellm.coding.grains import uniform_rows
 from spikellm.coding.neuron import PhaseTable
 from spikellm.config.choices import Coding
-from spikellm.kernels.compiled import chosen
 from spikellm.kernels.encode import Digits, Rows
-from spikellm.search.evolution import CHUNK, squared_error
 from spikellm.search.fit import CodeFit, bias_weight
 from spikellm.search.options import Options
-from spikellm.search.search import group_maxima, weighted_points
+from spikellm.search.points import Points
+from spikellm.search.search import group_maxima
 
 # The largest output of a code as a share of the largest activation: 1/256 to 1.19 in steps of 9 %.
 SHARES = torch.logspace(-8, 0.25, 67, base=2)
@@ -53,25 +52,22 @@ def classic(statistics: Mapping[str, SiteStatistics], options: Options) -> dict[
         statistics: by site name; all on one device.
         options: T; coding, rate, ttfs or few_spike; max_spikes.
     """
-    snn, some = options.snn, next(iter(statistics.values()))
-    kernel = chosen(squared_error, some.counts, compiled=options.compiled)
+    snn = options.snn
     tried = variants(snn.coding, options.T)
     sites = tqdm(statistics.items(), desc="search", unit="site", disable=None)
-    return {name: _fit_site(site, tried, options.T, options.digits, kernel) for name, site in sites}
+    return {name: _fit_site(site, tried, options.T, options.digits, compiled=options.compiled) for name, site in sites}
 
 
-def _fit_site(site: SiteStatistics, options: list[dict[str, float]], T: int, digits: Digits, kernel: Callable[..., Tensor]) -> CodeFit:
+def _fit_site(site: SiteStatistics, options: list[dict[str, float]], T: int, digits: Digits, *, compiled: bool) -> CodeFit:
     known = site.known_maximum
     scale = torch.where(known > 0, known, group_maxima({"": site.merged()}))
-    x, weight, share = (part[:, None] for part in weighted_points(site, POINTS))
-    bias = bias_weight(site, weight[:, 0], share[:, 0])
+    points = Points.of({"": site}, digits, POINTS, compiled=compiled)
+    bias = bias_weight(site, points.weight, points.share)
     grid = list(product(options, SHARES.tolist()))
     every = [_rows(scale * largest, option, T) for option, largest in grid]
     rows = Rows(*(torch.stack(part, 1) for part in zip(*every, strict=True)))
-    groups = max(1, CHUNK // (len(grid) * POINTS))
-    parts = [slice(start, start + groups) for start in range(0, len(known), groups)]
-    error = torch.cat([kernel(x[part], weight[part], rows.at(part), digits, bias_weight=bias[part]) for part in parts])
-    found, index = error.min(1)
+    error, off, _ = points.sums(rows).sum(-1)
+    found, index = (error + bias * off.square()).min(1)
     table = PhaseTable(*rows.at((torch.arange(len(known), device=index.device), index)), digits=replace(digits, sides=site.sides))
     d = table.d
     base = torch.tensor([grid[each][0]["base"] for each in index.tolist()], device=d.device)[:, None]
