@@ -5,7 +5,7 @@
     calibrate  prefix tokens, statistics of every site          (`calibration/calibrate.py`)
     search     statistics to codes                              (`search/methods.py`)
     fill       a neuron with its code in every slot             (`model/conversion.py`)
-    round      integer weights, where they are asked for        (`calibration/rounding.py`; to nearest before calibration)
+    round      integer weights, where they are asked for        (`reconstruction/rounding.py`; to nearest before calibration)
 
 `python main.py` goes the same way with each result an artefact (`run/fitting.py`), and finds the same codes to the last bit.
 """
@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spikellm.calibration.calibrate import calibrate, enough_pieces
 from spikellm.config.checks import InputError
-from spikellm.config.choices import Coding, DatasetSource, Groups, Rounding, SearchMethod, SoftmaxNorm
+from spikellm.config.choices import Coding, DatasetSource, Groups, Rounding, SearchMethod, SoftmaxNorm, own_coding
 from spikellm.config.dataset import TextConfig
 from spikellm.config.model import HardwareConfig
 from spikellm.config.snn import PrefixConfig, SearchConfig, SpikingConfig, WeightsConfig
@@ -94,8 +94,8 @@ def convert(
     text: str | None = None,
     window: int = 1024,
     max_windows: int | None = 8,
-    coding: str = "phase",
-    intervals: int | str = 1,
+    coding: str | None = None,
+    intervals: int | str = "auto",
     min_grain_length: int = 2,
     max_spikes: int | None = None,
     method: str = "evolution",
@@ -124,7 +124,7 @@ def convert(
         grain: grains of a code, 1, 2, 3; "auto": as many as a neuron group needs.
         text: to calibrate on, thousands of tokens in the model's own field; None: the language reference that CPython carries.
         window, max_windows: the text is cut into windows of so many tokens, and so many of them are used.
-        coding: phase, phase_signed, rate, ttfs or few_spike.
+        coding: phase_signed, phase, rate, ttfs or few_spike; None: phase_signed, with another method than evolution phase.
         intervals: of the range of |x|, a table and a wire each; "auto": as many as a neuron group needs. Of phase codes.
         min_grain_length: time steps of a grain, at least.
         max_spikes: of a neuron, with few_spike.
@@ -154,7 +154,7 @@ def convert(
             T=T,
             grain=str(grain),
             min_grain_length=min_grain_length,
-            coding=_choice(Coding, "coding", coding),
+            coding=_choice(Coding, "coding", own_coding(method, None) if coding is None else coding),
             intervals=str(intervals),
             max_spikes=max_spikes,
             softmax_norm=_choice(SoftmaxNorm, "softmax_norm", softmax_norm),

@@ -69,13 +69,14 @@ def test_one_call_makes_the_network_of_the_command(options, arguments, tmp_path,
 def test_its_defaults_are_those_of_the_configuration():
     defaults = {name: each.default for name, each in inspect.signature(spikellm.convert).parameters.items()}
     owners = {
-        SpikingConfig: ("coding", "max_spikes", "softmax_norm"), SearchConfig: ("method", "groups", "spike_weight"),
+        SpikingConfig: ("intervals", "max_spikes", "softmax_norm"), SearchConfig: ("method", "groups", "spike_weight"),
         HardwareConfig: ("query_block",),
     }  # fmt: skip
     for owner, names in owners.items():
         wanted = {each.name: getattr(each.default, "value", each.default) for each in fields(owner)}
         assert {name: defaults[name] for name in names} == {name: wanted[name] for name in names}
     default = configure()
+    assert defaults["coding"] is None  # the configuration's own, which depends on the method
     assert (defaults["T"], str(defaults["grain"]), defaults["seed"]) == (default.snn.T, default.snn.grain, default.seed)
     assert (defaults["window"], defaults["max_windows"]) == (default.dataset.calibration.window, default.dataset.calibration.max_windows)
     assert defaults["prefix"] == PrefixConfig().enabled

@@ -90,6 +90,12 @@ class SearchMethod(Enum):
     """base 2, tau the largest activation"""
 
 
+def own_coding(method: SearchMethod | str, import_file: str | None) -> str:
+    """The coding of codes that are found in this way, unless another is asked for: digits 0 and 1 are the authors'."""
+    published = SearchMethod(method) is not SearchMethod.evolution or import_file is not None
+    return (Coding.phase if published else Coding.phase_signed).value
+
+
 class ImportV0(Enum):
     """Initial potentials of an imported neuron file."""
 

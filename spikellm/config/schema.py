@@ -14,7 +14,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from spikellm.config.checks import check
-from spikellm.config.choices import Coding, DType, SearchMethod
+from spikellm.config.choices import Coding, DType, SearchMethod, own_coding
 from spikellm.config.dataset import DatasetConfig
 from spikellm.config.help import field_help
 from spikellm.config.measures import (
@@ -153,5 +153,6 @@ def register(program: str = "python main.py") -> None:
     OmegaConf.register_new_resolver("project_root", lambda: root, replace=True)
     OmegaConf.register_new_resolver("program", lambda: program, replace=True)
     OmegaConf.register_new_resolver("path_part", path_part, replace=True)
+    OmegaConf.register_new_resolver("own_coding", own_coding, replace=True)
     OmegaConf.register_new_resolver("field_help", lambda: field_help(Config), replace=True)
     ConfigStore.instance().store(name="schema", node=Config)

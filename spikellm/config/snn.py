@@ -24,9 +24,9 @@ class SpikingConfig:
     """number of grains G: 1, 2, 3, .. or auto; set by the group `grain`"""
     min_grain_length: int = 2
     """phases in a grain, at least [steps]"""
-    coding: Coding = Coding.phase
-    """what a spike stands for"""
-    intervals: str = "1"
+    coding: Coding = Coding.phase_signed
+    """what a spike stands for; search.method=gradient and base2 and files of the authors have phase"""
+    intervals: str = "auto"
     """intervals of the range of |x| with a table and a wire each: 1, 2, 3, .. or auto, as many as a neuron group needs; phase codes only"""
     max_spikes: int | None = None
     """spikes of a neuron, at most; coding=few_spike only"""

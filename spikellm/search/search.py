@@ -146,7 +146,7 @@ def assess_all(
     spike_weights: Mapping[str, float] | None = None,
 ) -> dict[str, CodeFit]:
     """Codes and objectives of all groups in a row, the simplest first, as one fit per site."""
-    intervals = options.snn.interval_count is None
+    intervals = options.snn.interval_count is None and options.method == "evolution"
     tolerance = options.search.tolerance if options.snn.grains is None or intervals else 0.0
     sufficient = options.search.sufficient_error if intervals else 0.0
     fits = {}

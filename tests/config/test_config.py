@@ -74,6 +74,21 @@ def test_spellings_of_the_user():
     assert configure("model=llama2_7b", "model.path=/some/folder").model.path == "/some/folder"
 
 
+@pytest.mark.parametrize(
+    ("overrides", "coding"),
+    [
+        ([], "phase_signed"),
+        (["search.method=gradient"], "phase"),
+        (["search.method=base2"], "phase"),
+        (["search.import_file=neurons.pth"], "phase"),
+        (["search.method=base2", "snn.coding=phase_signed"], "phase_signed"),
+        (["snn.coding=rate"], "rate"),
+    ],
+)
+def test_codes_of_the_authors_have_their_digits(overrides, coding):
+    assert configure(*overrides).snn.coding is Coding(coding)
+
+
 def test_the_weight_of_spikes_without_a_value_is_that_of_the_coding():
     assert [configure(f"snn.coding={name}").search.weight_of_spikes(Coding(name)) for name in ("phase", "phase_signed")] == [0.0, 2.5]
     assert configure("search.spike_weight=0").search.weight_of_spikes(Coding.phase_signed) == 0.0
