@@ -51,12 +51,12 @@ def by_hand(values: torch.Tensor, T: int, *, signed: bool) -> torch.Tensor:
 def test_every_token_has_the_levels_of_its_own_values(T, groups):
     generator = torch.Generator().manual_seed(T)
     x = torch.randn(2, 5, 16, generator=generator, dtype=torch.float64) * torch.logspace(-2, 2, 5, dtype=torch.float64)[:, None]
-    found = TokenQuantizer(T, signed=True, groups=groups)(x)
+    found = TokenQuantizer(T, signed=True, groups=groups, clip=1.0)(x)
     for token, own in zip(x.view(10, groups, -1), found.view(10, groups, -1), strict=True):
         for values, got in zip(token, own, strict=True):
             assert torch.allclose(got, by_hand(values, T, signed=True), rtol=1e-12, atol=0)
             assert got.unique().numel() <= 2 ** (T + 1)
-    assert torch.equal(TokenQuantizer(T, signed=True, groups=groups)(x[:, 2:3]), found[:, 2:3])  # whoever stands beside it
+    assert torch.equal(TokenQuantizer(T, signed=True, groups=groups, clip=1.0)(x[:, 2:3]), found[:, 2:3])  # whoever stands beside it
 
 
 @pytest.mark.parametrize("groups", [1, 4])
@@ -71,7 +71,19 @@ def test_heads_have_levels_of_their_own_or_share_a_tokens(groups):
 
 def test_zero_is_a_level_and_a_token_of_zeros_stays():
     x = torch.tensor([[0.0, 0.3, 1.0], [0.0, 0.0, 0.0], [0.0, 5.0, 6.0], [0.0, -5.0, -6.0]])
-    found = TokenQuantizer(3, signed=True)(x)
+    found = TokenQuantizer(3, signed=True, clip=1.0)(x)
     assert torch.equal(found[:, 0], torch.zeros(4))
     assert torch.equal(found[1], torch.zeros(3))
     assert torch.allclose(found[:, 2], x[:, 2])  # the far end is one, too
+
+
+@pytest.mark.parametrize(("T", "levels"), [(2, 8), (3, 16), (4, 32), (5, 64)])
+def test_few_levels_clip_what_is_far_out(T, levels):
+    """A token of normal values: no clip is better by more than the grid's step, and the levels' range is what Max 1960 has."""
+    x = torch.randn(64, 576, generator=torch.Generator().manual_seed(T), dtype=torch.float64)
+
+    def error(clip: float | None) -> float:
+        return (TokenQuantizer(T, signed=True, clip=clip)(x) - x).square().mean().item()
+
+    assert error(None) <= 1.03 * min(error(clip) for clip in (0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0))
+    assert len(TokenQuantizer(T, signed=True)(x[:1]).unique()) <= levels
