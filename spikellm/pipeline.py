@@ -3,7 +3,7 @@
     check      everything that can be refused before a weight is touched
     prepare    rotations R1 .. R4, a slot at every site         (`model/conversion.py`)
     calibrate  prefix tokens, statistics of every site          (`calibration/calibrate.py`)
-    search     statistics to codes                              (`search/methods.py`)
+    search     statistics to codes                              (`search/methods.py`; block by block: `reconstruction/sequential.py`)
     fill       a neuron with its code in every slot             (`model/conversion.py`)
     round      integer weights, where they are asked for        (`reconstruction/rounding.py`; to nearest before calibration)
 
@@ -36,6 +36,7 @@ from spikellm.model.integers import check_groups, round_model
 from spikellm.model.prefix import attach_prefix
 from spikellm.model.sites import check_architecture
 from spikellm.reconstruction.rounding import round_spiking
+from spikellm.reconstruction.sequential import fit_sequentially
 from spikellm.search.fit import CodeFit
 from spikellm.search.methods import find_codes, search_summary
 from spikellm.search.options import Options
@@ -100,6 +101,7 @@ def convert(
     max_spikes: int | None = None,
     method: str = "evolution",
     groups: str = "head",
+    sequential: bool = False,
     spike_weight: float | None = None,
     softmax_norm: str = "after",
     prefix: bool = True,
@@ -130,6 +132,7 @@ def convert(
         max_spikes: of a neuron, with few_spike.
         method: evolution, gradient (hours) or base2.
         groups: head: one code an attention head, one for each sign at SiLU; site: one a site.
+        sequential: codes are fitted block by block on the spiking stream.
         spike_weight: accuracy against spikes; None: 0, phase_signed 2.5.
         softmax_norm: after: exponentials are coded; before: probabilities.
         prefix: outlier tokens get exact keys and values before every sequence.
@@ -162,6 +165,7 @@ def convert(
         search=SearchConfig(
             method=_choice(SearchMethod, "method", method),
             groups=_choice(Groups, "groups", groups),
+            sequential=sequential,
             spike_weight=spike_weight,
         ),
         seed=seed,
@@ -188,7 +192,10 @@ def convert(
         round_model(model, bits=weights.bits, group_size=weights.group_size)
     try:
         found = calibrate(model, windows, PrefixConfig(enabled=prefix))
-        fits = find_codes({name: site.to(model.device) for name, site in found.statistics.items()}, options)
+        if sequential:
+            fits = fit_sequentially(model, windows, options)
+        else:
+            fits = find_codes({name: site.to(model.device) for name, site in found.statistics.items()}, options)
     except ValueError as error:
         raise ValueError(f"{error}; the model is rotated by now and has no neurons: load it again") from error
     tables = {name: fit.table for name, fit in fits.items()}

@@ -140,6 +140,8 @@ class SearchConfig:
     """how the codes are found"""
     groups: Groups = Groups.head
     """neurons that share a table"""
+    sequential: bool = False
+    """fit block by block on the spiking stream, amplitudes by the error at the block's output; runs the calibration text again"""
     spike_weight: float | None = None
     """lambda: a squared error counts exp(lambda x mean spikes of a neuron); null: 0, phase_signed 2.5"""
     sufficient_error: float = 5e-5

@@ -1,12 +1,12 @@
 """The stages from the model to codes.
 
 calibrate   model, rotation, prefix, calibration text -> statistics of every site, prefix tokens
-search      statistics, T, grain                      -> one code per site
+search      statistics, T, grain                      -> one code per site; search.sequential=true: from model and text again
 """
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from spikellm.config.choices import Device, ImportV0, Rounding, SearchMethod
 from spikellm.config.snn import PrefixConfig, RotationConfig, SearchConfig, WeightsConfig
 from spikellm.model import integers
 from spikellm.model.load import model_config
+from spikellm.reconstruction.sequential import fit_sequentially
 from spikellm.run.stage import KeyedStage, StageOutcome
 from spikellm.run.workspace import Workspace
 from spikellm.search.fit import CodeFit, load_fits, save_fits
@@ -78,6 +79,9 @@ class Calibrate(KeyedStage):
 CALIBRATE = Calibrate()
 
 
+SEQUENTIAL = Code(1, ("evaluation.networks", "reconstruction.sequential"))
+
+
 class Search(KeyedStage):
     """One code per site."""
 
@@ -98,7 +102,9 @@ class Search(KeyedStage):
             "coding": snn.coding.value,
             "intervals": snn.intervals,
         }
-        return {
+        del search["sequential"]
+        stream = {"sequential": SEQUENTIAL.key(), "device": work.device} if is_sequential(options) else {}
+        return stream | {
             "code": self.code.key(),
             "calibrate": CALIBRATE.key(work),
             "snn": wanted | ({} if snn.max_spikes is None else {"max_spikes": snn.max_spikes}),
@@ -107,21 +113,43 @@ class Search(KeyedStage):
         }
 
     def prepare(self, work: Workspace) -> None:
-        """Name options without effect; read a neuron file that is asked for."""
+        """Name options without effect; read a neuron file, or a text again, that is asked for."""
         options = work.options
         for message in without_effect(options):
             log.warning("%s", message)
-        if options.method == "imported" and not self.is_done(work):
+        if self.is_done(work):
+            return
+        if options.method == "imported":
             configured_neurons(options)
+        elif is_sequential(options):
+            log.debug("search: %d windows", len(work.calibration_windows))
 
     def compute(self, work: Workspace, folder: Path) -> None:
         """Find the codes of all sites."""
-        device = "cpu" if work.config.hardware.device is Device.cpu else "cuda"
-        statistics = {name: site.to(device) for name, site in CALIBRATE.found(work).statistics.items()}
         start = time.perf_counter()
-        fits = find_codes(statistics, work.options)
+        fits = self._sequentially(work) if is_sequential(work.options) else self._at_once(work)
         save_fits(folder / "codes.safetensors", fits)
         write_json(folder / "search.json", search_summary(fits, seconds=round(time.perf_counter() - start, 3)).to_json())
+
+    def _at_once(self, work: Workspace) -> dict[str, CodeFit]:
+        device = "cpu" if work.config.hardware.device is Device.cpu else "cuda"
+        return find_codes({name: site.to(device) for name, site in CALIBRATE.found(work).statistics.items()}, work.options)
+
+    def _sequentially(self, work: Workspace) -> dict[str, CodeFit]:
+        """Each block's codes are an artefact, so that a search which was stopped goes on behind the last one."""
+        inputs = self.inputs(work)
+
+        def keep(block: str, find: Callable[[], dict[str, CodeFit]]) -> dict[str, CodeFit]:
+            def compute(folder: Path) -> None:
+                save_fits(folder / "codes.safetensors", find())
+
+            return load_fits(work.store.load_or_compute("search_block", inputs | {"block": block}, compute).folder / "codes.safetensors")
+
+        model = work.models.transparent(CALIBRATE.found(work).prefix_tokens, to_nearest(work.config.weights))
+        try:
+            return fit_sequentially(model, work.calibration_windows, work.options, keep)
+        except ValueError as error:
+            raise InputError(f"search.sequential=true with model={work.config.model.name}: {error}") from error
 
     def found(self, work: Workspace) -> dict[str, CodeFit]:
         """The codes by site name."""
@@ -140,6 +168,11 @@ class Search(KeyedStage):
 SEARCH = Search()
 
 
+def is_sequential(options: Options) -> bool:
+    """Whether codes are fitted on the spiking stream."""
+    return options.search.sequential and options.method != "imported"
+
+
 def without_effect(options: Options) -> Iterator[str]:
     """Options of the search that the configured method does not read, one message each."""
     search, coding = options.search, f"snn.coding={options.snn.coding.value}"
@@ -155,8 +188,9 @@ def without_effect(options: Options) -> Iterator[str]:
     if search.spike_weight and other:
         yield f"search.spike_weight={search.spike_weight:g} has no effect with {other}"
     if options.method == "imported":
-        if other:
-            yield f"{other} has no effect: the codes come from search.import_file"
+        for ineffective in (other, "search.sequential=true" if search.sequential else None):
+            if ineffective:
+                yield f"{ineffective} has no effect: the codes come from search.import_file"
     elif search.import_v0 is not ImportV0.stored:
         yield f"search.import_v0={search.import_v0.value} has no effect without search.import_file"
 

@@ -1,0 +1,99 @@
+"""Amplitudes chosen by the error at the output of a block, where the errors of its sites meet.
+
+A site's code is fitted to the squared error at the site itself. Which amplitude is best depends on what follows: attention takes
+exponentials of products of coded queries and keys, the MLP products of two coded factors. Here the amplitude of each site, and with it its
+whole table and its cuts, is multiplied by a factor: coordinate descent over the sites of a block in the order in which a token meets them.
+A factor is kept where it lowers the error on windows of the fitting part and does not raise it on those of the choosing part.
+
+Clipping by the error at the block's output: PrefixQuant (2024), by grid search.
+"""
+
+from collections.abc import Sequence
+from itertools import cycle
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from spikellm.calibration.calibrate import PERIOD
+from spikellm.calibration.statistics import CHOOSE, FIT, SiteStatistics
+from spikellm.coding.neuron import BEYOND, PhaseTable
+from spikellm.model.blocks import Block
+from spikellm.model.conversion import place
+from spikellm.search.fit import CodeFit
+
+FACTORS = (1.07, 1 / 1.07)  # steps up and down
+WINDOWS = 4  # of either part, at most
+
+
+def choose_amplitudes(
+    model: PreTrainedModel,
+    block: Block,
+    fits: dict[str, CodeFit],
+    statistics: dict[str, SiteStatistics],
+    states: Sequence[Float[Tensor, "1 L D"]],
+    wanted: Sequence[Float[Tensor, "1 L D"]],
+    *,
+    compiled: bool,
+) -> dict[str, CodeFit]:
+    """The codes of a block with the amplitudes that its output wants; the block keeps these neurons.
+
+    Args:
+        fits, statistics: by name of the block's sites.
+        states: what every window brings into the block.
+        wanted: what every window should have behind it.
+        compiled: see `neuron.encode`.
+    """
+    windows = {part: part_windows(len(states), part)[:WINDOWS] for part in (FIT, CHOOSE)}
+
+    def error(part: int) -> float:
+        return sum(output_error(block(states[index]), wanted[index]) for index in windows[part])
+
+    for site in block.sites:
+        place(model, site, fits[site.name].table, compiled=compiled)
+    fitted, choosing = error(FIT), error(CHOOSE)
+    found = dict(fits)
+    for site in block.sites:
+        for step in FACTORS:
+            factor = step
+            while True:
+                trial = scaled(fits[site.name], factor, statistics[site.name])
+                place(model, site, trial.table, compiled=compiled)
+                if (lower := error(FIT)) >= fitted or (chosen := error(CHOOSE)) > choosing:
+                    break
+                fitted, choosing, found[site.name] = lower, chosen, trial
+                factor *= step
+            if found[site.name] is not fits[site.name]:
+                break  # nothing is to be had in the other direction
+        place(model, site, found[site.name].table, compiled=compiled)
+    return found
+
+
+def part_windows(number: int, part: int) -> list[int]:
+    """Those of so many windows that go to a part of the statistics."""
+    return [index for index, each in zip(range(number), cycle(PERIOD), strict=False) if each == part]
+
+
+def output_error(found: Float[Tensor, "1 L D"], wanted: Float[Tensor, "1 L D"]) -> float:
+    """Squared error of each token over its square, mean of the tokens: the next norm divides by the token's size."""
+    return ((found - wanted).square().sum(-1) / wanted.square().sum(-1)).mean().item()
+
+
+def scaled(fit: CodeFit, factor: float, statistics: SiteStatistics) -> CodeFit:
+    """A site's code with all amplitudes, and the cuts between them, times a factor; `statistics` are those it was fitted to."""
+    rows, cuts = fit.table.rows.map(lambda row: row * factor), fit.cuts
+    if cuts is not None:
+        cuts = torch.where(cuts < BEYOND, cuts * factor, BEYOND)
+    return CodeFit.reported(
+        fit.seen(statistics),
+        PhaseTable(*rows, digits=fit.digits, cuts=cuts),
+        tau=fit.tau * factor,
+        assignment=fit.assignment,
+        base_d=fit.base_d,
+        base_h=fit.base_h,
+        base_theta=fit.base_theta,
+        objective=fit.objective,
+        fallback=fit.fallback,
+        rho=fit.rho,
+    )

@@ -1,0 +1,85 @@
+"""Codes fitted block by block on the spiking stream: a block's sites are observed on what the spiking blocks before it send.
+
+Calibration observes every site on the ANN's own stream (`calibration/calibrate.py`), which no site of the converted network ever sees but
+those of the first block. Here, for each block: its sites are observed on the spiking stream, its codes are searched, and the windows go on
+through the block with its neurons. The ANN's stream goes beside it: its output of a block is what the spiking block's is measured against.
+
+Windows go to the parts of the statistics as in calibration. Each block is passed three times: once on the ANN's stream, twice on the
+spiking one.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from spikellm.calibration.calibrate import QUERY_BLOCK, _query_blocks, calibrate_block, enough_pieces
+from spikellm.model.blocks import Block, enter
+from spikellm.model.conversion import place
+from spikellm.reconstruction.amplitudes import choose_amplitudes
+from spikellm.search.fit import CodeFit
+from spikellm.search.methods import find_codes
+from spikellm.search.options import Options
+
+Fits = dict[str, CodeFit]
+# The codes of a block, by its name: those that are kept already, or what the function finds.
+Keep = Callable[[str, Callable[[], Fits]], Fits]
+
+
+def not_kept(_block: str, found: Callable[[], Fits]) -> Fits:
+    """Every block's codes are searched."""
+    return found()
+
+
+@torch.no_grad()
+def fit_sequentially(model: PreTrainedModel, windows: Int[Tensor, "W L"], options: Options, keep: Keep = not_kept) -> Fits:
+    """The codes of all sites, in the order in which a token meets them; leaves the model with these neurons.
+
+    Args:
+        model: installed, slots transparent, prefix attached.
+        windows: of the calibration text; cut as in calibration where they are few.
+        options: of the search.
+        keep: where codes of finished blocks are kept.
+
+    Raises:
+        ValueError: too little text for all parts, or a site saw NaN or infinite activations.
+    """
+    fits: Fits = {}
+    with _query_blocks(model, QUERY_BLOCK):
+        states, blocks = enter(model, enough_pieces(windows))
+        wanted = list(states)
+        for block in tqdm(blocks, desc="sequential", unit="block", disable=None):
+            block.advance(wanted)
+            fits |= keep(block_name(block), partial(fit_block, model, block, states, wanted, options))
+            for site in block.sites:
+                place(model, site, fits[site.name].table, compiled=options.compiled)
+            block.advance(states)
+    return fits
+
+
+def fit_block(
+    model: PreTrainedModel,
+    block: Block,
+    states: Sequence[Float[Tensor, "1 L D"]],
+    wanted: Sequence[Float[Tensor, "1 L D"]],
+    options: Options,
+) -> Fits:
+    """The codes of a block whose slots are empty.
+
+    Args:
+        states: what every window brings into the block on the spiking stream.
+        wanted: what the ANN's stream has behind it.
+        options: of the search.
+    """
+    seen = calibrate_block(model, block, list(states))
+    statistics = {name: site.to(model.device) for name, site in seen.items()}
+    return choose_amplitudes(model, block, find_codes(statistics, options), statistics, states, wanted, compiled=options.compiled)
+
+
+def block_name(block: Block) -> str:
+    """Of a block's kept codes."""
+    return "end" if block.layer is None else f"layer {block.layer}"
