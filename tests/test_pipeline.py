@@ -44,10 +44,11 @@ def windows(count: int = 4, length: int = 32) -> torch.Tensor:
             ["snn.coding=phase_signed", "snn.softmax_norm=before", "search.groups=site", "rotation.kind=none", "search.spike_weight=1"],
         ),
         ({"coding": "few_spike", "max_spikes": 2, "prefix": False}, ["snn.coding=few_spike", "snn.max_spikes=2", "prefix.enabled=false"]),
+        ({"sequential": True}, ["search.sequential=true"]),
         ({"weight_bits": 4, "weight_group": 16}, ["weights.bits=4", "weights.group_size=16"]),
         ({"weight_bits": 8, "rounding": "nearest"}, ["weights.bits=8", "weights.rounding=nearest"]),
     ],
-    ids=["default", "signed", "few spikes", "gptq", "nearest"],
+    ids=["default", "signed", "few spikes", "sequential", "gptq", "nearest"],
 )
 def test_one_call_makes_the_network_of_the_command(options, arguments, tmp_path, ids):
     """To the last bit: the same codes, and the same logits."""
