@@ -23,8 +23,8 @@ from spikellm.model.blocks import Block
 from spikellm.model.conversion import place
 from spikellm.search.fit import CodeFit
 
-FACTORS = (1.07, 1 / 1.07)  # steps up and down
-WINDOWS = 4  # of either part, at most
+FACTORS = (1 / 1.07, 1.07)  # steps down and up; most that are taken lead down
+WINDOWS = 2  # of either part, at most: each factor costs a forward of them
 
 
 def choose_amplitudes(
@@ -42,7 +42,7 @@ def choose_amplitudes(
     Args:
         fits, statistics: by name of the block's sites.
         states: what every window brings into the block.
-        wanted: what every window should have behind it.
+        wanted: what the block without neurons makes of them.
         compiled: see `neuron.encode`.
     """
     windows = {part: part_windows(len(states), part)[:WINDOWS] for part in (FIT, CHOOSE)}

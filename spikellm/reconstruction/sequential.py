@@ -1,11 +1,13 @@
 """Codes fitted block by block on the spiking stream: a block's sites are observed on what the spiking blocks before it send.
 
 Calibration observes every site on the ANN's own stream (`calibration/calibrate.py`), which no site of the converted network ever sees but
-those of the first block. Here, for each block: its sites are observed on the spiking stream, its codes are searched, and the windows go on
-through the block with its neurons. The ANN's stream goes beside it: its output of a block is what the spiking block's is measured against.
+those of the first block. Here, for each block: its sites are observed on the spiking stream, its codes are searched, their amplitudes are
+chosen by the error at the block's output (`amplitudes.py`), and the windows go on through the block with its neurons.
 
-Windows go to the parts of the statistics as in calibration. Each block is passed three times: once on the ANN's stream, twice on the
-spiking one.
+The output that a block should have is its own without neurons, on the same spiking stream. The ANN's output on the ANN's stream as target
+was no better (`experiments/sequential`): it differs by the errors of all blocks before, which no amplitude undoes.
+
+Windows go to the parts of the statistics as in calibration.
 """
 
 from collections.abc import Callable, Sequence
@@ -51,31 +53,18 @@ def fit_sequentially(model: PreTrainedModel, windows: Int[Tensor, "W L"], option
     fits: Fits = {}
     with _query_blocks(model, QUERY_BLOCK):
         states, blocks = enter(model, enough_pieces(windows))
-        wanted = list(states)
         for block in tqdm(blocks, desc="sequential", unit="block", disable=None):
-            block.advance(wanted)
-            fits |= keep(block_name(block), partial(fit_block, model, block, states, wanted, options))
+            fits |= keep(block_name(block), partial(fit_block, model, block, states, options))
             for site in block.sites:
                 place(model, site, fits[site.name].table, compiled=options.compiled)
             block.advance(states)
     return fits
 
 
-def fit_block(
-    model: PreTrainedModel,
-    block: Block,
-    states: Sequence[Float[Tensor, "1 L D"]],
-    wanted: Sequence[Float[Tensor, "1 L D"]],
-    options: Options,
-) -> Fits:
-    """The codes of a block whose slots are empty.
-
-    Args:
-        states: what every window brings into the block on the spiking stream.
-        wanted: what the ANN's stream has behind it.
-        options: of the search.
-    """
-    seen = calibrate_block(model, block, list(states))
+def fit_block(model: PreTrainedModel, block: Block, states: Sequence[Float[Tensor, "1 L D"]], options: Options) -> Fits:
+    """The codes of a block whose slots are empty; `states` are what every window brings into it on the spiking stream."""
+    wanted = list(states)
+    seen = calibrate_block(model, block, wanted)
     statistics = {name: site.to(model.device) for name, site in seen.items()}
     return choose_amplitudes(model, block, find_codes(statistics, options), statistics, states, wanted, compiled=options.compiled)
 
