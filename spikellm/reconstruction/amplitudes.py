@@ -55,16 +55,15 @@ def choose_amplitudes(
     fitted, choosing = error(FIT), error(CHOOSE)
     found = dict(fits)
     for site in block.sites:
+        fit, kept = fits[site.name], 1.0
         for step in FACTORS:
-            factor = step
             while True:
-                trial = scaled(fits[site.name], factor, statistics[site.name])
-                place(model, site, trial.table, compiled=compiled)
+                place(model, site, scaled_table(fit, kept * step), compiled=compiled)
                 if (lower := error(FIT)) >= fitted or (chosen := error(CHOOSE)) > choosing:
                     break
-                fitted, choosing, found[site.name] = lower, chosen, trial
-                factor *= step
-            if found[site.name] is not fits[site.name]:
+                fitted, choosing, kept = lower, chosen, kept * step
+            if kept != 1.0:
+                found[site.name] = scaled(fit, kept, statistics[site.name])
                 break  # nothing is to be had in the other direction
         place(model, site, found[site.name].table, compiled=compiled)
     return found
@@ -80,14 +79,19 @@ def output_error(found: Float[Tensor, "1 L D"], wanted: Float[Tensor, "1 L D"]) 
     return ((found - wanted).square().sum(-1) / wanted.square().sum(-1)).mean().item()
 
 
-def scaled(fit: CodeFit, factor: float, statistics: SiteStatistics) -> CodeFit:
-    """A site's code with all amplitudes, and the cuts between them, times a factor; `statistics` are those it was fitted to."""
-    rows, cuts = fit.table.rows.map(lambda row: row * factor), fit.cuts
+def scaled_table(fit: CodeFit, factor: float) -> PhaseTable:
+    """The table of a code with all amplitudes, and the cuts between them, times a factor."""
+    cuts = fit.cuts
     if cuts is not None:
         cuts = torch.where(cuts < BEYOND, cuts * factor, BEYOND)
+    return PhaseTable(*fit.table.rows.map(lambda rows: rows * factor), digits=fit.digits, cuts=cuts)
+
+
+def scaled(fit: CodeFit, factor: float, statistics: SiteStatistics) -> CodeFit:
+    """The code of `scaled_table`, with its errors on the statistics of the site that it was fitted to; the objective stays the search's."""
     return CodeFit.reported(
         fit.seen(statistics),
-        PhaseTable(*rows, digits=fit.digits, cuts=cuts),
+        scaled_table(fit, factor),
         tau=fit.tau * factor,
         assignment=fit.assignment,
         base_d=fit.base_d,
