@@ -5,7 +5,18 @@ from dataclasses import dataclass, field
 from omegaconf import MISSING
 
 from spikellm.config.checks import check
-from spikellm.config.choices import Coding, Execution, Groups, ImportV0, RotationKind, RotationPart, Rounding, SearchMethod, SoftmaxNorm
+from spikellm.config.choices import (
+    Coding,
+    Execution,
+    Groups,
+    ImportV0,
+    RotationKind,
+    RotationPart,
+    Rounding,
+    SearchMethod,
+    SoftmaxNorm,
+    TunedPart,
+)
 
 MAX_T = 16
 MAX_INTERVALS = 8
@@ -114,6 +125,27 @@ class WeightsConfig:
     def rounds(self, rounding: Rounding) -> bool:
         """Whether weights become integers in this way."""
         return self.bits is not None and self.rounding is rounding
+
+
+@dataclass(kw_only=True, slots=True)
+class TuneConfig:
+    """Block-wise tuning of the spiking network on the calibration text, by gradients."""
+
+    epochs: int = 0
+    """passes over the fitting part of the text at each block; 0: no tuning"""
+    what: TunedPart = TunedPart.neurons
+    """what is tuned"""
+    rate: float = 1e-2
+    """Adam's first learning rate of the neurons, relative to each number of a table"""
+    weight_rate: float = 1e-5
+    """the weights'; what=all only"""
+    batch: int = 1
+    """windows between two steps"""
+
+    def __post_init__(self) -> None:
+        check(self.rate > 0, "tune.rate", self.rate, "must be positive")
+        check(self.weight_rate > 0, "tune.weight_rate", self.weight_rate, "must be positive")
+        check(self.batch >= 1, "tune.batch", self.batch, "must be at least 1")
 
 
 @dataclass(kw_only=True, slots=True)
