@@ -14,7 +14,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from spikellm.config.checks import check
-from spikellm.config.choices import Coding, DType, Rounding, SearchMethod, TunedPart, own_coding
+from spikellm.config.choices import Coding, DType, SearchMethod, own_coding
 from spikellm.config.dataset import DatasetConfig
 from spikellm.config.help import field_help
 from spikellm.config.measures import (
@@ -28,7 +28,7 @@ from spikellm.config.measures import (
 )
 from spikellm.config.model import HardwareConfig, ModelConfig, path_part
 from spikellm.config.places import project_root
-from spikellm.config.snn import PrefixConfig, RotationConfig, SearchConfig, SpikingConfig, TuneConfig, WeightsConfig
+from spikellm.config.snn import PrefixConfig, RotationConfig, SearchConfig, SpikingConfig, TuneConfig, WeightsConfig, check_tuning
 
 STAGE_NAMES = ("calibrate", "search", "convert", "evaluate", "diagnose", "report")
 DEFAULT_STAGES = STAGE_NAMES[:4]  # a report is written at the end of a run and of a sweep anyway
@@ -91,12 +91,7 @@ class Config:
         narrow = self.weights.bits is not None and self.model.dtype in (DType.bfloat16, DType.float16)
         given = f"true with weights.bits={self.weights.bits}, model.dtype={self.model.dtype.value}"
         check(not (self.save_model and narrow), "save_model", given, "a checkpoint holds integers times scales, exact from float32 on")
-        given = f"{self.tune.epochs} with snn.coding={self.snn.coding.value}"
-        tunable = self.snn.coding not in (Coding.rate, Coding.ttfs)
-        check(tunable or not self.tune.epochs, "tune.epochs", given, "tuned, it is no such code: take phase, phase_signed or few_spike")
-        given = f"all with weights.bits={self.weights.bits}, weights.rounding={self.weights.rounding.value}"
-        integers = self.tune.epochs and self.tune.what is TunedPart.all and self.weights.rounds(Rounding.nearest)
-        check(not integers, "tune.what", given, "tuned weights are no integers: take weights.rounding=gptq, which rounds them afterwards")
+        check_tuning(self.tune, self.snn.coding, self.weights)
         if self.dataset.zero_shot.tasks:
             self.dataset.zero_shot.scored(self.evaluation.networks)
         check(

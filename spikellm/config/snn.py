@@ -1,4 +1,4 @@
-"""The spiking network and the way to its codes: the nodes `snn`, `rotation`, `weights`, `prefix` and `search`."""
+"""The spiking network and the way to its codes: the nodes `snn`, `rotation`, `weights`, `prefix`, `search` and `tune`."""
 
 from dataclasses import dataclass, field
 
@@ -208,3 +208,18 @@ class SearchConfig:
         """`spike_weight`, or what null stands for with a coding."""
         default = SIGNED_SPIKE_WEIGHT if coding is Coding.phase_signed else 0.0
         return default if self.spike_weight is None else self.spike_weight
+
+
+def check_tuning(options: TuneConfig, coding: Coding, weights: WeightsConfig) -> None:
+    """Refuse tuning that would undo what a coding or the weights are.
+
+    Raises:
+        InputError: naming what goes with it.
+    """
+    if not options.epochs:
+        return
+    cure = "tuned, it is no such code: take phase, phase_signed or few_spike"
+    check(coding not in (Coding.rate, Coding.ttfs), "tune.epochs", f"{options.epochs} with snn.coding={coding.value}", cure)
+    given = f"all with weights.bits={weights.bits}, weights.rounding={weights.rounding.value}"
+    integers = options.what is TunedPart.all and weights.rounds(Rounding.nearest)
+    check(not integers, "tune.what", given, "tuned weights are no integers: take weights.rounding=gptq, which rounds them afterwards")

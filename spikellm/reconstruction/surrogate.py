@@ -84,18 +84,20 @@ def gradients_plain(
         reset.insert(0, -digit[t] * later)
         later = later + pushed[t]
 
-    def total(value: Tensor) -> Tensor:
-        each = [value if owner is None else value * (owner == p) for p in range(digits.populations)]
-        return torch.cat([part.sum((0, 2)) for part in each])
-
     found = Rows(
-        torch.stack([total(part) for part in moved], -1),
-        torch.stack([total(part) for part in reset], -1),
-        torch.stack([total(slope * z) for z in digit], -1),
-        total(later),
+        torch.stack([_total(part, owner, digits) for part in moved], -1),
+        torch.stack([_total(part, owner, digits) for part in reset], -1),
+        torch.stack([_total(slope * z, owner, digits) for z in digit], -1),
+        _total(later, owner, digits),
     )
     through = upstream * (magnitude <= own(top[:, None], owner, digits))
     return through.to(x.dtype), found, _cut_gradients(slope, x, magnitude, rows, digits, cuts, width)
+
+
+def _total(value: Tensor, owner: Tensor | None, digits: Digits) -> Tensor:
+    """The sum over the inputs of each row [P C]."""
+    each = [value if owner is None else value * (owner == p) for p in range(digits.populations)]
+    return torch.cat([part.sum((0, 2)) for part in each])
 
 
 def _cut_gradients(
@@ -154,8 +156,9 @@ def differentiable_encode(x: Float[Tensor, "A C I"], table: PhaseTable, *, compi
 class TunableNeuron(Slot):
     """Neurons of one site whose table can be learnt, from that of a `PhaseNeuron`.
 
-    The parameters are relative, so that one learning rate fits activations of any unit: logarithms of factors on theta, h, d and the cuts,
-    one on all of a row (tau) beside them, and what is added to v0, in units of the row's smallest threshold. All start at 0.
+    The parameters are changes in units of the row's smallest threshold, the code's finest step, so that one learning rate fits any unit of
+    activations and any T: of theta, h, d, v0, the cuts, and of the largest threshold where the whole row is scaled (tau). All start at 0;
+    thresholds and weights are multiplied by exp(change / value), to keep their sign.
     """
 
     def __init__(self, neuron: PhaseNeuron) -> None:
@@ -163,6 +166,7 @@ class TunableNeuron(Slot):
         table = neuron.table
         self.start, self.axis, self.compiled = table, neuron.axis, neuron.compiled
         R, T = table.theta.shape
+        self.unit = widths(table.theta) / WIDTH
         zeros = table.theta.new_zeros
         self.tau, self.v0 = nn.Parameter(zeros(R)), nn.Parameter(zeros(R))
         self.theta, self.h, self.d = (nn.Parameter(zeros(R, T)) for _ in range(3))
@@ -171,17 +175,24 @@ class TunableNeuron(Slot):
     @property
     def table(self) -> PhaseTable:
         """What the parameters spell; valid whatever they are: cuts that overtake others are taken along."""
-        start, scale = self.start, self.tau.exp()
+        start, unit = self.start, self.unit[:, None]
+        scale = _factor(self.tau[:, None], start.theta.amax(-1, keepdim=True), unit)
         theta, h, d = (
-            part * (scale[:, None] * factor.exp()) for part, factor in zip(start.rows[:3], (self.theta, self.h, self.d), strict=True)
+            part * (scale * _factor(change, part, unit)) for part, change in zip(start.rows[:3], (self.theta, self.h, self.d), strict=True)
         )
-        v0 = scale * (start.v0 + self.v0 * (widths(start.theta) / WIDTH))
+        v0 = scale[:, 0] * (start.v0 + self.v0 * self.unit)
         cuts = start.cuts
         if cuts is not None and self.cuts is not None:
-            cuts = torch.where(cuts < BEYOND, cuts * self.cuts.exp(), cuts).cummax(0).values
+            below = self.unit[: cuts.numel()].view_as(cuts)  # of the interval that ends there
+            cuts = torch.where(cuts < BEYOND, cuts * _factor(self.cuts, cuts, below), cuts).cummax(0).values
         return PhaseTable(theta, h, d, v0, digits=start.digits, cuts=cuts, checked=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """Decoded values of the spikes that x [..] causes, same shape."""
         table = self.table
         return differentiable_encode(grouped(x, table.groups, self.axis), table, compiled=self.compiled).reshape(x.shape)
+
+
+def _factor(change: Tensor, value: Tensor, unit: Tensor) -> Tensor:
+    """What multiplies a value to change it by so many units, to first order; no value changes faster than by its own size."""
+    return (change * (unit / value.abs().clamp_min(1e-30)).clamp_max(1)).exp()

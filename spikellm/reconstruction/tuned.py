@@ -77,5 +77,5 @@ def retabled(fit: CodeFit, table: PhaseTable | None, statistics: SiteStatistics)
     if table is None:
         return fit
     kept = {name: getattr(fit, name) for name in ("tau", "assignment", "base_d", "base_h", "base_theta", "objective", "fallback", "rho")}
-    table = table.to(device="cpu", dtype=fit.theta.dtype)
-    return CodeFit.reported(fit.seen(statistics), table, **kept)
+    table = table.to(fit.theta)
+    return CodeFit.reported(fit.seen(statistics).to(fit.theta.device), table, **kept)

@@ -84,7 +84,10 @@ def tune_spiking(
         known: blocks that were tuned before, by layer; their windows must have been these.
         keep: is given every block that was not, when it is finished.
     """
-    states, blocks = enter(model, enough_pieces(windows))
+    pieces = enough_pieces(windows)
+    used = [(index, part) for index, part in zip(range(len(pieces)), cycle(PERIOD), strict=False) if part in (FIT, CHOOSE)]
+    parts = [part for _, part in used]
+    states, blocks = enter(model, pieces[[index for index, _ in used]])
     wanted = list(states)
     found: dict[int, TunedBlock] = {}
     layers = [(block.layer, block) for block in blocks if block.layer is not None]
@@ -94,7 +97,7 @@ def tune_spiking(
             block.advance(wanted)
         result = (known or {}).get(layer)
         if result is None:
-            result = tune_block(model, block, states, wanted, options, seed=seed)
+            result = tune_block(model, block, states, wanted, parts, options, seed=seed)
             keep(layer, result)
         progress.set_postfix_str(f"{result.before:.4g} -> {result.after:.4g}")
         put(model, block, result.tables, result.weights)
@@ -109,12 +112,12 @@ def tune_block(
     block: Block,
     states: list[Float[Tensor, "1 L D"]],
     targets: list[Float[Tensor, "1 L D"]],
+    parts: list[int],
     options: TuneConfig,
     *,
     seed: int,
 ) -> TunedBlock:
-    """Tune one block on its windows' hidden states; the block is left as it was."""
-    parts = [part for _, part in zip(states, cycle(PERIOD), strict=False)]
+    """Tune one block on its windows' hidden states, each of the fitting or the choosing part; the block is left as it was."""
     fit, choose = ([index for index, own in enumerate(parts) if own == part] for part in (FIT, CHOOSE))
     generator = torch.Generator().manual_seed(seed)
     before = least = error(block, states, targets, choose)
