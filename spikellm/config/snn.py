@@ -135,8 +135,8 @@ class TuneConfig:
     """passes over the fitting part of the text at each block; 0: no tuning"""
     what: TunedPart = TunedPart.neurons
     """what is tuned"""
-    rate: float = 1e-2
-    """Adam's first learning rate of the neurons, relative to each number of a table"""
+    rate: float = 0.05
+    """Adam's first learning rate of the neurons, in units of a table's smallest threshold"""
     weight_rate: float = 1e-5
     """the weights'; what=all only"""
     batch: int = 1

@@ -3,6 +3,7 @@
 import logging
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from spikellm.config.checks import InputError
@@ -11,7 +12,7 @@ from tests.configure import configure
 from tests.jobs import SMALL, artefacts, cached, run
 
 SHORT = ["dataset.calibration.max_windows=8", "dataset.evaluation.max_windows=1", "dataset.calibration.window=32", "snn.T=4"]
-TUNED = [*SHORT, "tune.epochs=2", "tune.rate=0.1"]
+TUNED = [*SHORT, "tune.epochs=3"]
 
 
 @pytest.fixture(scope="module")
@@ -21,8 +22,8 @@ def jobs(tmp_path_factory):
     asked = {
         "plain": SHORT,
         "neurons": TUNED,
-        "all": [*TUNED, "tune.what=all", "tune.weight_rate=1e-3"],
-        "gptq": [*TUNED, "tune.what=all", "tune.weight_rate=1e-3", "weights.bits=8"],
+        "all": [*TUNED, "tune.what=all", "tune.weight_rate=1e-4"],
+        "gptq": [*TUNED, "tune.what=all", "tune.weight_rate=1e-4", "weights.bits=8"],
     }
     return root, {name: run(root, *options) for name, options in asked.items()}
 
@@ -44,7 +45,7 @@ def test_results_say_so(jobs):
     assert "tune" not in found["plain"]
     for what in ("neurons", "all"):
         said = found[what]["tune"]
-        assert said["epochs"] == 2
+        assert said["epochs"] == 3
         assert said["what"] == what
         assert said["blocks"] == 2
         assert 1 <= said["blocks_improved"] <= 2
@@ -83,7 +84,7 @@ def test_a_job_that_was_killed_goes_on_and_finds_the_same(jobs, tmp_path, monkey
     (kept,), others = artefacts(tmp_path, "tune"), artefacts(root, "tune")
     wanted = load_file(next(other for other in others if other.name == kept.name) / "codes.safetensors")
     codes = load_file(kept / "codes.safetensors")
-    assert all((codes[key] == wanted[key]).all() for key in wanted)
+    assert all(torch.equal(codes[key].nan_to_num(), wanted[key].nan_to_num()) for key in wanted), "base 2 has no objective"
 
 
 def test_options_without_effect_are_named(tmp_path, caplog):
