@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from spikellm.coding.neuron import BEYOND, PhaseNeuron, PhaseTable, Slot, encode, grouped
 from spikellm.kernels.compiled import chosen
-from spikellm.kernels.encode import Digits, Rows, emit, own, owners
+from spikellm.kernels.encode import Digits, Rows, emit, own, owners, respond
 
 WIDTH = 1.0  # w in units of a row's smallest threshold: kernels of neighbouring levels overlap by half
 
@@ -107,14 +107,8 @@ def _cut_gradients(
     if cuts is None:
         return None
     side = (x < 0).to(magnitude.dtype)
-    values = []
-    for k in range(digits.intervals):
-        owner = k + 0 * side if digits.sides == 1 else 2 * k + side
-        v, fired, y = magnitude + own(rows.v0[:, None], owner, digits), torch.zeros_like(magnitude), torch.zeros_like(magnitude)
-        for t in range(rows.theta.shape[1]):
-            z, fired = emit(v, own(rows.theta[:, t, None], owner, digits), fired, digits)
-            v, y = v - own(rows.h[:, t, None], owner, digits) * z, y + own(rows.d[:, t, None], owner, digits) * z
-        values.append(y)
+    owners_beside = [k + 0 * side if digits.sides == 1 else 2 * k + side for k in range(digits.intervals)]
+    values = [respond(magnitude, rows, digits, owner)[0] for owner in owners_beside]
     found = []
     for k, ends in enumerate(cuts.unflatten(1, (digits.sides, -1))):
         each = []

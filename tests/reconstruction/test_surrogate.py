@@ -9,7 +9,7 @@ from spikellm.reconstruction import surrogate
 from spikellm.reconstruction.surrogate import TunableNeuron, differentiable_encode
 from tests.codes import PARTITIONS, base2_table, partitioned_table
 
-POINTS = 100_001
+POINTS = 20_001
 STEP = 3e-3  # of the differences
 
 
