@@ -113,9 +113,9 @@ def test_an_amplitude_that_is_too_small_is_found_again():
 
     least = min(error(tau / 50) for tau in range(50, 250))
     neuron = TunableNeuron(PhaseNeuron(base2_table(1.0, 4), compiled=False))
-    optimiser = torch.optim.Adam([neuron.tau], lr=0.05)
+    optimiser = torch.optim.Adam([neuron.tau], lr=0.3)
     for _ in range(60):
         optimiser.zero_grad()
         (neuron(x) - x).square().mean().backward()
         optimiser.step()
-    assert (neuron(x) - x).square().mean().item() < 1.02 * least < 0.2 * error(1.0)
+    assert (neuron(x) - x).square().mean().item() < 1.05 * least < 0.2 * error(1.0)
