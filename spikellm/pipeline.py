@@ -5,6 +5,7 @@
     calibrate  prefix tokens, statistics of every site          (`calibration/calibrate.py`)
     search     statistics to codes                              (`search/methods.py`; block by block: `reconstruction/sequential.py`)
     fill       a neuron with its code in every slot             (`model/conversion.py`)
+    tune       block by block, where it is asked for            (`reconstruction/tuning.py`)
     round      integer weights, where they are asked for        (`reconstruction/rounding.py`; to nearest before calibration)
 
 `python main.py` goes the same way with each result an artefact (`run/fitting.py`), and finds the same codes to the last bit.
@@ -23,10 +24,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spikellm.calibration.calibrate import calibrate, enough_pieces
 from spikellm.config.checks import InputError
-from spikellm.config.choices import Coding, DatasetSource, Groups, Rounding, SearchMethod, SoftmaxNorm, own_coding
+from spikellm.config.choices import Coding, DatasetSource, Groups, Rounding, SearchMethod, SoftmaxNorm, TunedPart, own_coding
 from spikellm.config.dataset import TextConfig
 from spikellm.config.model import HardwareConfig
-from spikellm.config.snn import PrefixConfig, SearchConfig, SpikingConfig, WeightsConfig
+from spikellm.config.snn import PrefixConfig, SearchConfig, SpikingConfig, TuneConfig, WeightsConfig, check_tuning
 from spikellm.evaluation.texts import cut, read_text, tokenise
 from spikellm.model import checkpoint
 from spikellm.model.attention import SpikingAttention
@@ -37,6 +38,8 @@ from spikellm.model.prefix import attach_prefix
 from spikellm.model.sites import check_architecture
 from spikellm.reconstruction.rounding import round_spiking
 from spikellm.reconstruction.sequential import fit_sequentially
+from spikellm.reconstruction.tuned import retabled
+from spikellm.reconstruction.tuning import tune_spiking
 from spikellm.search.fit import CodeFit
 from spikellm.search.methods import find_codes, search_summary
 from spikellm.search.options import Options
@@ -105,6 +108,8 @@ def convert(
     spike_weight: float | None = None,
     softmax_norm: str = "after",
     prefix: bool = True,
+    tune_epochs: int = 0,
+    tune: str = "neurons",
     weight_bits: int | None = None,
     weight_group: int | None = None,
     rounding: str = "gptq",
@@ -136,6 +141,8 @@ def convert(
         spike_weight: accuracy against spikes; None: 0, phase_signed 2.5.
         softmax_norm: after: exponentials are coded; before: probabilities.
         prefix: outlier tokens get exact keys and values before every sequence.
+        tune_epochs: passes over the text, block by block, in which gradients move the tables; 0: none.
+        tune: neurons: tables alone; all: the weights of the decoder's Linears too.
         weight_bits: 8 or 4: integer weights in the decoder's Linears; None: weights as they are.
         weight_group: inputs of an output that share a scale; None: all.
         rounding: gptq: against the inputs that the codes send; nearest: each weight by itself, before calibration.
@@ -172,6 +179,8 @@ def convert(
         compiled=compiled,
     )
     weights = WeightsConfig(bits=weight_bits, group_size=weight_group, rounding=_choice(Rounding, "rounding", rounding))
+    tuning = TuneConfig(epochs=tune_epochs, what=_choice(TunedPart, "tune", tune))
+    check_tuning(tuning, options.snn.coding, weights)
     _check_model(model)
     if weights.bits is not None:
         try:
@@ -200,6 +209,11 @@ def convert(
         raise ValueError(f"{error}; the model is rotated by now and has no neurons: load it again") from error
     tables = {name: fit.table for name, fit in fits.items()}
     fill(model, tables, compiled=compiled)
+    if tuning.epochs:
+        tuned = tune_spiking(model, windows, tuning, seed=seed)
+        tables = {name: table for block in tuned.values() for name, table in block.tables.items()}
+        fits = {name: retabled(fit, tables.get(name), found.statistics[name]) for name, fit in fits.items()}
+        tables = {name: fit.table for name, fit in fits.items()}
     if weights.bits is not None and weights.rounding is Rounding.gptq:
         round_spiking(model, windows, bits=weights.bits, group_size=weights.group_size)
         clear(model)

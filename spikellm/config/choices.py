@@ -114,6 +114,15 @@ class Rounding(Enum):
     """after the search, block by block: later weights make up for the rounding of earlier ones, on inputs as the found codes give them"""
 
 
+class TunedPart(Enum):
+    """What is tuned, block by block."""
+
+    neurons = "neurons"
+    """tables and cuts alone"""
+    all = "all"
+    """these, and the weights of the block's Linears"""
+
+
 class Groups(Enum):
     """The neurons of a site that share a table."""
 

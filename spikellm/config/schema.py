@@ -28,7 +28,7 @@ from spikellm.config.measures import (
 )
 from spikellm.config.model import HardwareConfig, ModelConfig, path_part
 from spikellm.config.places import project_root
-from spikellm.config.snn import PrefixConfig, RotationConfig, SearchConfig, SpikingConfig, WeightsConfig
+from spikellm.config.snn import PrefixConfig, RotationConfig, SearchConfig, SpikingConfig, TuneConfig, WeightsConfig, check_tuning
 
 STAGE_NAMES = ("calibrate", "search", "convert", "evaluate", "diagnose", "report")
 DEFAULT_STAGES = STAGE_NAMES[:4]  # a report is written at the end of a run and of a sweep anyway
@@ -48,6 +48,7 @@ class Config:
     weights: WeightsConfig = field(default_factory=WeightsConfig)
     prefix: PrefixConfig = field(default_factory=PrefixConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
+    tune: TuneConfig = field(default_factory=TuneConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     diagnostics: DiagnosticsConfig = field(default_factory=DiagnosticsConfig)
     spikes: SpikesConfig = field(default_factory=SpikesConfig)
@@ -90,6 +91,7 @@ class Config:
         narrow = self.weights.bits is not None and self.model.dtype in (DType.bfloat16, DType.float16)
         given = f"true with weights.bits={self.weights.bits}, model.dtype={self.model.dtype.value}"
         check(not (self.save_model and narrow), "save_model", given, "a checkpoint holds integers times scales, exact from float32 on")
+        check_tuning(self.tune, self.snn.coding, self.weights)
         if self.dataset.zero_shot.tasks:
             self.dataset.zero_shot.scored(self.evaluation.networks)
         check(

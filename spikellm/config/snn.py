@@ -1,11 +1,22 @@
-"""The spiking network and the way to its codes: the nodes `snn`, `rotation`, `weights`, `prefix` and `search`."""
+"""The spiking network and the way to its codes: the nodes `snn`, `rotation`, `weights`, `prefix`, `search` and `tune`."""
 
 from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
 from spikellm.config.checks import check
-from spikellm.config.choices import Coding, Execution, Groups, ImportV0, RotationKind, RotationPart, Rounding, SearchMethod, SoftmaxNorm
+from spikellm.config.choices import (
+    Coding,
+    Execution,
+    Groups,
+    ImportV0,
+    RotationKind,
+    RotationPart,
+    Rounding,
+    SearchMethod,
+    SoftmaxNorm,
+    TunedPart,
+)
 
 MAX_T = 16
 MAX_INTERVALS = 8
@@ -117,6 +128,27 @@ class WeightsConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class TuneConfig:
+    """Block-wise tuning of the spiking network on the calibration text, by gradients."""
+
+    epochs: int = 0
+    """passes over the fitting part of the text at each block; 0: no tuning"""
+    what: TunedPart = TunedPart.neurons
+    """what is tuned"""
+    rate: float = 0.05
+    """Adam's first learning rate of the neurons, in units of a table's smallest threshold"""
+    weight_rate: float = 1e-5
+    """the weights'; what=all only"""
+    batch: int = 1
+    """windows between two steps"""
+
+    def __post_init__(self) -> None:
+        check(self.rate > 0, "tune.rate", self.rate, "must be positive")
+        check(self.weight_rate > 0, "tune.weight_rate", self.weight_rate, "must be positive")
+        check(self.batch >= 1, "tune.batch", self.batch, "must be at least 1")
+
+
+@dataclass(kw_only=True, slots=True)
 class PrefixConfig:
     """Tokens before every sequence, which take the outliers upon themselves (PrefixQuant)."""
 
@@ -178,3 +210,18 @@ class SearchConfig:
         """`spike_weight`, or what null stands for with a coding."""
         default = SIGNED_SPIKE_WEIGHT if coding is Coding.phase_signed else 0.0
         return default if self.spike_weight is None else self.spike_weight
+
+
+def check_tuning(options: TuneConfig, coding: Coding, weights: WeightsConfig) -> None:
+    """Refuse tuning that would undo what a coding or the weights are.
+
+    Raises:
+        InputError: naming what goes with it.
+    """
+    if not options.epochs:
+        return
+    cure = "tuned, it is no such code: take phase, phase_signed or few_spike"
+    check(coding not in (Coding.rate, Coding.ttfs), "tune.epochs", f"{options.epochs} with snn.coding={coding.value}", cure)
+    given = f"all with weights.bits={weights.bits}, weights.rounding={weights.rounding.value}"
+    integers = options.what is TunedPart.all and weights.rounds(Rounding.nearest)
+    check(not integers, "tune.what", given, "tuned weights are no integers: take weights.rounding=gptq, which rounds them afterwards")

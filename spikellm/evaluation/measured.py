@@ -29,6 +29,7 @@ from spikellm.evaluation.perplexity import readout_perplexities
 from spikellm.execution.memory import fitting_chunk
 from spikellm.execution.stepped import stepped
 from spikellm.model.integers import Rounding
+from spikellm.model.replaced import ReplacedWeights
 from spikellm.model.sites import HEAD
 from spikellm.search.fit import CodeFit
 from spikellm.search.integers import static_quantizers, token_quantizers
@@ -53,6 +54,7 @@ def measured_networks(
     calibration: Callable[[], Calibration],
     fits: Callable[[], dict[str, CodeFit]],
     rounding: Callable[[], Rounding | None] = lambda: None,
+    tuned: Callable[[], ReplacedWeights | None] = lambda: None,
 ) -> list[Network]:
     """The networks of a job, that of the ANN last: the others share the converted model, which then makes room for it.
 
@@ -60,11 +62,13 @@ def measured_networks(
         names: of those that are wanted.
         models: builds them.
         options: of the codes; T, execution.
-        keys: stand for `model`, `calibrate` and `search` in what figures depend on, and for `weights` where integers are found by codes.
-        calibration, fits, rounding: called no earlier than a figure is missing; the weights of the spiking networks, `ann_prefix` has its
-            own.
+        keys: stand for `model`, `calibrate` and `search` in what figures depend on, and for `tune` where the codes are tuned, for `weights`
+            where integers are found by codes.
+        calibration, fits, rounding, tuned: called no earlier than a figure is missing; the weights of the spiking networks, tuned ones of
+            `snn` alone, `ann_prefix` has its own.
     """
     weights = {key: value for key, value in keys.items() if key == "weights"}
+    tuning = {key: value for key, value in keys.items() if key == "tune"}
     device = {"device": models.hardware.device.value}
     snn = options.snn
     is_stepped = snn.execution is Execution.stepped
@@ -72,8 +76,8 @@ def measured_networks(
     def prefix() -> list[int]:
         return calibration().prefix_tokens
 
-    def spiking(codes: Callable[[], dict[str, CodeFit]]) -> PreTrainedModel:
-        return models.spiking({name: fit.table for name, fit in codes().items()}, prefix(), rounding())
+    def spiking(codes: Callable[[], dict[str, CodeFit]], own: Callable[[], ReplacedWeights | None] = lambda: None) -> PreTrainedModel:
+        return models.spiking({name: fit.table for name, fit in codes().items()}, prefix(), rounding() or own())
 
     def integer(quantizers: Callable[[Mapping[str, SiteStatistics], Options], dict[str, Slot]]) -> PreTrainedModel:
         return models.integer(quantizers(calibration().statistics, options), prefix())
@@ -88,9 +92,10 @@ def measured_networks(
         Network(
             name=NetworkName.snn,
             inputs=device
+            | tuning
             | weights
             | {"code": (STEPPED if is_stepped else FOLDED).key(), "search": keys["search"], "execution": snn.execution.value},
-            build=partial(spiking, fits),
+            build=partial(spiking, fits, tuned),
             prefix_tokens=prefix,
             measure=partial(stepped_perplexity, chunk=snn.step_chunk, max_gib=snn.max_memory_gib) if is_stepped else folded_perplexity,
         ),

@@ -5,7 +5,8 @@ transparent   rotated, a slot at every site and nothing in it, the prefix attach
 spiking       the same model with a neuron in every slot
 integer       the same model with integers there
 
-Either has weights as they are, or integers (`weights.bits`). The ANN that figures are compared with has its own.
+Either has weights as they are, or integers (`weights.bits`), or tuned ones (`tune.what=all`). The ANN that figures are compared with
+has its own.
 """
 
 import gc
@@ -22,9 +23,9 @@ from spikellm.config.model import HardwareConfig, ModelConfig
 from spikellm.config.snn import RotationConfig
 from spikellm.kernels.hadamard import HAS_CUDA_KERNEL
 from spikellm.model import conversion
-from spikellm.model.integers import Rounding
 from spikellm.model.load import load_model
 from spikellm.model.prefix import attach_prefix
+from spikellm.model.replaced import ReplacedWeights, WeightChange
 
 log = logging.getLogger(__name__)
 
@@ -35,27 +36,34 @@ class Networks:
     def __init__(self, model: ModelConfig, hardware: HardwareConfig, rotation: RotationConfig, softmax_norm: SoftmaxNorm) -> None:
         self.model, self.hardware, self.rotation, self.softmax_norm = model, hardware, rotation, softmax_norm
         self._installed: PreTrainedModel | None = None
-        self._rounding: Rounding | None = None  # of the converted model's weights
+        self._change: WeightChange | None = None  # of the converted model's weights
 
     def ann(self) -> PreTrainedModel:
         """The model as it was pretrained, loaded afresh; the converted one makes room for it."""
         self.release()
         return load_model(self.model, self.hardware)
 
-    def transparent(self, prefix_tokens: list[int], rounding: Rounding | None = None) -> PreTrainedModel:
-        """The converted model with empty slots and the prefix of `prefix_tokens`, its weights as they are or integers of a `rounding`."""
-        if self._installed is None or self._rounding != rounding:
+    def transparent(self, prefix_tokens: list[int], change: WeightChange | None = None) -> PreTrainedModel:
+        """The converted model with empty slots and the prefix of `prefix_tokens`, its weights as they are or as a `change` has them.
+
+        The prefix of tuned weights is that of the weights before: they were tuned behind it.
+        """
+        tuned = isinstance(change, ReplacedWeights)
+        if self._installed is None or self._change != change:
             self.release()  # weights as they are have no copy
-            self._installed, self._rounding = self._install(), rounding
-            if rounding is not None:
-                rounding.apply(self._installed)
+            self._installed, self._change = self._install(), change
+            if tuned:
+                attach_prefix(self._installed, prefix_tokens)
+            if change is not None:
+                change.apply(self._installed)
         conversion.clear(self._installed)
-        attach_prefix(self._installed, prefix_tokens)
+        if not tuned:
+            attach_prefix(self._installed, prefix_tokens)
         return self._installed
 
-    def spiking(self, tables: Mapping[str, PhaseTable], prefix_tokens: list[int], rounding: Rounding | None = None) -> PreTrainedModel:
+    def spiking(self, tables: Mapping[str, PhaseTable], prefix_tokens: list[int], change: WeightChange | None = None) -> PreTrainedModel:
         """The converted model with the neurons of `tables`, by site name; the rest as in `transparent`."""
-        model = self.transparent(prefix_tokens, rounding)
+        model = self.transparent(prefix_tokens, change)
         conversion.fill(model, tables, compiled=self.hardware.compile)
         return model
 

@@ -24,6 +24,11 @@ def console_table(results: Results, folder: Path) -> str:
             f"  relative error  base 2 {search.relative_mse_base2:.3g}   fitted {search.relative_mse:.3g}"
             f"   worse than base 2 at {search.worse_than_base2} of {results.sites} sites"
         )
+    if tuned := results.tune:
+        lines.append(
+            f"  tuned, {tuned.what}, epochs={tuned.epochs}   relative error of a block {tuned.relative_error_before:.4g}"
+            f" -> {tuned.relative_error:.4g}   better at {tuned.blocks_improved} of {tuned.blocks} blocks"
+        )
     if perplexity := results.perplexity:
         lines.append(f"  perplexity, {extent(perplexity)}")
         lines += _perplexities(perplexity)

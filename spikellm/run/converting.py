@@ -1,7 +1,7 @@
 """The stages from codes to the spiking model.
 
-weights     model, codes, calibration text            -> integer weights, where weights.rounding=gptq asks for them
-convert     model, codes                              -> the spiking model (in memory; on disk with save_model=true)
+weights     model, tuned codes, calibration text      -> integer weights, where weights.rounding=gptq asks for them
+convert     model, tuned codes, weights               -> the spiking model (in memory; on disk with save_model=true)
 """
 
 import logging
@@ -15,6 +15,7 @@ from spikellm.model import checkpoint, integers
 from spikellm.reconstruction.rounding import round_spiking
 from spikellm.run.fitting import CALIBRATE, SEARCH, check_weights, plain, to_nearest
 from spikellm.run.stage import KeyedStage, Stage, StageOutcome
+from spikellm.run.tuning import TUNE
 from spikellm.run.workspace import Workspace
 from spikellm.store.artifacts import read_json, write_json
 from spikellm.store.provenance import Code
@@ -27,12 +28,13 @@ class Weights(KeyedStage):
     """Integer weights that were rounded against the coded inputs; a part of the stages that build the spiking model."""
 
     name = "weights"
-    needs = (CALIBRATE, SEARCH)
+    needs = (CALIBRATE, SEARCH, TUNE)
     code = Code(1, ("evaluation.networks", "reconstruction.rounding"))
 
     def inputs(self, work: Workspace) -> dict[str, object]:
         """Code, codes and options; the search's key stands for model and text."""
-        return {"code": self.code.key(), "search": SEARCH.key(work), "device": work.device, "weights": plain(work.config.weights)}
+        found = {"code": self.code.key(), "search": SEARCH.key(work), "device": work.device, "weights": plain(work.config.weights)}
+        return found | TUNE.dependence(work)
 
     def dependence(self, work: Workspace) -> dict[str, object]:
         """What keys of the spiking model's figures hold of its weights beside the search's; nothing where they are as they are."""
@@ -58,8 +60,8 @@ class Weights(KeyedStage):
         """Round the spiking model block by block."""
         options = work.config.weights
         assert options.bits is not None
-        tables = {name: fit.table for name, fit in SEARCH.found(work).items()}
-        model = work.models.spiking(tables, CALIBRATE.found(work).prefix_tokens)
+        tables = {name: fit.table for name, fit in TUNE.fits(work).items()}
+        model = work.models.spiking(tables, CALIBRATE.found(work).prefix_tokens, TUNE.weights(work))
         try:
             found, errors = round_spiking(model, work.calibration_windows, bits=options.bits, group_size=options.group_size)
         finally:
@@ -99,17 +101,17 @@ class Convert(KeyedStage):
     """The codes fit the model's sites; with save_model=true the spiking model on disk."""
 
     name = "convert"
-    needs = (CALIBRATE, SEARCH, WEIGHTS)
+    needs = (CALIBRATE, SEARCH, TUNE, WEIGHTS)
     code = Code(2, ("evaluation.networks", "model.checkpoint"))
 
     def inputs(self, work: Workspace) -> dict[str, object]:
         """Code, codes, and whether the model is saved."""
         found = {"code": self.code.key(), "search": SEARCH.key(work), "save_model": work.config.save_model}
-        return found | WEIGHTS.dependence(work)
+        return found | TUNE.dependence(work) | WEIGHTS.dependence(work)
 
     def compute(self, work: Workspace, folder: Path) -> None:
         """Check that codes and sites fit; save the model where it is asked for."""
-        fits, places = SEARCH.found(work), CALIBRATE.found(work).statistics
+        fits, places = TUNE.fits(work), CALIBRATE.found(work).statistics
         if absent := sorted(set(fits) ^ set(places)):
             raise ValueError(f"codes do not fit the model: {len(absent)} sites with a code or statistics alone, {absent[:3]}")
         write_json(folder / "neurons.json", {name: {"groups": len(fit.tau), "T": fit.assignment.shape[-1]} for name, fit in fits.items()})
@@ -122,8 +124,11 @@ class Convert(KeyedStage):
         """Where the saved model lies."""
         artefact = self.artefact(work)
         saved = str(artefact.folder / "model") if work.config.save_model else None
-        weights = WEIGHTS.run(work)
-        return StageOutcome(artefacts=[artefact, *weights.artefacts], findings=weights.findings | Findings(saved_model=saved))
+        tuned, weights = TUNE.run(work), WEIGHTS.run(work)
+        return StageOutcome(
+            artefacts=[artefact, *tuned.artefacts, *weights.artefacts],
+            findings=tuned.findings | weights.findings | Findings(saved_model=saved),
+        )
 
 
 CONVERT = Convert()
@@ -131,10 +136,10 @@ CONVERT = Convert()
 
 def transparent(work: Workspace) -> PreTrainedModel:
     """The rotated model with its prefix and the spiking model's weights, without neurons."""
-    return work.models.transparent(CALIBRATE.found(work).prefix_tokens, WEIGHTS.rounding(work))
+    return work.models.transparent(CALIBRATE.found(work).prefix_tokens, WEIGHTS.rounding(work) or TUNE.weights(work))
 
 
 def spiking(work: Workspace) -> PreTrainedModel:
     """The spiking model with the codes that were found: prefix attached, a neuron at every site."""
-    tables = {name: fit.table for name, fit in SEARCH.found(work).items()}
-    return work.models.spiking(tables, CALIBRATE.found(work).prefix_tokens, WEIGHTS.rounding(work))
+    tables = {name: fit.table for name, fit in TUNE.fits(work).items()}
+    return work.models.spiking(tables, CALIBRATE.found(work).prefix_tokens, WEIGHTS.rounding(work) or TUNE.weights(work))

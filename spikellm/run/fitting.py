@@ -13,7 +13,7 @@ from pathlib import Path
 from spikellm.calibration.calibrate import Calibration, calibrate
 from spikellm.config.checks import InputError
 from spikellm.config.choices import Device, ImportV0, Rounding, SearchMethod
-from spikellm.config.snn import PrefixConfig, RotationConfig, SearchConfig, WeightsConfig
+from spikellm.config.snn import PrefixConfig, RotationConfig, SearchConfig, TuneConfig, WeightsConfig
 from spikellm.model import integers
 from spikellm.model.load import model_config
 from spikellm.reconstruction.sequential import fit_sequentially
@@ -218,6 +218,6 @@ def to_nearest(options: WeightsConfig) -> integers.Rounding | None:
     return integers.Rounding(bits=options.bits, group_size=options.group_size)
 
 
-def plain(node: RotationConfig | PrefixConfig | SearchConfig | WeightsConfig) -> dict[str, object]:
+def plain(node: RotationConfig | PrefixConfig | SearchConfig | WeightsConfig | TuneConfig) -> dict[str, object]:
     """A config node in JSON types."""
     return {key: getattr(value, "value", value) for key, value in asdict(node).items()}

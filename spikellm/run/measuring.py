@@ -17,6 +17,7 @@ from spikellm.evaluation.measured import measured_networks
 from spikellm.run.converting import WEIGHTS, spiking, transparent
 from spikellm.run.fitting import CALIBRATE, SEARCH
 from spikellm.run.stage import KeyedStage, Stage, StageOutcome
+from spikellm.run.tuning import TUNE
 from spikellm.run.workspace import Workspace
 from spikellm.spikes import accounts, ledger
 from spikellm.store.artifacts import read_json, write_json
@@ -30,7 +31,7 @@ class Spikes(KeyedStage):
     """Spikes and energy of the spiking model, the rows of spikes.csv; a part of evaluate."""
 
     name = "spikes"
-    needs = (CALIBRATE, SEARCH, WEIGHTS)
+    needs = (CALIBRATE, SEARCH, TUNE, WEIGHTS)
     code = Code(3, ("evaluation.networks", "spikes.ledger"))
 
     def inputs(self, work: Workspace) -> dict[str, object]:
@@ -63,7 +64,7 @@ class Evaluate(Stage):
     """Spikes and energy of the spiking model; perplexities and accuracies of all networks, an artefact each."""
 
     name = "evaluate"
-    needs = (CALIBRATE, SEARCH, WEIGHTS)
+    needs = (CALIBRATE, SEARCH, TUNE, WEIGHTS)
 
     def networks(self, work: Workspace) -> list[figures.Network]:
         """The networks that are to be measured, none loaded yet."""
@@ -72,10 +73,11 @@ class Evaluate(Stage):
             work.config.evaluation.networks,
             work.models,
             work.options,
-            keys | WEIGHTS.dependence(work),
+            keys | TUNE.dependence(work) | WEIGHTS.dependence(work),
             lambda: CALIBRATE.found(work),
-            lambda: SEARCH.found(work),
+            lambda: TUNE.fits(work),
             lambda: WEIGHTS.rounding(work),
+            lambda: TUNE.weights(work),
         )
 
     def prepare(self, work: Workspace) -> None:
@@ -94,10 +96,10 @@ class Evaluate(Stage):
         findings, artefacts = figures.evaluate(
             work.config.dataset, lambda: work.tokenizer, work.store, self.networks(work), work.benchmarks
         )
-        weights = WEIGHTS.run(work)
+        tuned, weights = TUNE.run(work), WEIGHTS.run(work)
         return StageOutcome(
-            artefacts=artefacts + counted.artefacts + weights.artefacts,
-            findings=findings | counted.findings | weights.findings,
+            artefacts=artefacts + counted.artefacts + tuned.artefacts + weights.artefacts,
+            findings=findings | counted.findings | tuned.findings | weights.findings,
             tables=counted.tables,
         )
 
@@ -109,7 +111,7 @@ class Diagnose(KeyedStage):
     """How far each code is above the Lloyd-Max bound, which sites do the damage, levels drawn on densities."""
 
     name = "diagnose"
-    needs = (CALIBRATE, SEARCH, WEIGHTS)
+    needs = (CALIBRATE, SEARCH, TUNE, WEIGHTS)
     code = Code(3, ("evaluation.networks", "evaluation.diagnostics", "evaluation.density_plots"))
 
     def inputs(self, work: Workspace) -> dict[str, object]:
@@ -124,7 +126,7 @@ class Diagnose(KeyedStage):
 
     def compute(self, work: Workspace, folder: Path) -> None:
         """Compare the codes with the Lloyd-Max bound, measure the damage, draw levels on densities."""
-        fits, statistics, count = SEARCH.found(work), CALIBRATE.found(work).statistics, work.config.diagnostics.windows
+        fits, statistics, count = TUNE.fits(work), CALIBRATE.found(work).statistics, work.config.diagnostics.windows
         record: dict[str, Any] = {"sites": diagnostics.site_rows(statistics, fits)}
         write_density_plots(folder / "plots", statistics, fits)
         if count:
@@ -149,4 +151,5 @@ DIAGNOSE = Diagnose()
 
 def folded_figures(work: Workspace) -> dict[str, object]:
     """What figures of the folded spiking model on the main evaluation text depend on."""
-    return WEIGHTS.dependence(work) | {"search": SEARCH.key(work), "device": work.device, "text": work.evaluation_source}
+    network = TUNE.dependence(work) | WEIGHTS.dependence(work) | {"search": SEARCH.key(work), "device": work.device}
+    return network | {"text": work.evaluation_source}

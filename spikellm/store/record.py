@@ -102,6 +102,21 @@ class SearchRecord(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TuneRecord(Record):
+    """Block-wise tuning: squared error of a block's output over the ANN's power, on the choosing part of the text, mean of the blocks.
+
+    Before is that of each block untuned, behind tuned ones.
+    """
+
+    epochs: int
+    what: str
+    relative_error_before: float
+    relative_error: float
+    blocks: int
+    blocks_improved: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class WeightsRecord(Record):
     """Integer weights of the spiking networks' decoder Linears."""
 
@@ -264,6 +279,7 @@ class Findings(Record):
     prefix_tokens: list[int] | None = None
     rotation: RotationRecord | None = None
     search: SearchRecord | None = None
+    tune: TuneRecord | None = None  # None: no tuning
     weights: WeightsRecord | None = None  # None: as the model has them
     codes: str | None = None  # path
     saved_model: str | None = None  # path

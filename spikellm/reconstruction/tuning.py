@@ -1,0 +1,218 @@
+"""Neurons, and the weights behind them, taught block by block to give what the ANN's block gives.
+
+For each decoder layer: the hidden states of all windows on the spiking stream, blocks before it tuned already, and on the ANN's, behind
+the same prefix. The target is the ANN's output on its own stream, so that a block makes up for what those before it did. The loss,
+
+    L = mean over tokens of |y - target|^2 / |target|^2
+
+is relative, since the residual stream goes through an RMSNorm before anything reads it. Adam descends on the windows of the fitting part
+(`calibrate.PERIOD`), the rate falling to zero along a cosine; derivatives are those of `surrogate.py`. Several times in an epoch the
+loss is taken on the choosing part, with the neurons as they will run; the best state is kept, the one before tuning among them: the error
+there never rises. The windows then go on through the block as it is kept.
+
+Memory beyond the block's activations: gradients and Adam's two moments of one block, and hidden states of all windows, three at a time.
+
+A finished block is told to whoever calls, and a block that was finished before is taken as it was: the order of windows is the seed's
+and the same at every block, so that what comes behind is the same to the last bit.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import cycle
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from spikellm.calibration.calibrate import PERIOD, enough_pieces
+from spikellm.calibration.statistics import CHOOSE, FIT
+from spikellm.coding.neuron import PhaseNeuron, Slot
+from spikellm.config.choices import TunedPart
+from spikellm.config.snn import TuneConfig
+from spikellm.model.blocks import Block, enter
+from spikellm.model.conversion import get_neuron, set_neuron
+from spikellm.model.modules import wide
+from spikellm.model.replaced import replace_weights
+from spikellm.model.sites import LINEARS, Site
+from spikellm.reconstruction.surrogate import TunableNeuron
+from spikellm.reconstruction.tuned import Tables, TunedBlock, Weights
+
+CHECKS = 8  # times in an epoch that the choosing part is looked at
+MOMENTS = (0.9, 0.99)  # Adam's: an epoch has tens of steps, not thousands
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Learner:
+    """What takes gradients in a block."""
+
+    neurons: dict[Site, TunableNeuron]
+    weights: dict[str, nn.Parameter]  # as in `Weights`
+    dtypes: dict[str, torch.dtype]  # that a network holds them in
+
+    def optimiser(self, options: TuneConfig) -> torch.optim.Optimizer:
+        """Adam, with a rate for the neurons' relative parameters and one for weights."""
+        neurons = [each for neuron in self.neurons.values() for each in neuron.parameters()]
+        groups = [{"params": neurons, "lr": options.rate}, {"params": list(self.weights.values()), "lr": options.weight_rate}]
+        return torch.optim.Adam([group for group in groups if group["params"]], betas=MOMENTS)
+
+    @torch.no_grad()
+    def learnt(self) -> tuple[Tables, Weights]:
+        """Tables and weights as they are now, and as a network will hold them."""
+        tables = {site.name: neuron.table for site, neuron in self.neurons.items()}
+        return tables, {name: weight.to(self.dtypes[name], copy=True) for name, weight in self.weights.items()}
+
+
+def tune_spiking(
+    model: PreTrainedModel,
+    windows: Int[Tensor, "W L"],
+    options: TuneConfig,
+    *,
+    seed: int,
+    known: Mapping[int, TunedBlock] | None = None,
+    keep: Callable[[int, TunedBlock], None] = lambda layer, found: None,
+) -> dict[int, TunedBlock]:
+    """Tune every decoder layer of a spiking model, in place.
+
+    Args:
+        windows: too few for all parts are cut into pieces (`calibrate.enough_pieces`).
+        seed: of the order of windows.
+        known: blocks that were tuned before, by layer; their windows must have been these.
+        keep: is given every block that was not, when it is finished.
+    """
+    pieces = enough_pieces(windows)
+    used = [(index, part) for index, part in zip(range(len(pieces)), cycle(PERIOD), strict=False) if part in (FIT, CHOOSE)]
+    parts = [part for _, part in used]
+    states, blocks = enter(model, pieces[[index for index, _ in used]])
+    wanted = list(states)
+    found: dict[int, TunedBlock] = {}
+    layers = [(block.layer, block) for block in blocks if block.layer is not None]
+    progress = tqdm(layers, desc="tune", unit="block", disable=None)
+    for layer, block in progress:
+        with torch.no_grad(), without_neurons(model, block):
+            block.advance(wanted)
+        result = (known or {}).get(layer)
+        if result is None:
+            result = tune_block(model, block, states, wanted, parts, options, seed=seed)
+            keep(layer, result)
+        progress.set_postfix_str(f"{result.before:.4g} -> {result.after:.4g}")
+        put(model, block, result.tables, result.weights)
+        with torch.no_grad():
+            block.advance(states)
+        found[layer] = result
+    return found
+
+
+def tune_block(
+    model: PreTrainedModel,
+    block: Block,
+    states: list[Float[Tensor, "1 L D"]],
+    targets: list[Float[Tensor, "1 L D"]],
+    parts: list[int],
+    options: TuneConfig,
+    *,
+    seed: int,
+) -> TunedBlock:
+    """Tune one block on its windows' hidden states, each of the fitting or the choosing part; the block is left as it was."""
+    fit, choose = ([index for index, own in enumerate(parts) if own == part] for part in (FIT, CHOOSE))
+    generator = torch.Generator().manual_seed(seed)
+    before = least = error(block, states, targets, choose)
+    best: tuple[Tables, Weights] = ({site.name: neuron.table for site, neuron in neurons_of(model, block).items()}, {})
+    steps = options.epochs * -(-len(fit) // options.batch)
+    checks = {round(step * steps / (CHECKS * options.epochs)) for step in range(1, CHECKS * options.epochs + 1)}
+    with learning(model, block, options.what) as learner, torch.enable_grad():
+        optimiser = learner.optimiser(options)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps)))
+        order: list[int] = []
+        for step in range(1, steps + 1):
+            if not order:
+                order = torch.randperm(len(fit), generator=generator).tolist()
+            batch, order = order[: options.batch], order[options.batch :]
+            optimiser.zero_grad()
+            for index in (fit[each] for each in batch):
+                (relative_error(block(states[index]), targets[index]) / len(batch)).backward()
+            optimiser.step()
+            schedule.step()
+            if step in checks:
+                candidate = learner.learnt()
+                with keeping(model, block):
+                    put(model, block, *candidate)
+                    found = error(block, states, targets, choose)
+                if found < least:
+                    best, least = candidate, found
+    return TunedBlock(tables=best[0], weights=best[1], before=before, after=least)
+
+
+def relative_error(found: Float[Tensor, "1 L D"], target: Float[Tensor, "1 L D"]) -> Float[Tensor, ""]:
+    """Squared error over the target's power, mean over tokens."""
+    power = target.square().sum(-1).clamp_min(torch.finfo(target.dtype).tiny)
+    return ((found - target).square().sum(-1) / power).mean()
+
+
+@torch.no_grad()
+def error(block: Block, states: list[Tensor], targets: list[Tensor], windows: list[int]) -> float:
+    """The loss of a block as it is, mean of some windows."""
+    return sum(relative_error(block(states[index]), targets[index]).item() for index in windows) / len(windows)
+
+
+def neurons_of(model: PreTrainedModel, block: Block) -> dict[Site, PhaseNeuron]:
+    """The neurons of a block."""
+    found: dict[Site, Any] = {site: get_neuron(model, site) for site in block.sites}
+    return found
+
+
+def linears_of(block: Block) -> dict[str, Any]:
+    """The Linears of a decoder layer by name below it."""
+    return {name: block.module.get_submodule(name) for name in LINEARS}
+
+
+def put(model: PreTrainedModel, block: Block, tables: Tables, weights: Weights) -> None:
+    """Give a block other tables, and other weights where there are any."""
+    for site in block.sites:
+        neuron: Any = get_neuron(model, site)
+        set_neuron(model, site, PhaseNeuron(tables[site.name], axis=neuron.axis, compiled=neuron.compiled))
+    replace_weights(block.module, weights)
+
+
+@contextmanager
+def keeping(model: PreTrainedModel, block: Block) -> Iterator[None]:
+    """Within: a block's slots and weights may be anything; afterwards what was there before."""
+    slots = {site: get_neuron(model, site) for site in block.sites}
+    weights = {name: linear.weight for name, linear in linears_of(block).items()}
+    try:
+        yield
+    finally:
+        for site, slot in slots.items():
+            set_neuron(model, site, slot)
+        for name, linear in linears_of(block).items():
+            linear.weight = weights[name]
+
+
+@contextmanager
+def without_neurons(model: PreTrainedModel, block: Block) -> Iterator[None]:
+    """Within: a block's slots are transparent, as in the ANN."""
+    with keeping(model, block):
+        for site in block.sites:
+            set_neuron(model, site, Slot())
+        yield
+
+
+@contextmanager
+def learning(model: PreTrainedModel, block: Block, what: TunedPart) -> Iterator[Learner]:
+    """Within: a block's neurons, and its weights if they are asked for, take gradients, weights in float32 at least."""
+    with keeping(model, block):
+        neurons = {site: TunableNeuron(neuron) for site, neuron in neurons_of(model, block).items()}
+        for site, neuron in neurons.items():
+            set_neuron(model, site, neuron)
+        weights, dtypes = {}, {}
+        for name, linear in linears_of(block).items():
+            dtypes[name], wanted = linear.weight.dtype, what is TunedPart.all
+            weight = linear.weight.detach()
+            linear.weight = nn.Parameter(weight.to(wide(weight.dtype), copy=True) if wanted else weight, requires_grad=wanted)
+            if wanted:
+                weights[name] = linear.weight
+        yield Learner(neurons=neurons, weights=weights, dtypes=dtypes)

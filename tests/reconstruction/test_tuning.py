@@ -1,0 +1,159 @@
+"""Blocks tuned on the spiking stream: against the model's own forward, and what is promised of the network that has them."""
+
+import pytest
+import torch
+
+from spikellm.calibration.statistics import CHOOSE
+from spikellm.coding.neuron import PhaseTable
+from spikellm.config.choices import TunedPart
+from spikellm.config.snn import TuneConfig
+from spikellm.execution.stepped import stepped
+from spikellm.model import checkpoint
+from spikellm.model.conversion import clear, fill, get_neuron, model_sites, prepare
+from spikellm.model.prefix import attach_prefix
+from spikellm.model.sites import LINEARS, decoder_layers
+from spikellm.reconstruction.tuned import load_block, save_block
+from spikellm.reconstruction.tuning import tune_spiking
+from tests.codes import base2_tables, partitioned_tables
+from tests.models import norm_ratio, tiny_model
+
+OPTIONS = {"epochs": 6, "rate": 0.1}
+
+
+@pytest.fixture
+def windows():
+    return torch.randint(2, 256, (4, 24), generator=torch.Generator().manual_seed(4))
+
+
+def spoilt(model, factor: float = 0.6, T: int = 4) -> dict[str, PhaseTable]:
+    """Codes of too small an amplitude."""
+    return {name: PhaseTable(*(part * factor for part in table.rows)) for name, table in base2_tables(model, T).items()}
+
+
+def spiking(name="llama", tables=spoilt, **options):
+    model = tiny_model(name, **options)
+    prepare(model, rotation_seed=0)
+    attach_prefix(model, [1])
+    fill(model, tables(model), compiled=False)
+    return model
+
+
+def tune(model, windows, **options):
+    return tune_spiking(model, windows, TuneConfig(**OPTIONS | options), seed=0)
+
+
+def layer_outputs(model, windows) -> list[torch.Tensor]:
+    """The hidden states behind every decoder layer, from forwards of the whole model; float64."""
+    found = []
+    for window in windows:
+        seen = []
+        handles = [
+            layer.register_forward_hook(lambda _module, _inputs, output, seen=seen: seen.append(output)) for layer in decoder_layers(model)
+        ]
+        model(window[None], use_cache=False)
+        for handle in handles:
+            handle.remove()
+        found.append(torch.cat(seen))
+    return torch.stack(found, 1).double()
+
+
+def losses(model, reference, windows) -> list[float]:
+    """Relative squared errors of the layers' outputs on the choosing part, mean over tokens."""
+    assert CHOOSE == 1
+    chosen = windows[1::4]
+    found, wanted = layer_outputs(model, chosen), layer_outputs(reference, chosen)
+    return ((found - wanted).square().sum(-1) / wanted.square().sum(-1)).mean((1, 2)).tolist()
+
+
+@pytest.mark.parametrize("what", list(TunedPart))
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_the_error_at_a_blocks_output_falls_by_as_much_as_is_said(name, what, windows):
+    model, reference = spiking(name), spiking(name)
+    clear(reference)
+    untuned = losses(model, reference, windows)
+    found = tune(model, windows, what=what, weight_rate=1e-4)
+    tuned = losses(model, reference, windows)
+    assert list(found) == [0, 1]
+    assert found[0].before == pytest.approx(untuned[0], rel=1e-4)
+    for block, own, before in zip(found.values(), tuned, untuned, strict=True):
+        assert block.after == pytest.approx(own, rel=1e-4), "the model holds what was chosen"
+        assert block.after < block.before
+        assert own < 0.75 * before
+        assert set(block.weights) == (set(LINEARS) if what is TunedPart.all else set())
+
+
+def test_weights_change_where_they_are_asked_for(windows):
+    neurons, everything, untouched = spiking(), spiking(), spiking()
+    tune(neurons, windows)
+    tune(everything, windows, what=TunedPart.all, weight_rate=1e-4)
+    for name in LINEARS:
+        own, learnt, before = (each.model.layers[0].get_submodule(name).weight for each in (neurons, everything, untouched))
+        assert torch.equal(own, before)
+        assert not torch.equal(learnt, before)
+    assert not any(parameter.requires_grad for parameter in everything.parameters())
+
+
+def test_a_rate_that_ruins_everything_changes_nothing(windows):
+    model = spiking()
+    before = model(windows).logits
+    found = tune(model, windows, rate=1e3, what=TunedPart.all, weight_rate=1e3)
+    assert all(block.after == block.before and not block.weights for block in found.values())
+    assert torch.equal(model(windows).logits, before)
+
+
+@pytest.mark.parametrize("shift", range(0, 7, 2))
+def test_tables_of_every_partition_stay_tables(shift, windows):
+    model = spiking(tables=lambda model: partitioned_tables(model, 4, shift=shift, heads=True, unused=True))
+    found = tune(model, windows, epochs=2)
+    for block in found.values():
+        assert block.after <= block.before
+        for table in block.tables.values():
+            PhaseTable(*table.rows, digits=table.digits, cuts=table.cuts)  # checks
+    assert any(block.after < block.before for block in found.values())
+    spikes = [get_neuron(model, site).table.theta for site in model_sites(model)]
+    assert all(theta.isfinite().all() for theta in spikes)
+
+
+@pytest.mark.parametrize("what", list(TunedPart))
+def test_stepped_equals_folded(what, windows):
+    model = spiking(tables=lambda model: partitioned_tables(model, 4, shift=1, heads=True), dtype=torch.float64)
+    tune(model, windows, what=what, epochs=1)
+    folded = model(windows[:2]).logits
+    with stepped(model):
+        assert norm_ratio(model(windows[:2]).logits, folded) < 1e-9
+
+
+@pytest.mark.parametrize("what", list(TunedPart))
+def test_a_tuned_model_is_saved_and_loaded(what, windows, tmp_path):
+    model = spiking()
+    tune(model, windows, what=what, epochs=1)
+    checkpoint.save(model, tmp_path)
+    loaded, _ = checkpoint.load(tmp_path)
+    assert torch.equal(loaded(windows).logits, model(windows).logits)
+
+
+def test_narrow_weights_stay_what_they_are(windows):
+    model = spiking(dtype=torch.bfloat16)
+    found = tune(model, windows, what=TunedPart.all, weight_rate=1e-3)
+    weights = [weight for block in found.values() for weight in block.weights.values()]
+    assert weights
+    assert {weight.dtype for weight in weights} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("what", list(TunedPart))
+def test_it_goes_on_behind_a_block_that_was_finished(what, windows, tmp_path):
+    whole, resumed = spiking(), spiking()
+    kept = {}
+    wanted = tune_spiking(
+        whole, windows, TuneConfig(**OPTIONS, what=what), seed=3, keep=lambda layer, block: save_block(tmp_path / f"{layer}", block)
+    )
+    known = {0: load_block(tmp_path / "0")}
+    found = tune_spiking(resumed, windows, TuneConfig(**OPTIONS, what=what), seed=3, known=known, keep=kept.__setitem__)
+    assert list(kept) == [1]
+    assert [(block.before, block.after) for block in found.values()] == [(block.before, block.after) for block in wanted.values()]
+    assert torch.equal(resumed(windows).logits, whole(windows).logits)
+
+
+def test_the_seed_orders_the_windows(windows):
+    ends = [[block.after for block in tune_spiking(spiking(), windows, TuneConfig(**OPTIONS), seed=seed).values()] for seed in (0, 0, 1)]
+    assert ends[0] == ends[1] != ends[2]
