@@ -32,12 +32,11 @@ LOG_TAU_BELOW, LOG_TAU_ABOVE, LOWEST_V0, LOWEST_RHO, LOWEST_BASE, HIGHEST_BASE =
 class Objective:
     """Weighted squared error of codes on the points of N groups.
 
-    The square of the sum of weight (y - x) is added, bias_weight times; then the error is multiplied by exp(spike_weight n), n the mean
-    spikes of a neuron.
+    The square of the sum of weight (y - x) is added, bias_weight times, and the mean spikes of a neuron, at their price.
     """
 
     points: Points
-    spike_weight: Float[Tensor, " N"]
+    spike_price: Float[Tensor, " N"]
     bias_weight: Float[Tensor, "N 1"] | None = None
 
     def __call__(self, codes: Codes) -> Float[Tensor, "N M"]:
@@ -45,12 +44,12 @@ class Objective:
         error, off, spikes = self.points.sums(codes.spell()).sum(-1)
         if self.bias_weight is not None:
             error = error + self.bias_weight * off.square()
-        return error * (self.spike_weight[:, None] * spikes).exp()
+        return error + self.spike_price[:, None] * spikes
 
     def at(self, rows: Int[Tensor, " m"]) -> "Objective":
         """Of some groups."""
         bias_weight = None if self.bias_weight is None else self.bias_weight[rows]
-        return Objective(points=self.points.at(rows), spike_weight=self.spike_weight[rows], bias_weight=bias_weight)
+        return Objective(points=self.points.at(rows), spike_price=self.spike_price[rows], bias_weight=bias_weight)
 
 
 def evolve_grains(

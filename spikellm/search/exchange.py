@@ -29,7 +29,7 @@ GENERATIONS = 8  # between two exchanges
 # Standard deviations of what is added to codes that are lent more than once: log tau, v0, log2 rho; log2 of a base.
 JITTER, BASE_JITTER = (0.03, 0.3, 0.03), 0.02
 QUANTILES = 48  # of a density, that make up its shape
-SPIKE_SCALE, SHARE_SCALE = 2.0, 3.0  # what a spike weight, or a share of zeros, that is different by one counts beside log x
+SPIKE_SCALE, SHARE_SCALE = 5.0, 3.0  # what a price of spikes, or a share of zeros that is different by one, counts beside log x
 
 Rounds = list[tuple[IntervalCodes, Float[Tensor, " N"]]]
 Step = Callable[[Objective, list[Codes], Float[Tensor, " N"], int, torch.Generator], tuple[IntervalCodes, Float[Tensor, " N"]]]
@@ -49,7 +49,7 @@ class Shapes:
         size = points.size
         at = torch.linspace(0, 1, QUANTILES + 1)[1:] * (points.x.shape[1] - 1)
         quantiles = (points.x.cummax(1).values[:, at.long()] / size[:, None]).clamp_min(1e-4).log()
-        features = [quantiles, SHARE_SCALE * points.share.sum(1, keepdim=True), SPIKE_SCALE * objective.spike_weight[:, None]]
+        features = [quantiles, SHARE_SCALE * points.share.sum(1, keepdim=True), SPIKE_SCALE * (objective.spike_price[:, None] > 0)]
         if objective.bias_weight is not None:
             features.append((objective.bias_weight / size.square()[:, None]).clamp_min(1e-9).log())
         return cls(torch.cat(features, 1), size.log())

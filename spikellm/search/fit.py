@@ -112,7 +112,7 @@ class CodeFit:
         sufficient: float = 0.0,
         fall_back: bool = True,
         digits: Digits = BINARY,
-        spike_weight: float = 0.0,
+        spike_price: float = 0.0,
         compiled: bool = False,
     ) -> Self:
         """Choose per group between the found codes and base 2, on the choosing part.
@@ -124,7 +124,7 @@ class CodeFit:
             sufficient: or whose relative squared error is at most this.
             fall_back: False never takes base 2.
             digits: of the neurons, but for the partition: sides are the statistics', intervals the codes'.
-            spike_weight: see `Options.spike_weight`.
+            spike_price: see `Options.spike_price`.
             compiled: fuse the evaluation.
         """
         T, G, K = rounds[0][0].codes.assignment.shape[-1], rounds[0][0].codes.G, max(code.K for code, _ in rounds)
@@ -133,7 +133,7 @@ class CodeFit:
         per_site, per_group = (IntervalCodes.single(base2_codes(each, T, G)) for each in (site, torch.where(known > 0, known, site)))
         codes = [per_site, per_group, *(code for code, _ in rounds)]
         tables = [code.table(digits) for code in codes]
-        costs, errors = choice_costs(statistics, tables, spike_weight=spike_weight, compiled=compiled)
+        costs, errors = choice_costs(statistics, tables, spike_price=spike_price, compiled=compiled)
         within = (costs[2:] <= (1 + tolerance) * costs[2:].amin(0)) | (errors[2:] <= sufficient)
         number = within.int().argmax(0)
         found = number + 2
@@ -219,14 +219,15 @@ def bias_weight(statistics: SiteStatistics, weight: Float[Tensor, "C points"], s
 
 
 def choice_costs(
-    statistics: SiteStatistics, tables: Sequence[PhaseTable], *, spike_weight: float, compiled: bool = False
+    statistics: SiteStatistics, tables: Sequence[PhaseTable], *, spike_price: float, compiled: bool = False
 ) -> Float[Tensor, "2 J C"]:
     """What the choice is made by: the search's objective on the choosing part, in one scale for all codes; and the relative error there."""
     x, weight, count = part_points(statistics, CHOOSE)
     share = count / (count.sum(-1) + statistics.zeros[CHOOSE]).clamp_min(1)[:, None]
     error, off, spikes = table_sums(x, weight, share, tables, compiled=compiled)
-    cost = (error + bias_weight(statistics, weight, share)[:, 0] * off.square()) * (spike_weight * spikes).exp()
-    return torch.stack([cost, error / (weight * x.square()).sum(-1).clamp_min(1e-30)])
+    power = (weight * x.square()).sum(-1).clamp_min(1e-30)
+    cost = (error + bias_weight(statistics, weight, share)[:, 0] * off.square()) / power + spike_price * spikes
+    return torch.stack([cost, error / power])
 
 
 def save_fits(path: Path, fits: Mapping[str, CodeFit]) -> None:

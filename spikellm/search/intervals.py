@@ -10,9 +10,6 @@ programming. Evolution (`evolution.py`) has K populations here, and what a membe
 table in its place, the best partners and the best cuts. Nobody fixes a cut: it lies where the tables meet. While they evolve, cuts are
 taken from SEGMENTS places that divide the points of a group evenly; in the end from all points.
 
-With a spike weight lambda the objective E exp(lambda n) is no sum. Near the best code, of error E*, its logarithm rises by
-dE / E* + lambda dn: members compete by E + lambda E* n.
-
 Ours. Ranges of an activation as grains of a code: Zheng et al., ICLR 2026, in their introduction; their code has grains of phases alone.
 """
 
@@ -29,7 +26,6 @@ from spikellm.search.options import Options
 from spikellm.search.points import Points
 
 JITTER = 0.12  # of the first intervals' ends, as a share of all points
-PRICE_UPDATES = 5  # generations between two looks at E*
 
 
 def running(points: Points, codes: Codes) -> Float[Tensor, "2 N M Q1"]:
@@ -174,14 +170,11 @@ def spread(population: Codes, points: Points, reach: Float[Tensor, " N"], *, pla
 def evolve_chains(
     objective: Objective, populations: list[Codes], maximum: Float[Tensor, " N"], generations: int, generator: torch.Generator
 ) -> tuple[IntervalCodes, Float[Tensor, " N"]]:
-    """The best whole code and its objective E exp(lambda n)."""
+    """The best whole code and its objective, squared error and the price of its spikes."""
     limits = bounds(populations[0], maximum, signed=objective.points.digits.signed)
     kept = [running(objective.points, population) for population in populations]
-    spike_weight = objective.spike_weight
-    price = torch.zeros_like(spike_weight)[:, None, None]
-    for generation in range(generations):
-        if generation % PRICE_UPDATES == 0 and spike_weight.any():
-            price = (spike_weight * totals(kept, *best_chain(_priced(kept, price)))[0])[:, None, None]
+    price = objective.spike_price[:, None, None]
+    for _ in range(generations):
         for k in range(len(populations)):
             every = _priced(kept, price)
             before, behind = prefix(every[:k], every[k]), suffix(every[k + 1 :], every[k])
@@ -200,7 +193,7 @@ def evolve_chains(
     members, edges = best_chain(_priced(final, price))
     error, spikes = totals(final, members, edges)
     codes = Codes(values=torch.stack([each.values for each in chosen]), assignment=torch.stack([each.assignment for each in chosen]))
-    return IntervalCodes(codes=codes, cuts=ends(objective.points, edges)), error * (spike_weight * spikes).exp()
+    return IntervalCodes(codes=codes, cuts=ends(objective.points, edges)), error + objective.spike_price * spikes
 
 
 def _priced(sums: list[Float[Tensor, "2 N M Q1"]], price: Float[Tensor, "N 1 1"]) -> list[Float[Tensor, "N M Q1"]]:

@@ -60,10 +60,14 @@ class Options:
         coding = self.snn.coding
         return Digits(signed=coding is Coding.phase_signed, max_spikes=1 if coding is Coding.ttfs else self.snn.max_spikes)
 
-    def spike_weight(self, site: str) -> float:
-        """The log of the factor on the squared error at which one spike less a neuron is a fair exchange; 0: spikes cost nothing.
+    def spike_price(self, site: str) -> float:
+        """Relative squared error for which one spike less a neuron is a fair exchange, weight 2^-(T+5); 0: spikes cost nothing.
 
-        Where a spike reaches a single synapse, it costs nothing: the site keeps its accuracy.
+        One price for all sites makes their errors alike, as the best allocation of a rate has them (reverse water-filling). It falls with
+        T since the weight is to say how far to go from what T steps can do: an error that eight steps are not worth having at is beyond
+        four. Where a spike reaches a single synapse, it costs nothing: the site keeps its accuracy.
         """
         place = Site.of(site)
-        return 0.0 if place is not None and place.kind in ONE_SYNAPSE else self.search.weight_of_spikes(self.snn.coding)
+        if place is not None and place.kind in ONE_SYNAPSE:
+            return 0.0
+        return self.search.weight_of_spikes(self.snn.coding) * 2.0 ** -(self.T + 5)

@@ -18,8 +18,8 @@ The density stands as weighted points (`points.py`). Zheng et al. (ICLR 2026) op
 Ours also: a table may use fewer grains than it may, so that more grains are never worse on the objective; grain=auto takes the
 coarsest G whose cost on the choosing part is within a tolerance of the best; a group whose fitted table is no better than base 2 there
 keeps base 2. One-sided activations (SiLU) have a table for each sign. Signed digits (`coding/neuron.py`) are searched in the same way, with
-one number more, the ratio of thresholds to resets. With a spike weight lambda the objective is multiplied by exp(lambda n), n the mean
-spikes of a neuron: lambda is the relative rise of the error at which one spike less a neuron is a fair exchange.
+one number more, the ratio of thresholds to resets. Spikes have a price (`Options.spike_price`) in units of the
+relative squared error: the error at which one spike less a neuron is a fair exchange, the same at all sites.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -78,19 +78,19 @@ def evolution(statistics: Mapping[str, SiteStatistics], options: Options) -> dic
                 objective.at(wanting), maximum[wanting], further, evolve_chains, every_round=every_round, seed=options.seed + K
             )
             rounds += [(best.padded(K).replaced(wanting, codes), value.index_copy(0, wanting, found)) for codes, found in more]
-    weights = {name: options.spike_weight(name) for name in statistics}
-    return assess_all(statistics, rounds, options, digits=digits, spike_weights=weights)
+    weights = {name: options.spike_price(name) for name in statistics}
+    return assess_all(statistics, rounds, options, digits=digits, spike_prices=weights)
 
 
 def objective_of(statistics: Mapping[str, SiteStatistics], options: Options, K: int) -> Objective:
     """What codes of K intervals cost on the fitting part, the groups of all sites in a row."""
     points = Points.of(statistics, options.digits, enough_points(options, K), compiled=options.compiled)
-    spike_weight = torch.cat([points.x.new_full(site.counts.shape[1:2], options.spike_weight(name)) for name, site in statistics.items()])
+    spike_price = torch.cat([points.x.new_full(site.counts.shape[1:2], options.spike_price(name)) for name, site in statistics.items()])
     bias = None
     if any(site.row_neurons for site in statistics.values()):
         rows = group_rows(statistics)
         bias = torch.cat([bias_weight(site, points.weight[own], points.share[own]) for _, site, own in rows])
-    return Objective(points=points, spike_weight=spike_weight, bias_weight=bias)
+    return Objective(points=points, spike_price=spike_price, bias_weight=bias)
 
 
 def choice_errors(statistics: Mapping[str, SiteStatistics], codes: IntervalCodes, options: Options) -> list[Float[Tensor, " C"]]:
@@ -98,7 +98,7 @@ def choice_errors(statistics: Mapping[str, SiteStatistics], codes: IntervalCodes
     found = []
     for _, site, rows in group_rows(statistics):
         table = codes.at(rows).table(options.digits)
-        found.append(choice_costs(site, [table], spike_weight=0.0, compiled=options.compiled)[1, 0])
+        found.append(choice_costs(site, [table], spike_price=0.0, compiled=options.compiled)[1, 0])
     return found
 
 
@@ -143,7 +143,7 @@ def assess_all(
     options: Options,
     *,
     digits: Digits = BINARY,
-    spike_weights: Mapping[str, float] | None = None,
+    spike_prices: Mapping[str, float] | None = None,
 ) -> dict[str, CodeFit]:
     """Codes and objectives of all groups in a row, the simplest first, as one fit per site."""
     intervals = options.snn.interval_count is None and options.method == "evolution"
@@ -152,14 +152,14 @@ def assess_all(
     fits = {}
     for name, site, rows in group_rows(statistics):
         own = [(codes.at(rows), objective[rows]) for codes, objective in rounds]
-        spike_weight = (spike_weights or {}).get(name, 0.0)
+        spike_price = (spike_prices or {}).get(name, 0.0)
         fits[name] = CodeFit.assess(
             site,
             own,
             tolerance=tolerance,
             sufficient=sufficient,
             digits=digits,
-            spike_weight=spike_weight,
+            spike_price=spike_price,
             compiled=options.compiled,
         )
     return fits

@@ -248,10 +248,10 @@ def test_every_assignment_starts_at_the_optimum_of_fewer_grains(steps, min_lengt
 def test_spikes_that_reach_one_synapse_cost_nothing():
     options = asked(T, spike_weight=1.5)
     names = [site.name for site in sites(2)]
-    assert [name for name in names if not options.spike_weight(name)] == [
+    assert [name for name in names if not options.spike_price(name)] == [
         f"layers.{layer}.{kind}" for layer in range(2) for kind in ("value", "activation")
     ]
-    assert options.spike_weight("some.site") == 1.5
+    assert options.spike_price("some.site") == 1.5 * 2.0 ** -(T + 5)
 
 
 def test_a_site_is_known_by_its_name():
