@@ -92,7 +92,7 @@ def calibrate(model: PreTrainedModel, windows: Int[Tensor, "W L"], prefix: Prefi
         ValueError: too little text for all parts, or a site saw NaN or infinite activations.
     """
     pieces = enough_pieces(windows)
-    with _query_blocks(model, QUERY_BLOCK):
+    with query_blocks(model, QUERY_BLOCK):
         tokens = _prefix_tokens(model, windows[:PREFIX_WINDOWS], prefix) if prefix.enabled else []
         attach_prefix(model, tokens)
         states, blocks = enter(model, pieces)
@@ -137,7 +137,7 @@ def _prefix_tokens(model: PreTrainedModel, text: Int[Tensor, "W L"], prefix: Pre
 
 
 @contextmanager
-def _query_blocks(model: PreTrainedModel, size: int) -> Iterator[None]:
+def query_blocks(model: PreTrainedModel, size: int) -> Iterator[None]:
     """Within: attention takes its queries in blocks of `size`."""
     before = [attention.query_block for attention in attentions(model)]
     try:

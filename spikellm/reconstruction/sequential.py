@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from spikellm.calibration.calibrate import QUERY_BLOCK, _query_blocks, calibrate_block, enough_pieces
+from spikellm.calibration.calibrate import QUERY_BLOCK, calibrate_block, enough_pieces, query_blocks
 from spikellm.model.blocks import Block, enter
 from spikellm.model.conversion import place
 from spikellm.reconstruction.amplitudes import choose_amplitudes
@@ -51,7 +51,7 @@ def fit_sequentially(model: PreTrainedModel, windows: Int[Tensor, "W L"], option
         ValueError: too little text for all parts, or a site saw NaN or infinite activations.
     """
     fits: Fits = {}
-    with _query_blocks(model, QUERY_BLOCK):
+    with query_blocks(model, QUERY_BLOCK):
         states, blocks = enter(model, enough_pieces(windows))
         for block in tqdm(blocks, desc="sequential", unit="block", disable=None):
             fits |= keep(block_name(block), partial(fit_block, model, block, states, options))
