@@ -41,18 +41,16 @@ class Point(NamedTuple):
         return [*code, f"search.spike_weight={self.weight}"]
 
 
-CODES = ("phase", "phase_signed")
 POINTS = [
-    *(Point("phase", T, "1", "2", weight) for T in (6, 8) for weight in (0.0, 1.0, 2.0)),
-    *(Point("phase", T, "1", "2", 0.0) for T in (4, 5, 7)),
+    *(Point("phase", T, "1", "2", 0.0) for T in (4, 5, 6, 7, 8)),
     *(Point("phase", 6, "1", grain, 0.0) for grain in ("1", "3", "auto")),
-    *(Point("phase_signed", T, "1", "2", weight) for T in (6, 8) for weight in (0.0, 1.5, 2.5, 3.0, 4.0)),
-    *(Point("phase_signed", 5, "1", "2", weight) for weight in (0.0, 1.5, 2.5)),
-    *(Point("phase_signed", 4, "1", "2", weight) for weight in (0.0, 2.5)),
-    Point("phase_signed", 7, "1", "2", 2.5),
-    *(Point("phase_signed", 6, "1", grain, 2.5) for grain in ("1", "3", "auto")),
-    *(Point("phase_signed", T, "2", "2", weight) for T in (4, 5, 6) for weight in (1.5, 2.5, 3.0, 3.5)),
-    *(Point("phase_signed", T, "3", "1", weight) for T in (3, 4) for weight in (0.0, 2.5, 3.0)),
+    *(Point("phase_signed", 8, "auto", "2", weight) for weight in (0.0, 0.5, 1.4, 4.0, 12.0)),
+    *(Point("phase_signed", 6, "auto", "2", weight) for weight in (0.0, 1.4, 5.0, 10.0)),
+    *(Point("phase_signed", 5, "auto", "2", weight) for weight in (0.0, 1.4, 4.0)),
+    *(Point("phase_signed", 4, "auto", "2", weight) for weight in (0.0, 1.4, 2.5, 5.0)),
+    *(Point("phase_signed", 3, "auto", "1", weight) for weight in (0.0, 1.4)),
+    *(Point("phase_signed", T, "1", "2", 1.4) for T in (6, 8)),
+    *(Point("phase_signed", 6, "auto", grain, 1.4) for grain in ("1", "3", "auto")),
 ]
 
 
@@ -88,24 +86,21 @@ def operations_at(points: list[Point], ratio: float) -> float | None:
 
 
 def draw(points: list[Point]) -> Figure:
-    """A line for every code and T in two grains, through the spike weights, and the front."""
+    """A line for every code, number of intervals and T, through the spike weights, and the front."""
     with matplotlib.rc_context(plots.STYLE):
         figure = Figure(figsize=(7, 4.4))
         axes = figure.subplots()
         best = front(points)
         axes.plot([point.sops / 1e6 for point in best], [point.ratio for point in best], color="#bbbbbb", linewidth=5, label="front")
         steps = sorted({point.T for point in points})
-        for code, colour in zip(CODES, plots.COLOURS, strict=False):
+        families = sorted({(point.code, point.intervals) for point in points})
+        for family, colour in zip(families, cycle(plots.COLOURS), strict=False):
             for T, marker in zip(steps, cycle(plots.MARKERS), strict=False):
-                chosen = sorted(point for point in points if point[:4] == (code, T, "1", "2"))
-                axes.plot([point.sops / 1e6 for point in chosen], [point.ratio for point in chosen], color=colour, marker=marker,
-                          markersize=4, linewidth=1, label=f"{code}, T={T}")  # fmt: skip
-        for (T, intervals), marker in zip(
-            sorted({point[1:3] for point in points} - {(T, "1") for T in steps}), cycle(plots.MARKERS), strict=False
-        ):
-            chosen = sorted(point for point in points if point[1:3] == (T, intervals))
-            axes.plot([point.sops / 1e6 for point in chosen], [point.ratio for point in chosen], color=plots.COLOURS[2], marker=marker,
-                      markersize=4, linewidth=1, label=f"{intervals} intervals, T={T}")  # fmt: skip
+                chosen = sorted(point for point in points if (point.code, point.intervals, point.T) == (*family, T))
+                chosen = [point for point in chosen if point.grain == ("2" if T > 3 else "1")]
+                if chosen:
+                    axes.plot([point.sops / 1e6 for point in chosen], [point.ratio for point in chosen], color=colour, marker=marker,
+                              markersize=4, linewidth=1, label=f"{family[0]}, intervals={family[1]}, T={T}")  # fmt: skip
         axes.axhline(TARGET, color=plots.INK, linewidth=0.8, linestyle=":")
         axes.set(xlabel="synaptic operations per token [M]", ylabel="perplexity, SNN / ANN", ylim=(0.99, 1.11))
         axes.legend(ncols=2, fontsize=7)
