@@ -49,8 +49,8 @@ def ends(points: Points, edge: Int[Tensor, "ends N"]) -> Float[Tensor, "ends N"]
 
 
 def running_sums(each: Float[Tensor, "*n Q"]) -> Float[Tensor, "*n Q1"]:
-    """Sums of what comes before each edge, from 0 on."""
-    return torch.nn.functional.pad(each.cumsum(-1), (1, 0))
+    """Sums of what comes before each edge, from 0 on; in float64: a table's error far from its interval would hide that inside."""
+    return torch.nn.functional.pad(each.double().cumsum(-1), (1, 0))
 
 
 def through(before: Float[Tensor, "N Q1"], sums: Float[Tensor, "N M Q1"]) -> Float[Tensor, "N M Q1"]:
@@ -193,7 +193,7 @@ def evolve_chains(
     members, edges = best_chain(_priced(final, price))
     error, spikes = totals(final, members, edges)
     codes = Codes(values=torch.stack([each.values for each in chosen]), assignment=torch.stack([each.assignment for each in chosen]))
-    return IntervalCodes(codes=codes, cuts=ends(objective.points, edges)), error + objective.spike_price * spikes
+    return IntervalCodes(codes=codes, cuts=ends(objective.points, edges)), (error + objective.spike_price * spikes).float()
 
 
 def _priced(sums: list[Float[Tensor, "2 N M Q1"]], price: Float[Tensor, "N 1 1"]) -> list[Float[Tensor, "N M Q1"]]:

@@ -12,7 +12,7 @@ from spikellm.config.choices import Coding
 from spikellm.config.snn import SpikingConfig
 from spikellm.kernels.encode import Digits
 from spikellm.search.fit import CodeFit, load_fits, save_fits
-from spikellm.search.intervals import best_chain, totals
+from spikellm.search.intervals import best_chain, running_sums, totals
 from spikellm.search.search import evolution, group_maxima
 from tests.codes import asked, observed
 
@@ -173,3 +173,10 @@ def test_two_sides_may_be_cut_and_signed():
 def test_what_no_code_has_is_refused(options, complaint):
     with pytest.raises((InputError, ValueError), match=complaint):
         SpikingConfig(T=4, grain="1", **options)
+
+
+def test_a_tables_error_far_from_its_interval_hides_nothing_inside():
+    """Running sums are taken apart again: in float32 1e8 swallows what comes behind it."""
+    errors = torch.tensor([1e8, 1e-3, 2e-3, 1e8, 5e-4])
+    running = running_sums(errors)
+    assert running.diff().tolist() == pytest.approx(errors.tolist(), rel=1e-4)
