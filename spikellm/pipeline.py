@@ -138,7 +138,7 @@ def convert(
         method: evolution, gradient (hours) or base2.
         groups: head: one code an attention head, one for each sign at SiLU; site: one a site.
         sequential: codes are fitted block by block on the spiking stream.
-        spike_weight: accuracy against spikes; None: 0, phase_signed 1.4.
+        spike_weight: accuracy against spikes; None: 0, phase_signed 1.5.
         softmax_norm: after: exponentials are coded; before: probabilities.
         prefix: outlier tokens get exact keys and values before every sequence.
         tune_epochs: passes over the text, block by block, in which gradients move the tables; 0: none.

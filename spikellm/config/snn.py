@@ -23,7 +23,7 @@ MAX_INTERVALS = 8
 WEIGHT_BITS = (8, 4)
 # search.spike_weight of signed digits: with it they take no more operations than digits 0 and 1 in one interval, at T = 4 to 8 (a quarter
 # fewer at 8), and err less.
-SIGNED_SPIKE_WEIGHT = 1.4
+SIGNED_SPIKE_WEIGHT = 1.5
 
 
 @dataclass(kw_only=True, slots=True)
@@ -176,7 +176,7 @@ class SearchConfig:
     sequential: bool = False
     """fit block by block on the spiking stream, amplitudes by the error at the block's output; runs the calibration text again"""
     spike_weight: float | None = None
-    """lambda: a spike a neuron costs as much as a relative squared error of lambda 2^-(T+5); null: 0, phase_signed 1.4"""
+    """lambda: a spike a neuron costs as much as a relative squared error of lambda 2^-(T+5); null: 0, phase_signed 1.5"""
     sufficient_error: float = 5e-5
     """snn.intervals=auto: relative squared error of a neuron group (on the choosing part of the text) that needs no further interval"""
     tolerance: float = 0.02

@@ -90,7 +90,7 @@ def test_codes_of_the_authors_have_their_digits(overrides, coding):
 
 
 def test_the_weight_of_spikes_without_a_value_is_that_of_the_coding():
-    assert [configure(f"snn.coding={name}").search.weight_of_spikes(Coding(name)) for name in ("phase", "phase_signed")] == [0.0, 1.4]
+    assert [configure(f"snn.coding={name}").search.weight_of_spikes(Coding(name)) for name in ("phase", "phase_signed")] == [0.0, 1.5]
     assert configure("search.spike_weight=0").search.weight_of_spikes(Coding.phase_signed) == 0.0
     (meaning,) = (meaning for name, _, _, meaning in describe(Config) if name == "search.spike_weight")
     assert meaning.endswith(f"phase_signed {SIGNED_SPIKE_WEIGHT}")
