@@ -24,7 +24,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spikellm.calibration.calibrate import calibrate, enough_pieces
 from spikellm.config.checks import InputError
-from spikellm.config.choices import Coding, DatasetSource, Groups, Rounding, SearchMethod, SoftmaxNorm, TunedPart, own_coding
+from spikellm.config.choices import (
+    Amplitude,
+    Coding,
+    DatasetSource,
+    Groups,
+    Rounding,
+    SearchMethod,
+    SoftmaxNorm,
+    TunedPart,
+    own_coding,
+)
 from spikellm.config.dataset import TextConfig
 from spikellm.config.model import HardwareConfig
 from spikellm.config.snn import PrefixConfig, SearchConfig, SpikingConfig, TuneConfig, WeightsConfig, check_tuning
@@ -101,6 +111,7 @@ def convert(
     coding: str | None = None,
     intervals: int | str = "auto",
     min_grain_length: int = 2,
+    amplitude: str = "static",
     max_spikes: int | None = None,
     method: str = "evolution",
     groups: str = "head",
@@ -134,6 +145,7 @@ def convert(
         coding: phase_signed, phase, rate, ttfs or few_spike; None: phase_signed, with another method than evolution phase.
         intervals: of the range of |x|, a table and a wire each; "auto": as many as a neuron group needs. Of phase codes.
         min_grain_length: time steps of a grain, at least.
+        amplitude: static: of calibration; token: where a Linear reads the neurons, a share of each token's largest |x|.
         max_spikes: of a neuron, with few_spike.
         method: evolution, gradient (hours) or base2.
         groups: head: one code an attention head, one for each sign at SiLU; site: one a site.
@@ -166,6 +178,7 @@ def convert(
             min_grain_length=min_grain_length,
             coding=_choice(Coding, "coding", own_coding(method, None) if coding is None else coding),
             intervals=str(intervals),
+            amplitude=_choice(Amplitude, "amplitude", amplitude),
             max_spikes=max_spikes,
             softmax_norm=_choice(SoftmaxNorm, "softmax_norm", softmax_norm),
         ),
@@ -200,7 +213,7 @@ def convert(
     if weights.bits is not None and weights.rounding is Rounding.nearest:
         round_model(model, bits=weights.bits, group_size=weights.group_size)
     try:
-        found = calibrate(model, windows, PrefixConfig(enabled=prefix))
+        found = calibrate(model, windows, PrefixConfig(enabled=prefix), amplitude=options.snn.amplitude)
         if sequential:
             fits = fit_sequentially(model, windows, options)
         else:
@@ -208,7 +221,7 @@ def convert(
     except ValueError as error:
         raise ValueError(f"{error}; the model is rotated by now and has no neurons: load it again") from error
     tables = {name: fit.table for name, fit in fits.items()}
-    fill(model, tables, compiled=compiled)
+    fill(model, tables, amplitude=options.snn.amplitude, compiled=compiled)
     if tuning.epochs:
         tuned = tune_spiking(model, windows, tuning, seed=seed)
         tables = {name: table for block in tuned.values() for name, table in block.tables.items()}
@@ -218,7 +231,7 @@ def convert(
         round_spiking(model, windows, bits=weights.bits, group_size=weights.group_size)
         clear(model)
         attach_prefix(model, found.prefix_tokens)  # keys and values of the rounded weights
-        fill(model, tables, compiled=compiled)
+        fill(model, tables, amplitude=options.snn.amplitude, compiled=compiled)
     rotation: dict[str, object] = {"kind": "none" if rotation_seed is None else "hadamard", "seed": rotation_seed}
     return Conversion(model=model, tokenizer=tokenizer, prefix_tokens=found.prefix_tokens, fits=fits, rotation=rotation)
 

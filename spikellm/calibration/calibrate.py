@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from spikellm.calibration.statistics import CHOOSE, FIT, REPORT, Observer, SiteStatistics
+from spikellm.config.choices import Amplitude
 from spikellm.config.labels import SiteKind
 from spikellm.config.snn import PrefixConfig
 from spikellm.model.attention import attentions
@@ -40,6 +41,7 @@ from spikellm.model.sites import (
     MLP_NORM,
     UP,
     Site,
+    is_per_token,
 )
 from spikellm.store.artifacts import read_json, write_json, write_tensors
 
@@ -83,10 +85,13 @@ class Calibration:
 
 
 @torch.no_grad()
-def calibrate(model: PreTrainedModel, windows: Int[Tensor, "W L"], prefix: PrefixConfig) -> Calibration:
+def calibrate(
+    model: PreTrainedModel, windows: Int[Tensor, "W L"], prefix: PrefixConfig, *, amplitude: Amplitude = Amplitude.static
+) -> Calibration:
     """Observe an installed model without neurons on `windows`; leaves it with its prefix and transparent slots.
 
-    Windows go to the parts of the statistics in the order of `PERIOD`; windows too few for that are cut into pieces.
+    Windows go to the parts of the statistics in the order of `PERIOD`; windows too few for that are cut into pieces. amplitude: of the
+    neurons that are to come, see `conversion.fill`.
 
     Raises:
         ValueError: too little text for all parts, or a site saw NaN or infinite activations.
@@ -98,13 +103,15 @@ def calibrate(model: PreTrainedModel, windows: Int[Tensor, "W L"], prefix: Prefi
         states, blocks = enter(model, pieces)
         statistics: dict[str, SiteStatistics] = {}
         for block in tqdm(blocks, desc="calibrate", unit="block", disable=None):
-            statistics |= calibrate_block(model, block, states)
+            statistics |= calibrate_block(model, block, states, amplitude=amplitude)
     return Calibration(statistics=statistics, prefix_tokens=tokens)
 
 
-def calibrate_block(model: PreTrainedModel, block: Block, states: list[Float[Tensor, "1 L D"]]) -> dict[str, SiteStatistics]:
+def calibrate_block(
+    model: PreTrainedModel, block: Block, states: list[Float[Tensor, "1 L D"]], *, amplitude: Amplitude = Amplitude.static
+) -> dict[str, SiteStatistics]:
     """Take all windows through one block, in place, and return what its sites have seen, by name."""
-    with observing(model, block) as observers:
+    with observing(model, block, amplitude=amplitude) as observers:
         for index, part in zip(range(len(states)), cycle(PERIOD), strict=False):
             for observer in observers.values():
                 observer.part = part
@@ -150,10 +157,10 @@ def query_blocks(model: PreTrainedModel, size: int) -> Iterator[None]:
 
 
 @contextmanager
-def observing(model: PreTrainedModel, block: Block) -> Iterator[dict[Site, Observer]]:
+def observing(model: PreTrainedModel, block: Block, *, amplitude: Amplitude = Amplitude.static) -> Iterator[dict[Site, Observer]]:
     """Within: an observer in every slot of a block; afterwards what was there before."""
     before = {site: get_neuron(model, site) for site in block.sites}
-    observers = {site: _observer(model, site) for site in block.sites}
+    observers = {site: _observer(model, site, amplitude) for site in block.sites}
     for site, observer in observers.items():
         set_neuron(model, site, observer)
     importance = None if block.layer is None else MlpImportance(block.module)
@@ -166,7 +173,7 @@ def observing(model: PreTrainedModel, block: Block) -> Iterator[dict[Site, Obser
             set_neuron(model, site, neuron)
 
 
-def _observer(model: PreTrainedModel, site: Site) -> Observer:
+def _observer(model: PreTrainedModel, site: Site, amplitude: Amplitude) -> Observer:
     softmax = site.kind is SiteKind.softmax
     return Observer(
         site.name,
@@ -176,6 +183,7 @@ def _observer(model: PreTrainedModel, site: Site) -> Observer:
         held=softmax or site.kind in WEIGHTED_BY_RESIDUAL,
         summed=softmax and not attentions(model)[0].normalise_after,
         sides=2 if site.kind in TWO_SIDED else 1,
+        per_token=is_per_token(site.kind, amplitude),
     )
 
 

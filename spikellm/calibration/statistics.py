@@ -6,7 +6,8 @@ One histogram of |x| per neuron group over bins that need no range in advance: a
 resolved as well. Memory does not depend on the number of tokens; nothing leaves the device while observing.
 
 An activation may carry an importance, what a squared error of it counts further down: the weights of the histogram. Where they
-come from: `model/attention.py` (softmax) and `calibrate.py` (MLP).
+come from: `model/attention.py` (softmax) and `calibrate.py` (MLP). Where neurons have their amplitude from the token (`snn.amplitude`) what
+is observed is x / s, an error of which counts s^2.
 
 One-sided activations (SiLU) are counted apart by sign: two `sides`.
 
@@ -22,7 +23,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from spikellm.coding.neuron import Slot
+from spikellm.coding.neuron import Slot, token_amplitude
 
 MANTISSA_BITS = 8
 LOWEST_EXPONENT, OCTAVES = -40, 64  # values below 2^-40 count as zero; 2^24 and above are refused
@@ -123,6 +124,7 @@ class Observer(Slot):
         row_stride: look at every n-th index of the last axis but one (attention has L^2 probabilities).
         held: hold what passed until `weigh` tells its importance and which of it stand for neurons.
         sides: 2 counts negative activations apart (`kernels.encode.Digits`).
+        per_token: count x / s with s the `token_amplitude`; the last axis is the token's.
         summed: outputs are added up along the last axis; rows' lengths are those of the neurons that `weigh` is told.
     """
 
@@ -135,10 +137,11 @@ class Observer(Slot):
         row_stride: int = 1,
         held: bool = False,
         sides: int = 1,
+        per_token: bool = False,
         summed: bool = False,
     ) -> None:
         super().__init__()
-        self.site, self.summed = site, summed
+        self.site, self.per_token, self.summed = site, per_token, summed
         self.groups, self.axis, self.row_stride, self.held, self.sides = groups, axis, row_stride, held, sides
         self.rows = sides * groups
         self.part = FIT
@@ -173,6 +176,10 @@ class Observer(Slot):
         self._count(x, *(None if each is None else each.expand(x.shape) for each in (importance, neurons)))
 
     def _count(self, x: Tensor, importance: Tensor | None, neurons: Tensor | None) -> None:
+        if self.per_token:
+            s = token_amplitude(x)
+            x, power = x / s, s.double().square().expand(x.shape)
+            importance = power if importance is None else importance * power
         values = self._grouped(x).float()
         hidden = None if neurons is None else ~self._grouped(neurons)
         if hidden is not None:

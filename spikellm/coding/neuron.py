@@ -21,6 +21,8 @@ Ours:
   coarse ones where few are. Whoever introduces grains as intervals of the range (Zheng et al.) means these.
 * Signed digits: z_t = -1 where v < -theta_t, so that the residual may go below zero and come back. The wire carries the same
   three values; 3^T digit strings instead of 2^T, or the same numbers with fewer spikes, as the non-adjacent form of integers.
+* An amplitude of the token: with s its largest |x|, neurons fire for x / s and send s y. That is a table whose rows and cuts are all s
+  times as large, for this token alone.
 """
 
 from collections.abc import Callable
@@ -179,6 +181,12 @@ class Slot(nn.Module):
         """Told after a forward: what a squared error of each activation counts, and which are a neuron's (None: all the same, all)."""
 
 
+def token_amplitude(x: Float[Tensor, "*batch N"]) -> Float[Tensor, "*batch 1"]:
+    """s, the largest |x| of each token; 1 where all are 0."""
+    largest = x.abs().amax(-1, keepdim=True)
+    return torch.where(largest == 0, 1, largest)  # NaN stays
+
+
 def grouped(x: Tensor, groups: int, axis: int) -> Float[Tensor, "A C I"]:
     """x as [A, C, I]: C groups of equal, consecutive slices of an axis, which is unused for one group."""
     if groups == 1:
@@ -194,6 +202,7 @@ class PhaseNeuron(Slot):
     Args:
         table: one table, or one per group.
         axis: the axis of x that the groups divide (C groups of equal, consecutive slices); unused for one group.
+        per_token: the table is of x / s, s the `token_amplitude` of all groups together, with which one factor serves the sum over inputs.
         compiled: see `encode`.
     """
 
@@ -203,13 +212,14 @@ class PhaseNeuron(Slot):
     v0: Tensor
     cuts: Tensor | None
 
-    def __init__(self, table: PhaseTable, *, axis: int = -1, compiled: bool = True) -> None:
+    def __init__(self, table: PhaseTable, *, axis: int = -1, per_token: bool = False, compiled: bool = True) -> None:
         super().__init__()
         for name, rows in table.rows._asdict().items():
             self.register_buffer(name, rows.detach().clone())
         self.register_buffer("cuts", None if table.cuts is None else table.cuts.detach().clone())
         self.digits = table.digits
         self.axis = axis
+        self.per_token = per_token
         self.compiled = compiled
 
     @property
@@ -221,10 +231,21 @@ class PhaseNeuron(Slot):
         """x as [A, C, I] with one index of the middle axis per group."""
         return grouped(x, self.table.groups, self.axis)
 
+    def amplitude(self, x: Float[Tensor, "*batch N"]) -> Float[Tensor, "*batch 1"] | None:
+        """s of every token; None: one table serves all tokens as it is."""
+        return token_amplitude(x) if self.per_token else None
+
+    def coded(self, x: Tensor) -> Tensor:
+        """What the table is of: x, or x / s."""
+        s = self.amplitude(x)
+        return x if s is None else x / s
+
     def forward(self, x: Tensor) -> Tensor:
         """Decoded values of the spikes that x [..] causes, same shape."""
-        return encode(self.grouped(x), self.table, compiled=self.compiled).reshape(x.shape)
+        s = self.amplitude(x)
+        y = encode(self.grouped(x if s is None else x / s), self.table, compiled=self.compiled).reshape(x.shape)
+        return y if s is None else s * y
 
     def extra_repr(self) -> str:
         """What `print(model)` shows of the neurons."""
-        return f"T={self.table.T}, groups={self.table.groups}, {self.digits}"
+        return f"T={self.table.T}, groups={self.table.groups}, {self.digits}" + (", amplitude of the token" if self.per_token else "")

@@ -61,6 +61,15 @@ class Coding(Enum):
     """base 2, at most snn.max_spikes spikes"""
 
 
+class Amplitude(Enum):
+    """Where neurons have their amplitude from."""
+
+    static = "static"
+    """from calibration"""
+    token = "token"
+    """where a Linear reads them: the token's largest |x|, times a share that calibration finds; elsewhere static"""
+
+
 class Execution(Enum):
     """How the spiking network is run."""
 

@@ -14,9 +14,10 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from spikellm.config.checks import check
-from spikellm.config.choices import Coding, DType, SearchMethod, own_coding
+from spikellm.config.choices import Amplitude, Coding, DType, SearchMethod, own_coding
 from spikellm.config.dataset import DatasetConfig
 from spikellm.config.help import field_help
+from spikellm.config.labels import NetworkName
 from spikellm.config.measures import (
     DiagnosticsConfig,
     EnergyConfig,
@@ -88,6 +89,13 @@ class Config:
             given,
             "its codes are those of snn.coding=phase: add it",
         )
+        static = self.snn.amplitude is Amplitude.static
+        given = f"{self.search.import_file} with snn.amplitude={self.snn.amplitude.value}"
+        cure = "tau in such a file is that of all tokens: leave snn.amplitude out"
+        check(static or self.search.import_file is None, "search.import_file", given, cure)
+        given = f"[{','.join(name.value for name in self.evaluation.networks)}] with snn.amplitude={self.snn.amplitude.value}"
+        cure = "calibration then leaves nothing to fit levels of all tokens to: leave int_static out, or snn.amplitude"
+        check(static or NetworkName.int_static not in self.evaluation.networks, "evaluation.networks", given, cure)
         narrow = self.weights.bits is not None and self.model.dtype in (DType.bfloat16, DType.float16)
         given = f"true with weights.bits={self.weights.bits}, model.dtype={self.model.dtype.value}"
         check(not (self.save_model and narrow), "save_model", given, "a checkpoint holds integers times scales, exact from float32 on")

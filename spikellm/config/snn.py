@@ -6,6 +6,7 @@ from omegaconf import MISSING
 
 from spikellm.config.checks import check
 from spikellm.config.choices import (
+    Amplitude,
     Coding,
     Execution,
     Groups,
@@ -40,6 +41,8 @@ class SpikingConfig:
     """what a spike stands for; search.method=gradient and base2 and files of the authors have phase"""
     intervals: str = "auto"
     """intervals of the range of |x| with a table and a wire each: 1, 2, 3, .. or auto, as many as a neuron group needs; phase codes only"""
+    amplitude: Amplitude = Amplitude.static
+    """where neurons have theirs from; q, k, v, softmax (whose sums run over tokens) and SiLU (one synapse a spike) keep static ones"""
     max_spikes: int | None = None
     """spikes of a neuron, at most; coding=few_spike only"""
     execution: Execution = Execution.folded

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from spikellm.calibration.statistics import REPORT, SiteStatistics
+from spikellm.config.choices import Amplitude
 from spikellm.config.labels import SiteKind
 from spikellm.evaluation.diagnostics import site_levels
-from spikellm.model.sites import Site
+from spikellm.model.sites import Site, is_per_token
 from spikellm.search.fit import CodeFit
 
 COLUMNS = 6
@@ -24,8 +25,10 @@ BINS_PER_OCTAVE = 4
 DENSITY, CODE, OPTIMUM = "#b8c4d0", "#c1440e", "#1f4e79"
 
 
-def write_density_plots(folder: Path, statistics: Mapping[str, SiteStatistics], fits: Mapping[str, CodeFit]) -> list[Path]:
-    """Write density_KIND.png for every kind of site into `folder`; their paths."""
+def write_density_plots(
+    folder: Path, statistics: Mapping[str, SiteStatistics], fits: Mapping[str, CodeFit], *, amplitude: Amplitude = Amplitude.static
+) -> list[Path]:
+    """Write density_KIND.png for every kind of site into `folder`; their paths. amplitude: of the neurons, which statistics follow."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -46,7 +49,8 @@ def write_density_plots(folder: Path, statistics: Mapping[str, SiteStatistics], 
             axis.set_visible(False)
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper right", ncols=3, fontsize=8, frameon=False)
-        figure.suptitle(f"{kind.value}: levels of the code on the density of |x|", x=0.01, ha="left", fontsize=9)
+        coded = "|x| / s, s the token's largest |x|" if is_per_token(kind, amplitude) else "|x|"
+        figure.suptitle(f"{kind.value}: levels of the code on the density of {coded}", x=0.01, ha="left", fontsize=9)
         paths.append(folder / f"density_{kind.name}.png")
         figure.savefig(paths[-1], dpi=90)
     return paths

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from spikellm.calibration.statistics import REPORT, SiteStatistics
 from spikellm.coding.neuron import PhaseTable, encode
+from spikellm.config.choices import Amplitude
 from spikellm.config.labels import SiteKind
 from spikellm.evaluation.perplexity import perplexity
 from spikellm.kernels.encode import Digits, Rows
@@ -162,7 +163,12 @@ def site_levels(table: PhaseTable, group: int, x: Float[Tensor, " n"]) -> Float[
 
 
 def damage(
-    model: PreTrainedModel, fits: Mapping[str, CodeFit], windows: Int[Tensor, "W L"], *, compiled: bool
+    model: PreTrainedModel,
+    fits: Mapping[str, CodeFit],
+    windows: Int[Tensor, "W L"],
+    *,
+    amplitude: Amplitude = Amplitude.static,
+    compiled: bool,
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Perplexity with one kind of site spiking alone, and with one site alone.
 
@@ -170,6 +176,7 @@ def damage(
         model: installed, its prefix attached; it has no neurons afterwards.
         fits: codes of all sites.
         windows: evaluation text.
+        amplitude: see `conversion.fill`.
         compiled: see `neuron.encode`.
 
     Returns:
@@ -182,7 +189,7 @@ def damage(
         clear(model)
         for site in places:
             if site.name in chosen:
-                place(model, site, fits[site.name].table, compiled=compiled)
+                place(model, site, fits[site.name].table, amplitude=amplitude, compiled=compiled)
         return perplexity(model, windows, label=label).value
 
     by_kind = {"none": measure("no neurons", set())}

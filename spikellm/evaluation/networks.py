@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from spikellm.coding.neuron import PhaseTable, Slot
 from spikellm.config.checks import InputError
-from spikellm.config.choices import RotationKind, RotationPart, SoftmaxNorm
+from spikellm.config.choices import Amplitude, RotationKind, RotationPart, SoftmaxNorm
 from spikellm.config.model import HardwareConfig, ModelConfig
 from spikellm.config.snn import RotationConfig
 from spikellm.kernels.hadamard import HAS_CUDA_KERNEL
@@ -33,8 +33,15 @@ log = logging.getLogger(__name__)
 class Networks:
     """See the module's text. Each call gives the one converted model its state: what was asked for before is no longer valid."""
 
-    def __init__(self, model: ModelConfig, hardware: HardwareConfig, rotation: RotationConfig, softmax_norm: SoftmaxNorm) -> None:
-        self.model, self.hardware, self.rotation, self.softmax_norm = model, hardware, rotation, softmax_norm
+    def __init__(
+        self,
+        model: ModelConfig,
+        hardware: HardwareConfig,
+        rotation: RotationConfig,
+        softmax_norm: SoftmaxNorm,
+        amplitude: Amplitude = Amplitude.static,
+    ) -> None:
+        self.model, self.hardware, self.rotation, self.softmax_norm, self.amplitude = model, hardware, rotation, softmax_norm, amplitude
         self._installed: PreTrainedModel | None = None
         self._change: WeightChange | None = None  # of the converted model's weights
 
@@ -64,7 +71,7 @@ class Networks:
     def spiking(self, tables: Mapping[str, PhaseTable], prefix_tokens: list[int], change: WeightChange | None = None) -> PreTrainedModel:
         """The converted model with the neurons of `tables`, by site name; the rest as in `transparent`."""
         model = self.transparent(prefix_tokens, change)
-        conversion.fill(model, tables, compiled=self.hardware.compile)
+        conversion.fill(model, tables, amplitude=self.amplitude, compiled=self.hardware.compile)
         return model
 
     def integer(self, quantizers: Mapping[str, Slot], prefix_tokens: list[int]) -> PreTrainedModel:

@@ -2,7 +2,8 @@
 
 A neuron of P populations fires on S = T P wires (`PhaseTable.wires`); P may differ from site to site. Each module shares weights,
 tables and rotations with its folded sibling. How they work together: `stepped.py`; the operators: `kernels/temporal.py`. Spikes are
-int8 in {-1, 0, +1}; currents are float32 (float64 in float64 models).
+int8 in {-1, 0, +1}; currents are float32 (float64 in float64 models). Where neurons have their amplitude s from the token, they fire for
+x / s, and output weights are s d_t for this token: s comes to a norm's readers with its spikes (`amplitude.py`).
 """
 
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from jaxtyping import Float, Int, Int8, Shaped
 from torch import Tensor, nn
 
 from spikellm.coding.neuron import PhaseNeuron, fire
+from spikellm.execution.amplitude import attached, detached
 from spikellm.kernels.temporal import at_last_step, integrate, spike_linear, step_weights
 from spikellm.model.modules import SpikingActivation, SpikingLinear, SpikingRMSNorm, wide
 
@@ -25,7 +27,7 @@ class SteppedNeuron(PhaseNeuron):
     @classmethod
     def adopt(cls, neuron: PhaseNeuron) -> Self:
         """The same table."""
-        return cls(neuron.table, axis=neuron.axis, compiled=neuron.compiled)
+        return cls(neuron.table, axis=neuron.axis, per_token=neuron.per_token, compiled=neuron.compiled)
 
     @property
     def T(self) -> int:
@@ -39,12 +41,12 @@ class SteppedNeuron(PhaseNeuron):
 
     @property
     def wires(self) -> Float[Tensor, "C S"]:
-        """Output weights of all wires."""
+        """Output weights of all wires, in units of the token's amplitude where there is one."""
         return self.table.wires
 
     def forward(self, x: Float[Tensor, "*shape"]) -> Int8[Tensor, " S *shape"]:
         """Spikes -1, 0 or 1 of every step, from the integrated input."""
-        return fire(self.grouped(x), self.table, compiled=self.compiled).view(-1, *x.shape)
+        return fire(self.grouped(self.coded(x)), self.table, compiled=self.compiled).view(-1, *x.shape)
 
 
 def neuron_of(owner: nn.Module, slot: str = "neuron") -> PhaseNeuron:
@@ -89,7 +91,8 @@ class SteppedEmbedding(nn.Embedding):
 class SteppedRMSNorm(SpikingRMSNorm):
     """Currents [T * B, L, D] to spikes [T * B, L, P * D]; `last`: the final norm, whose spikes leave as [B, L, S, D].
 
-    The wires of a step lie side by side: transformers' attention takes the first axes of q, k and v from what its norm gives.
+    The wires of a step lie side by side: transformers' attention takes the first axes of q, k and v from what its norm gives. Behind
+    them, and behind the D of the final norm, there may be an amplitude.
     """
 
     neuron: SteppedNeuron
@@ -104,10 +107,11 @@ class SteppedRMSNorm(SpikingRMSNorm):
 
     def forward(self, x: Float[Tensor, "TB L D"]) -> Int8[Tensor, "..."]:
         """Spikes of the norm's neuron, from the integrated currents."""
-        spikes = self.neuron(self.normalise(integrate(unbatch(x, self.neuron.T))))
+        normed = self.normalise(integrate(unbatch(x, self.neuron.T)))
+        spikes, amplitude = self.neuron(normed), self.neuron.amplitude(normed)
         if self.last:
-            return spikes.permute(1, 2, 0, 3)
-        return spikes.unflatten(0, (self.neuron.T, -1)).movedim(1, -2).flatten(-2).flatten(0, 1)
+            return attached(spikes.permute(1, 2, 0, 3), None if amplitude is None else amplitude[:, :, None])
+        return attached(spikes.unflatten(0, (self.neuron.T, -1)).movedim(1, -2).flatten(-2), amplitude).flatten(0, 1)
 
 
 class SteppedHeadNorm(nn.Module):
@@ -144,11 +148,13 @@ class SteppedLinear(nn.Linear):
 
     Args:
         populations: P of the neuron.
+        amplitude_bits: of the token's amplitude behind its spikes; 0: there is none.
         chunk: time steps a product, at most; None: all.
     """
 
     wires: Tensor
     populations: int
+    amplitude_bits: int
     chunk: int | None
 
     @classmethod
@@ -157,25 +163,29 @@ class SteppedLinear(nn.Linear):
         module = cls(linear.in_features, linear.out_features, bias=False, device="meta")
         module.weight, module.bias, module.chunk = linear.weight, linear.bias, chunk
         module.populations = neuron.digits.populations
+        module.amplitude_bits = 8 * neuron.theta.itemsize if neuron.per_token else 0
         module.register_buffer("wires", neuron.table.wires, persistent=False)
         return module
 
-    def parts(self, spikes: Int8[Tensor, "S *rows I"]) -> Iterator[Float[Tensor, "t *rows O"]]:
+    def parts(self, spikes: Int8[Tensor, "S *rows I"], amplitude: Float[Tensor, "*rows 1"] | None) -> Iterator[Float[Tensor, "t *rows O"]]:
         """Currents of consecutive steps."""
-        return spike_linear(spikes, self.weight, self.wires, populations=self.populations, bias=self.bias, chunk=self.chunk)
+        return spike_linear(
+            spikes, self.weight, self.wires, populations=self.populations, scale=amplitude, bias=self.bias, chunk=self.chunk
+        )
 
     @property
     def T(self) -> int:
         """Time steps."""
         return self.wires.shape[1] // self.populations
 
-    def wire_by_wire(self, input: Int8[Tensor, "TB L W"]) -> Int8[Tensor, "S B L I"]:
-        """The wires of a step one after the other."""
-        return unbatch(input, self.T).unflatten(-1, (self.populations, -1)).movedim(-2, 1).flatten(0, 1)
+    def currents(self, input: Int8[Tensor, "TB L W"]) -> Iterator[Float[Tensor, "t B L O"]]:
+        """Currents of consecutive steps, from the wires of each side by side and, where there is one, the amplitude behind them."""
+        spikes, amplitude = detached(unbatch(input, self.T), self.amplitude_bits)
+        return self.parts(spikes.unflatten(-1, (self.populations, -1)).movedim(-2, 1).flatten(0, 1), amplitude)
 
     def forward(self, input: Int8[Tensor, "TB L W"]) -> Float[Tensor, "TB L O"]:
         """Currents d_t (W s_t) of every step."""
-        return joined(self.parts(self.wire_by_wire(input)), self.T).flatten(0, 1)
+        return joined(self.currents(input), self.T).flatten(0, 1)
 
 
 class SteppedUp(SteppedLinear):
@@ -185,21 +195,25 @@ class SteppedUp(SteppedLinear):
 
     def forward(self, input: Int8[Tensor, "TB L W"]) -> Float[Tensor, "HB L O"]:
         """The summed current at each of the S steps of SiLU's spikes."""
-        total = integrate(current for part in self.parts(self.wire_by_wire(input)) for current in part)
+        total = integrate(current for part in self.currents(input) for current in part)
         return total.expand(self.held, *total.shape).flatten(0, 1)  # a view for batch 1
 
 
 class SteppedHead(SteppedLinear):
     """lm_head: spikes [*rows, S, D] of the final norm to logits [*rows, V], summed over time."""
 
+    def received(self, input: Int8[Tensor, "*rows S W"]) -> tuple[Int8[Tensor, "S *rows D"], Float[Tensor, "*rows 1"] | None]:
+        """The train, time first, and the tokens' amplitudes."""
+        return detached(input.movedim(-2, 0), self.amplitude_bits)
+
     def forward(self, input: Int8[Tensor, "*rows S D"]) -> Float[Tensor, "*rows V"]:
         """Logits: the sum of the currents over time."""
-        return integrate(current for part in self.parts(input.movedim(-2, 0)) for current in part)
+        return integrate(current for part in self.parts(*self.received(input)) for current in part)
 
     def readouts(self, input: Int8[Tensor, "*rows S D"]) -> Iterator[Float[Tensor, "*rows V"]]:
         """The logits after 1, 2, .. T steps of the final norm's neuron: one tensor, which the next step adds to."""
         total = None
-        for part in self.parts(input.movedim(-2, 0)):
+        for part in self.parts(*self.received(input)):
             for current in part:
                 total = current.clone() if total is None else total.add_(current)
                 yield total
@@ -234,9 +248,11 @@ class SteppedSpikingLinear(SpikingLinear):
             total = currents[0] * weights[0]
             for current, weight in zip(currents[1:], weights[1:], strict=True):
                 total.addcmul_(current, weight)
-        spikes = self.neuron(self.transform(total))
-        neuron = self.neuron
-        parts = spike_linear(spikes, self.weight, neuron.wires, populations=neuron.populations, bias=self.bias, chunk=self.chunk)
+        total, neuron = self.transform(total), self.neuron
+        parts = spike_linear(
+            neuron(total), self.weight, neuron.wires, populations=neuron.populations, scale=neuron.amplitude(total), bias=self.bias,
+            chunk=self.chunk,
+        )  # fmt: skip
         return joined(parts, T).flatten(0, 1)
 
 

@@ -69,13 +69,15 @@ def spike_linear(
     wires: Float[Tensor, "C S"],
     *,
     populations: int = 1,
+    scale: Float[Tensor, "*rows 1"] | None = None,
     bias: Float[Tensor, " O"] | None = None,
     chunk: int | None = None,
 ) -> Iterator[Float[Tensor, "t *rows O"]]:
     """sum_p d_p,t (W s_p,t) of consecutive steps, `chunk` steps of a population a product; the bias comes with the first step.
 
     Tables of channel groups take one product a group: the spikes stay spikes. Groups too narrow for that (fewer than
-    `NARROW` channels) have d multiplied into the weight instead, and the populations' channels lie side by side.
+    `NARROW` channels) have d multiplied into the weight instead, and the populations' channels lie side by side. scale: a factor on the
+    d of each row.
 
     Yields:
         currents of the next t steps, float32 (float64 for float64 weights); the sum over all steps is the folded output.
@@ -99,9 +101,11 @@ def spike_linear(
                 channels = slice(group * size, (group + 1) * size)
                 for p in range(populations):
                     product = spike_product(part[:, p, :, channels].flatten(0, 1), weight[:, channels]).unflatten(0, (len(part), -1))
-                    scale = d[group, steps, p, None, None].to(product.dtype)
-                    currents = product.mul_(scale) if currents is None else currents.addcmul_(product, scale)
+                    own = d[group, steps, p, None, None].to(product.dtype)
+                    currents = product.mul_(own) if currents is None else currents.addcmul_(product, own)
         assert currents is not None
+        if scale is not None:
+            currents.mul_(scale.reshape(-1, 1))
         if bias is not None and steps.start == 0:
             currents[0] += bias
         yield currents.view(len(part), *spikes.shape[1:-1], len(weight))

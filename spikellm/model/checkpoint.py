@@ -35,10 +35,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from spikellm.coding.neuron import PhaseNeuron, PhaseTable
 from spikellm.config.boundary import blamed_on, reason
 from spikellm.config.checks import InputError
-from spikellm.config.choices import RotationPart
+from spikellm.config.choices import Amplitude, RotationPart
 from spikellm.kernels.encode import Digits
 from spikellm.model.attention import attentions
-from spikellm.model.conversion import get_neuron, install, model_sites, online_parts, place, set_neuron
+from spikellm.model.conversion import common_amplitude, get_neuron, install, model_sites, online_parts, place, set_neuron
 from spikellm.model.intake import unfilled
 from spikellm.model.modules import OnlineHadamard
 from spikellm.model.sites import ARCHITECTURES, EMBEDDING, GROUP_AXIS, LINEARS, ROTARY, SPIKING_TYPE, decoder_layers
@@ -106,6 +106,7 @@ class SpikingModelConfig(QuantizationConfigMixin):
     schema: int = SCHEMA
     rotated: list[str]  # which of R3 and R4 act online
     normalise_after: bool  # where the softmax is normalised
+    amplitude: str = Amplitude.static.value  # of the neurons that Linears read; left out where it is static, as in older files
     prefix_length: int  # P
     prefix_sha256: str | None  # of the prefix's keys and values, layer by layer
     rotary_dtype: str  # of RoPE's frequencies, which no checkpoint holds: model.to(bfloat16) rounds them, from_pretrained does not
@@ -125,7 +126,8 @@ class SpikingModelConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, object]:
         """In JSON types, as transformers asks for it."""
-        return asdict(self)
+        found = asdict(self)
+        return found if found.pop("amplitude") == Amplitude.static.value else found | {"amplitude": self.amplitude}
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], *_: object, **__: object) -> Self:
@@ -139,6 +141,7 @@ class SpikingModelConfig(QuantizationConfigMixin):
             newer = isinstance(schema, int) and schema > SCHEMA
             cure = "update spikellm" if newer else "convert again"
             raise InputError(f"{place}: schema={schema}, this version reads {SCHEMA}; {cure}")
+        config_dict = {"amplitude": Amplitude.static.value} | config_dict
         _check_keys(place, cls, config_dict)
         sites = {}
         for name, record in config_dict["sites"].items():
@@ -205,7 +208,7 @@ class SpikingModelQuantizer(HfQuantizer):
                 raise InputError(f"{folder}, weights: {site.name}: {reason(error)}; {CURE}") from error
             if not intact:
                 raise InputError(f"{folder}, weights: {site.name}: the table does not match its checksum, the file was changed; {CURE}")
-            place(model, site, table, compiled=config.compiled)
+            place(model, site, table, amplitude=Amplitude(config.amplitude), compiled=config.compiled)
         if prefix_digest(model) != config.prefix_sha256:
             raise InputError(f"{folder}, weights: the prefix does not match its checksum, the file was changed; {CURE}")
         for attention in attentions(model):
@@ -324,6 +327,7 @@ def described(model: PreTrainedModel, *, rotation: dict[str, object] | None = No
     return SpikingModelConfig(
         rotated=list(rotated),
         normalise_after=normalise_after,
+        amplitude=common_amplitude(model).value,
         prefix_length=prefix_length,
         prefix_sha256=prefix_digest(model),
         rotary_dtype=str(next(model.get_submodule(ROTARY).buffers()).dtype).removeprefix("torch."),

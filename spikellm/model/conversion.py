@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from spikellm.coding.neuron import PhaseNeuron, PhaseTable, Slot
-from spikellm.config.choices import RotationPart
+from spikellm.config.choices import Amplitude, RotationPart
 from spikellm.config.labels import SiteKind
 from spikellm.model.attention import IMPLEMENTATION, SpikingAttention, refuse_other_implementation
 from spikellm.model.modules import SpikingActivation, SpikingLinear, SpikingRMSNorm, WideEmbedding, WideLinear, wide
@@ -45,6 +45,7 @@ from spikellm.model.sites import (
     check_architecture,
     decoder_layers,
     head_width,
+    is_per_token,
     sites,
 )
 
@@ -134,6 +135,20 @@ def online_parts(layer: nn.Module) -> list[RotationPart]:
     return [part for part, owner in owners.items() if owner.rotation is not None]
 
 
+def common_amplitude(model: PreTrainedModel) -> Amplitude:
+    """Where the neurons of a converted model have their amplitude from.
+
+    Raises:
+        ValueError: some from calibration and some from the token, as no single choice has it.
+    """
+    found = {site: isinstance(neuron := get_neuron(model, site), PhaseNeuron) and neuron.per_token for site in model_sites(model)}
+    for amplitude in Amplitude:
+        if all(per_token == is_per_token(site.kind, amplitude) for site, per_token in found.items()):
+            return amplitude
+    own = [site.name for site, per_token in found.items() if per_token]
+    raise ValueError(f"{len(own)} sites have amplitudes of the token, {own[0]} first, and others that should do not; fill them alike")
+
+
 def _refuse_saving(*_: object, **__: object) -> None:
     """`save_pretrained` of a class that knows no neurons: anybody would open what it writes as a plain model.
 
@@ -194,25 +209,29 @@ def site_groups(config: Any, kind: SiteKind) -> int:
     return config.num_key_value_heads if kind in (SiteKind.key, SiteKind.value) else 1
 
 
-def fill(model: PreTrainedModel, tables: Mapping[str, PhaseTable], *, compiled: bool = True) -> None:
+def fill(
+    model: PreTrainedModel, tables: Mapping[str, PhaseTable], *, amplitude: Amplitude = Amplitude.static, compiled: bool = True
+) -> None:
     """Put a neuron at every site of an installed model, in place.
 
     Args:
         tables: site name -> table; must name exactly the model's sites.
+        amplitude: token: where Linears read them, tables are of x / s (`neuron.token_amplitude`).
         compiled: see `neuron.encode`.
 
     Raises:
         ValueError: a site has no table, a table no site, or the model no slots.
     """
     for site in _every_site(model, tables, "tables"):
-        place(model, site, tables[site.name], compiled=compiled)
+        place(model, site, tables[site.name], amplitude=amplitude, compiled=compiled)
 
 
-def place(model: PreTrainedModel, site: Site, table: PhaseTable, *, compiled: bool) -> None:
-    """Put a neuron with `table` into the slot of one site."""
+def place(model: PreTrainedModel, site: Site, table: PhaseTable, *, amplitude: Amplitude = Amplitude.static, compiled: bool) -> None:
+    """Put a neuron with `table` into the slot of one site; arguments as in `fill`."""
     weight = _weight_at(model, site)
     table = table.to(device=weight.device, dtype=wide(weight.dtype))
-    set_neuron(model, site, PhaseNeuron(table, axis=GROUP_AXIS[site.kind], compiled=compiled))
+    per_token = is_per_token(site.kind, amplitude)
+    set_neuron(model, site, PhaseNeuron(table, axis=GROUP_AXIS[site.kind], per_token=per_token, compiled=compiled))
 
 
 def occupy(model: PreTrainedModel, occupants: Mapping[str, Slot]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from spikellm.config.choices import Amplitude
 from spikellm.config.labels import SiteKind
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
@@ -36,6 +37,8 @@ READERS = {
     SiteKind.mlp_input: (GATE, UP),
     SiteKind.mlp_product: (DOWN,),
 }
+
+LINEAR_INPUTS = (*READERS, SiteKind.head_input)
 
 # Where a spike reaches a single synapse: its product with one other number is taken there.
 ONE_SYNAPSE = (SiteKind.value, SiteKind.activation)
@@ -90,6 +93,11 @@ class Site:
         """(module path from the model's root, attribute) of the neuron."""
         owner, attribute = SLOTS[self.kind]
         return (owner if self.layer is None else f"{LAYERS}.{self.layer}.{owner}"), attribute
+
+
+def is_per_token(kind: SiteKind, amplitude: Amplitude) -> bool:
+    """Whether neurons there have their amplitude from the token: a Linear sums over one token's inputs, attention over other tokens'."""
+    return amplitude is Amplitude.token and kind in LINEAR_INPUTS
 
 
 def sites(layers: int) -> Iterator[Site]:

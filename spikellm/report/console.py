@@ -16,6 +16,8 @@ def console_table(results: Results, folder: Path) -> str:
         code += f"  {results.coding}"
     if results.intervals not in (None, 1):
         code += f"  intervals={results.intervals}"
+    if results.amplitude is not None:
+        code += f"  amplitude={results.amplitude}"
     if results.weights is not None:
         code += f"  weights.bits={results.weights.bits}"
     lines = [code]

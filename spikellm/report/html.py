@@ -78,6 +78,8 @@ def _run(folder: Path) -> dict[str, Any]:
         name += f", {results.coding}"
     if results.intervals not in (None, 1):
         name += f", intervals {results.intervals}"
+    if results.amplitude is not None:
+        name += f", amplitude {results.amplitude}"
     return {
         "title": name,
         "folder": folder.name,

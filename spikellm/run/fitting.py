@@ -12,7 +12,7 @@ from pathlib import Path
 
 from spikellm.calibration.calibrate import Calibration, calibrate
 from spikellm.config.checks import InputError
-from spikellm.config.choices import Device, ImportV0, Rounding, SearchMethod
+from spikellm.config.choices import Amplitude, Device, ImportV0, Rounding, SearchMethod
 from spikellm.config.snn import PrefixConfig, RotationConfig, SearchConfig, TuneConfig, WeightsConfig
 from spikellm.model import integers
 from spikellm.model.load import model_config
@@ -40,7 +40,9 @@ class Calibrate(KeyedStage):
         """Code, model, rotation, prefix options and text."""
         config = work.config
         rounded = {"weights": plain(config.weights)} if config.weights.rounds(Rounding.nearest) else {}
-        return rounded | {
+        # statistics of neurons with static amplitudes are named as ever
+        observed = {} if config.snn.amplitude is Amplitude.static else {"amplitude": config.snn.amplitude.value}
+        return (rounded | observed) | {
             "code": self.code.key(),
             "model": work.model_source,
             "rotation": plain(config.rotation),
@@ -59,7 +61,7 @@ class Calibrate(KeyedStage):
         """Calibrate the installed model, its neurons transparent, its weights rounded where that needs no codes."""
         config, windows, model = work.config, work.calibration_windows, work.models.transparent([], to_nearest(work.config.weights))
         try:
-            found = calibrate(model, windows, config.prefix)
+            found = calibrate(model, windows, config.prefix, amplitude=config.snn.amplitude)
         except ValueError as error:
             raise InputError(f"calibrate with model={config.model.name}, dataset={config.dataset.name}: {error}") from error
         found.save(folder)

@@ -128,10 +128,12 @@ class Diagnose(KeyedStage):
         """Compare the codes with the Lloyd-Max bound, measure the damage, draw levels on densities."""
         fits, statistics, count = TUNE.fits(work), CALIBRATE.found(work).statistics, work.config.diagnostics.windows
         record: dict[str, Any] = {"sites": diagnostics.site_rows(statistics, fits)}
-        write_density_plots(folder / "plots", statistics, fits)
+        write_density_plots(folder / "plots", statistics, fits, amplitude=work.config.snn.amplitude)
         if count:
             windows, model = work.evaluation_windows[:count], transparent(work)
-            by_kind, by_site = diagnostics.damage(model, fits, windows, compiled=work.config.hardware.compile)
+            by_kind, by_site = diagnostics.damage(
+                model, fits, windows, amplitude=work.config.snn.amplitude, compiled=work.config.hardware.compile
+            )
             record["damage"] = {"perplexity_by_kind": by_kind, "perplexity_by_site": by_site}
         write_json(folder / "diagnostics.json", record)
 

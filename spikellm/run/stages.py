@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from spikellm.config.choices import Amplitude
 from spikellm.config.schema import Config
 from spikellm.run.converting import CONVERT
 from spikellm.run.fitting import CALIBRATE, SEARCH
@@ -59,6 +60,7 @@ def _run(work: Workspace, progress: Callable[[Results], None]) -> Outcome:
         grain=config.snn.grains or "auto",
         coding=config.snn.coding.value,
         intervals=config.snn.interval_count or "auto",
+        amplitude=None if config.snn.amplitude is Amplitude.static else config.snn.amplitude.value,
         execution=config.snn.execution.value,
         seed=config.seed,
         stages={},

@@ -46,7 +46,7 @@ class Workspace:
     def models(self) -> Networks:
         """The networks, loaded when they are asked for."""
         config = self.config
-        return Networks(self.model, config.hardware, config.rotation, config.snn.softmax_norm)
+        return Networks(self.model, config.hardware, config.rotation, config.snn.softmax_norm, config.snn.amplitude)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:

@@ -13,7 +13,7 @@ from spikellm.config.choices import EnergyTable
 from spikellm.config.labels import NetworkName, SiteKind
 from spikellm.config.measures import EnergyConfig
 from spikellm.config.snn import WeightsConfig
-from spikellm.model.sites import READERS
+from spikellm.model.sites import LINEAR_INPUTS, READERS
 from spikellm.spikes.energy import (
     COST_TABLES,
     HOROWITZ,
@@ -30,6 +30,7 @@ from spikellm.spikes.energy import (
     pointwise_operations,
     softmax_quotients,
     spiking_operations,
+    token_amplitudes,
     weight_receivers,
 )
 from spikellm.spikes.ledger import Ledger, SiteSpikes, count
@@ -67,7 +68,33 @@ def dense_operations(ledger: Ledger, weights: WeightsConfig | None = None) -> li
             rotated=ledger.rotated,
             prefix=ledger.exact_prefix,
         ),
+        *amplitudes(ledger, weights),
     ]
+
+
+def amplitudes(ledger: Ledger, weights: WeightsConfig | None) -> list[Operation]:
+    """What amplitudes of tokens cost; nothing where there are none."""
+    sites = [site for site in ledger.sites if site.per_token]
+    if not sites:
+        return []
+    rows = 3 * ledger.T + 1  # theta, h, d and v0 of a table
+    entries = sum(rows * tables + pieces - 1 for site in sites for tables, pieces in zip(site.populations, site.intervals, strict=True))
+    return [
+        token_amplitudes(
+            inputs=sum(sum(site.neurons) for site in sites),
+            entries=ledger.tokens * entries,
+            sums=0 if weights is None else amplitude_sums(ledger, weights),
+        )
+    ]
+
+
+def amplitude_sums(ledger: Ledger, weights: WeightsConfig) -> int:
+    """Sums that amplitudes of tokens multiply by themselves: outputs of integer weights, whose scales are in their d_t already."""
+    if weights.bits is None:
+        return 0
+    receivers = weight_receivers(ledger.shape)
+    kinds = [SiteKind[site.kind] for site in ledger.sites if site.per_token]
+    return ledger.tokens * sum(receivers[kind] for kind in kinds if kind in READERS)
 
 
 def scaled_sums(site: SiteSpikes, receivers: int, parts: list[int]) -> int:
@@ -76,7 +103,7 @@ def scaled_sums(site: SiteSpikes, receivers: int, parts: list[int]) -> int:
     Behind a Linear each output adds up all groups, whose populations are scaled apart, in as many parts as have scales of their own;
     elsewhere the groups divide the receivers.
     """
-    if SiteKind[site.kind] in (*READERS, SiteKind.head_input):
+    if SiteKind[site.kind] in LINEAR_INPUTS:
         return receivers * sum(populations * part for populations, part in zip(site.populations, parts, strict=True))
     return receivers * sum(site.populations) // len(site.populations)
 
@@ -111,7 +138,7 @@ def rounded_work(ledger: Ledger, weights: WeightsConfig) -> RoundedWork | None:
         mac=calls * sum(inputs * outputs for inputs, outputs in linears),
         sops=sum(sum(map(sum, site.sops)) for site in readers),
         ann_scales=calls * grouped,
-        snn_scales=ledger.tokens * ledger.T * sum(scaled),
+        snn_scales=ledger.tokens * ledger.T * sum(scaled) + amplitude_sums(ledger, weights),
     )
 
 

@@ -53,7 +53,7 @@ class SpikeCounter(Slot):
         table = self.neuron.table
         slices = math.lcm(table.groups, self.columns)
         spread = table.map(lambda rows: rows.repeat_interleave(slices // table.groups, 0))
-        self._add(count_spikes(self._arranged(x, slices), spread, compiled=self.neuron.compiled), x.numel())
+        self._add(count_spikes(self._arranged(self.neuron.coded(x), slices), spread, compiled=self.neuron.compiled), x.numel())
 
     def look(self, _module: nn.Module, _inputs: tuple[Tensor, ...], train: Tensor) -> None:
         """`add_train` as a forward hook of a `SteppedNeuron`."""

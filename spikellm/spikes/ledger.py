@@ -73,6 +73,7 @@ class SiteSpikes:
     sops: list[list[int]]  # [T][C]
     neurons: list[int]  # [C]
     synapses: list[int]  # [C] neurons times their fan-out
+    per_token: bool = False  # each token has an amplitude of its own
 
     @property
     def firing_rate(self) -> float:
@@ -294,4 +295,5 @@ def site_spikes(site: Site, counter: SpikeCounter) -> SiteSpikes:
         sops=counter.sops.tolist(),
         neurons=counter.neurons.tolist(),
         synapses=counter.synapses.tolist(),
+        per_token=counter.neuron.per_token,
     )

@@ -263,6 +263,7 @@ class Header(Record):
     grain: int | str
     coding: str | None = None
     intervals: int | str | None = None  # None: written before there were any
+    amplitude: str | None = None  # None: static
     execution: str | None = None
     seed: int | None = None
     stages: dict[str, StageRecord]
