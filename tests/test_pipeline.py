@@ -46,9 +46,10 @@ def windows(count: int = 4, length: int = 32) -> torch.Tensor:
         ({"coding": "few_spike", "max_spikes": 2, "prefix": False}, ["snn.coding=few_spike", "snn.max_spikes=2", "prefix.enabled=false"]),
         ({"sequential": True}, ["search.sequential=true"]),
         ({"weight_bits": 4, "weight_group": 16}, ["weights.bits=4", "weights.group_size=16"]),
+        ({"amplitude": "token", "weight_bits": 8}, ["snn.amplitude=token", "weights.bits=8"]),
         ({"weight_bits": 8, "rounding": "nearest"}, ["weights.bits=8", "weights.rounding=nearest"]),
     ],
-    ids=["default", "signed", "few spikes", "sequential", "gptq", "nearest"],
+    ids=["default", "signed", "few spikes", "sequential", "gptq", "amplitude of the token", "nearest"],
 )
 def test_one_call_makes_the_network_of_the_command(options, arguments, tmp_path, ids):
     """To the last bit: the same codes, and the same logits."""
@@ -70,7 +71,7 @@ def test_one_call_makes_the_network_of_the_command(options, arguments, tmp_path,
 def test_its_defaults_are_those_of_the_configuration():
     defaults = {name: each.default for name, each in inspect.signature(spikellm.convert).parameters.items()}
     owners = {
-        SpikingConfig: ("intervals", "max_spikes", "softmax_norm"), SearchConfig: ("method", "groups", "spike_weight"),
+        SpikingConfig: ("intervals", "amplitude", "max_spikes", "softmax_norm"), SearchConfig: ("method", "groups", "spike_weight"),
         HardwareConfig: ("query_block",),
     }  # fmt: skip
     for owner, names in owners.items():

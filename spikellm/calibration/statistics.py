@@ -7,7 +7,7 @@ resolved as well. Memory does not depend on the number of tokens; nothing leaves
 
 An activation may carry an importance, what a squared error of it counts further down: the weights of the histogram. Where they
 come from: `model/attention.py` (softmax) and `calibrate.py` (MLP). Where neurons have their amplitude from the token (`snn.amplitude`) what
-is observed is x / s, an error of which counts s^2.
+is observed is x / m, m the token's largest |x|, an error of which counts m^2.
 
 One-sided activations (SiLU) are counted apart by sign: two `sides`.
 
@@ -124,7 +124,7 @@ class Observer(Slot):
         row_stride: look at every n-th index of the last axis but one (attention has L^2 probabilities).
         held: hold what passed until `weigh` tells its importance and which of it stand for neurons.
         sides: 2 counts negative activations apart (`kernels.encode.Digits`).
-        per_token: count x / s with s the `token_amplitude`; the last axis is the token's.
+        per_token: count x / m with m the `token_amplitude`; the last axis is the token's.
         summed: outputs are added up along the last axis; rows' lengths are those of the neurons that `weigh` is told.
     """
 
@@ -177,8 +177,8 @@ class Observer(Slot):
 
     def _count(self, x: Tensor, importance: Tensor | None, neurons: Tensor | None) -> None:
         if self.per_token:
-            s = token_amplitude(x)
-            x, power = x / s, s.double().square().expand(x.shape)
+            m = token_amplitude(x)
+            x, power = x / m, m.double().square().expand(x.shape)
             importance = power if importance is None else importance * power
         values = self._grouped(x).float()
         hidden = None if neurons is None else ~self._grouped(neurons)

@@ -21,7 +21,7 @@ Ours:
   coarse ones where few are. Whoever introduces grains as intervals of the range (Zheng et al.) means these.
 * Signed digits: z_t = -1 where v < -theta_t, so that the residual may go below zero and come back. The wire carries the same
   three values; 3^T digit strings instead of 2^T, or the same numbers with fewer spikes, as the non-adjacent form of integers.
-* An amplitude of the token: with s its largest |x|, neurons fire for x / s and send s y. That is a table whose rows and cuts are all s
+* An amplitude of the token: with m its largest |x|, neurons fire for x / m and send m y. That is a table whose rows and cuts are all m
   times as large, for this token alone.
 """
 
@@ -182,7 +182,7 @@ class Slot(nn.Module):
 
 
 def token_amplitude(x: Float[Tensor, "*batch N"]) -> Float[Tensor, "*batch 1"]:
-    """s, the largest |x| of each token; 1 where all are 0."""
+    """m, the largest |x| of each token; 1 where all are 0."""
     largest = x.abs().amax(-1, keepdim=True)
     return torch.where(largest == 0, 1, largest)  # NaN stays
 
@@ -202,7 +202,7 @@ class PhaseNeuron(Slot):
     Args:
         table: one table, or one per group.
         axis: the axis of x that the groups divide (C groups of equal, consecutive slices); unused for one group.
-        per_token: the table is of x / s, s the `token_amplitude` of all groups together, with which one factor serves the sum over inputs.
+        per_token: the table is of x / m, m the `token_amplitude` of all groups together, with which one factor serves the sum over inputs.
         compiled: see `encode`.
     """
 
@@ -232,19 +232,19 @@ class PhaseNeuron(Slot):
         return grouped(x, self.table.groups, self.axis)
 
     def amplitude(self, x: Float[Tensor, "*batch N"]) -> Float[Tensor, "*batch 1"] | None:
-        """s of every token; None: one table serves all tokens as it is."""
+        """m of every token; None: one table serves all tokens as it is."""
         return token_amplitude(x) if self.per_token else None
 
     def coded(self, x: Tensor) -> Tensor:
-        """What the table is of: x, or x / s."""
-        s = self.amplitude(x)
-        return x if s is None else x / s
+        """What the table is of: x, or x / m."""
+        m = self.amplitude(x)
+        return x if m is None else x / m
 
     def forward(self, x: Tensor) -> Tensor:
         """Decoded values of the spikes that x [..] causes, same shape."""
-        s = self.amplitude(x)
-        y = encode(self.grouped(x if s is None else x / s), self.table, compiled=self.compiled).reshape(x.shape)
-        return y if s is None else s * y
+        m = self.amplitude(x)
+        y = encode(self.grouped(x if m is None else x / m), self.table, compiled=self.compiled).reshape(x.shape)
+        return y if m is None else m * y
 
     def extra_repr(self) -> str:
         """What `print(model)` shows of the neurons."""

@@ -49,7 +49,7 @@ def write_density_plots(
             axis.set_visible(False)
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper right", ncols=3, fontsize=8, frameon=False)
-        coded = "|x| / s, s the token's largest |x|" if is_per_token(kind, amplitude) else "|x|"
+        coded = "|x| / m, m the token's largest |x|" if is_per_token(kind, amplitude) else "|x|"
         figure.suptitle(f"{kind.value}: levels of the code on the density of {coded}", x=0.01, ha="left", fontsize=9)
         paths.append(folder / f"density_{kind.name}.png")
         figure.savefig(paths[-1], dpi=90)

@@ -1,6 +1,6 @@
-"""A token's amplitude on its way to the Linears that read its spikes (`snn.amplitude=token`).
+"""A token's amplitude on its way to the Linears that read its spikes (`snn.amplitude=token`): m, its largest |x|.
 
-A norm's spikes reach their readers through transformers' forwards, which may pass some of the tokens alone (`logits_to_keep`), and s has to
+A norm's spikes reach their readers through transformers' forwards, which may pass some of the tokens alone (`logits_to_keep`), and m has to
 arrive with the spikes that it belongs to. It travels behind them, as the bits of its floating-point number: wires that carry 0 or 1, 32
 or 64 a token, so that what leaves a norm is spikes alone.
 """
@@ -13,7 +13,7 @@ NUMBERS = {32: (torch.int32, torch.float32), 64: (torch.int64, torch.float64)}  
 
 
 def attached(spikes: Int8[Tensor, "*wires W"], amplitude: Float[Tensor, "*#wires 1"] | None) -> Int8[Tensor, "*wires W_and_bits"]:
-    """The spikes with s behind them; alone where there is none."""
+    """The spikes with m behind them; alone where there is none."""
     if amplitude is None:
         return spikes
     width = 8 * amplitude.itemsize

@@ -2,8 +2,8 @@
 
 A neuron of P populations fires on S = T P wires (`PhaseTable.wires`); P may differ from site to site. Each module shares weights,
 tables and rotations with its folded sibling. How they work together: `stepped.py`; the operators: `kernels/temporal.py`. Spikes are
-int8 in {-1, 0, +1}; currents are float32 (float64 in float64 models). Where neurons have their amplitude s from the token, they fire for
-x / s, and output weights are s d_t for this token: s comes to a norm's readers with its spikes (`amplitude.py`).
+int8 in {-1, 0, +1}; currents are float32 (float64 in float64 models). Where neurons have their amplitude m from the token, they fire for
+x / m, and output weights are m d_t for this token: m comes to a norm's readers with its spikes (`amplitude.py`).
 """
 
 from collections.abc import Iterator

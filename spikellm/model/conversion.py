@@ -216,7 +216,7 @@ def fill(
 
     Args:
         tables: site name -> table; must name exactly the model's sites.
-        amplitude: token: where Linears read them, tables are of x / s (`neuron.token_amplitude`).
+        amplitude: token: where Linears read them, tables are of x / m (`neuron.token_amplitude`).
         compiled: see `neuron.encode`.
 
     Raises:

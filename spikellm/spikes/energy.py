@@ -233,7 +233,7 @@ def spiking_operations(
 def token_amplitudes(*, inputs: int, entries: int, sums: int) -> Operation:
     """Amplitudes of tokens: the largest of `inputs`, by which `entries` of tables are multiplied, and `sums` that no entry scales.
 
-    A table that is s times as large, thresholds, resets, output weights and cuts, codes x as its original codes x / s, times s: inputs stay
+    A table that is m times as large, thresholds, resets, output weights and cuts, codes x as its original codes x / m, times m: inputs stay
     as they are, and so do the sums of readers that output weights multiply anyway.
     """
     return Operation(name="amplitudes of tokens: largest input, factor of tables", mac=entries + sums, ac=inputs)

@@ -13,14 +13,16 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 
 import spikellm.model.checkpoint
 from spikellm.coding.neuron import PhaseNeuron, PhaseTable
+from spikellm.config.choices import Amplitude
 from spikellm.config.labels import SiteKind
 from spikellm.execution.stepped import stepped
 from spikellm.kernels.encode import Digits
-from spikellm.model.conversion import fill, get_neuron, install, model_sites, prepare, set_neuron
+from spikellm.model.conversion import fill, get_neuron, install, model_sites, place, prepare, set_neuron
 from spikellm.model.prefix import attach_prefix
 from tests.codes import base2_table, base2_tables
 from tests.models import tiny_model
 
+STATIC = Amplitude.static
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -47,11 +49,13 @@ def mixed_tables(model) -> dict[str, PhaseTable]:
     return tables
 
 
-def spiking(name="llama", *, dtype=torch.float32, rotated=True, after=True, prefix=(7, 1), tables=base2_tables, **options):
+def spiking(
+    name="llama", *, dtype=torch.float32, rotated=True, after=True, prefix=(7, 1), tables=base2_tables, amplitude=STATIC, **options
+):
     model = tiny_model(name, dtype=dtype, **options)
     prepare(model, rotation_seed=0 if rotated else None, normalise_after=after, query_block=16)
     attach_prefix(model, list(prefix))
-    fill(model, tables(model), compiled=False)
+    fill(model, tables(model), amplitude=amplitude, compiled=False)
     return model
 
 
@@ -119,6 +123,24 @@ def test_saving_changes_nothing_in_the_model(tmp_path, ids):
     assert set(vars(model)) == names
     assert type(model) is LlamaForCausalLM
     assert torch.equal(model(ids).logits, before)
+
+
+def test_amplitudes_of_tokens_are_saved_and_loaded(tmp_path, ids):
+    model, static = (spiking(tables=mixed_tables, amplitude=amplitude) for amplitude in (Amplitude.token, Amplitude.static))
+    wanted = model(ids).logits
+    assert not torch.equal(wanted, static(ids).logits)
+    for name, each in (("token", model), ("static", static)):
+        spikellm.model.checkpoint.save(each, tmp_path / name)
+    configs = {name: json.loads((tmp_path / name / "config.json").read_text())["quantization_config"] for name in ("token", "static")}
+    assert configs["token"]["amplitude"] == "token"
+    assert "amplitude" not in configs["static"]  # as in files of older versions
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "token")
+    assert torch.equal(again(ids).logits, wanted)
+    again.save_pretrained(tmp_path / "again")
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "again")(ids).logits, wanted)
+    place(model, model_sites(model)[0], mixed_tables(model)["layers.0.attention_input"], compiled=False)
+    with pytest.raises(ValueError, match=r"8 sites have amplitudes of the token, .*fill them alike"):
+        spikellm.model.checkpoint.save(model, tmp_path / "mixed")
 
 
 def test_saved_again_it_is_the_same(tmp_path, ids):
@@ -245,6 +267,7 @@ def test_a_table_that_was_changed_is_refused_by_name(case, damaged):
 
 FLAGS = {
     "rotated": lambda found: found.update(rotated=["R3"]),
+    "amplitude": lambda found: found.update(amplitude="token"),
     "normalise_after": lambda found: found.update(normalise_after=False),
     "prefix_length": lambda found: found.update(prefix_length=1),
     "max_spikes of a site": lambda found: found["sites"][SILU]["digits"].update(max_spikes=1),

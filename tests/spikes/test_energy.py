@@ -182,12 +182,12 @@ def test_every_population_compares_and_is_weighted_by_hand(sites, receivers, com
     assert found.neurons == 48
 
 
-def hand_ledger(sites, *, T: int = 2, sops: int = 0) -> Ledger:
+def hand_ledger(sites, *, T: int = 2, sops: int = 0, per_token: tuple[str, ...] = ()) -> Ledger:
     return Ledger(
         sites=[
             SiteSpikes(
                 name=kind, kind=kind, layer=None if kind == "head_input" else 0, populations=populations, intervals=intervals,
-                spikes=[[0]] * T, sops=[[sops], *[[0]] * (T - 1)], neurons=[neurons], synapses=[neurons],
+                spikes=[[0]] * T, sops=[[sops], *[[0]] * (T - 1)], neurons=[neurons], synapses=[neurons], per_token=kind in per_token,
             )
             for kind, neurons, populations, intervals in sites
         ],
@@ -203,6 +203,34 @@ def test_scales_of_groups_multiply_sums_by_hand():
     plain = dense_operations(hand_ledger(MANY))
     for same in (None, WeightsConfig(), WeightsConfig(bits=8), WeightsConfig(group_size=2)):
         assert dense_operations(hand_ledger(MANY), same) == plain
+
+
+READ_BY_LINEARS = ("attention_input", "attention_output", "mlp_input", "mlp_product", "head_input")
+AMPLITUDES = "amplitudes of tokens: largest input, factor of tables"
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_amplitudes_of_tokens_by_hand(bits):
+    """A comparison an input; T = 2 thetas, hs and ds and a v0 of every table, and every cut, times m; integer weights' sums apart."""
+    weights = WeightsConfig(bits=bits)
+    ledger, static = hand_ledger(MANY, sops=100, per_token=READ_BY_LINEARS), hand_ledger(MANY, sops=100)
+    by_name = {each.name: each for each in dense_operations(ledger, weights)}
+    tables, cuts, sums = 2 + (2 + 3) + 3 + 3 + 2, 1 + (1 + 2) + 2 + 2 + 1, 12 + 4 + 16 + 4
+    found = by_name.pop(AMPLITUDES)
+    assert (found.ac, found.mac) == (4 + 6 + 4 + 8 + 4, 7 * tables + cuts + (sums if bits else 0))
+    assert list(by_name.values()) == dense_operations(static, weights)
+    costs = COST_TABLES["fp32"]
+    with_tokens, without = energy_record(ledger, costs, weights=weights), energy_record(static, costs, weights=weights)
+    more = 0.9 * 26 + 4.6 * (7 * tables + cuts)
+    assert with_tokens.snn_pj_per_token - without.snn_pj_per_token == pytest.approx(more)
+    more += 4.6 * sums if bits else 0
+    assert with_tokens.snn_int_pj_per_token - without.snn_int_pj_per_token == pytest.approx(more)
+    assert with_tokens.int_pj_per_token == without.int_pj_per_token
+    old = static.to_json()
+    for site in old["sites"]:
+        del site["per_token"]
+    assert Ledger.from_json(old) == static  # written before there were any
+    assert Ledger.from_json(ledger.to_json()) == ledger
 
 
 @pytest.mark.parametrize(("bits", "group_size"), [(8, None), (4, 2)])

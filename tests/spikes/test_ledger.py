@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from spikellm.coding.neuron import PhaseNeuron, PhaseTable, Slot, count_spikes, fire
+from spikellm.config.choices import Amplitude
 from spikellm.config.labels import SiteKind
 from spikellm.kernels.encode import Digits
 from spikellm.kernels.temporal import spike_mixture, spike_pairs, step_weights
@@ -28,6 +29,7 @@ def converted(
     prefix: tuple[int, ...] = (),
     max_spikes: int | None = None,
     shift: int | None = None,
+    amplitude: Amplitude = Amplitude.static,
     **options,
 ):
     model = tiny_model(name, **options)
@@ -36,7 +38,7 @@ def converted(
     tables = base2_tables(model, T) if shift is None else partitioned_tables(model, T, shift=shift, heads=shift == 2)
     if max_spikes:
         tables = {key: replace(each, digits=Digits(max_spikes=max_spikes)) for key, each in tables.items()}
-    fill(model, tables, compiled=False)
+    fill(model, tables, amplitude=amplitude, compiled=False)
     return model
 
 
@@ -58,7 +60,7 @@ def spikes_by_hand(value: float, table: PhaseTable, group: int) -> list[int]:
     return times
 
 
-def walk(model, ids) -> dict[tuple[str, str], Counter]:
+def walk(model, ids, amplitude: Amplitude = Amplitude.static) -> dict[tuple[str, str], Counter]:
     """(site, what) -> how much at (time step, column), by one loop per spike; what: spikes, sops (inside attention: `perform`)."""
     seen: dict[str, list[torch.Tensor]] = {}
     hooks = [
@@ -78,6 +80,8 @@ def walk(model, ids) -> dict[tuple[str, str], Counter]:
         table, columns = get_neuron(model, site).table, site_groups(config, site.kind)
         spikes, sops = Counter(), Counter()
         for x in seen[site.name]:
+            if amplitude is Amplitude.token and site.kind in linear:
+                x = x / x.abs().amax(-1, keepdim=True)
             for index in torch.nonzero(torch.ones_like(x), as_tuple=False).tolist():
                 headed = site.kind in (SiteKind.query, SiteKind.key, SiteKind.value, SiteKind.softmax)
                 size, place = (x.shape[1], index[1]) if headed else (x.shape[-1], index[-1])
@@ -219,6 +223,7 @@ CASES = {
     "sliding window": ("mistral", {"after": True, "sliding_window": 3}, {"window": 3}),
     "two spikes": ("qwen3", {"after": True, "max_spikes": 2}, {}),
     "populations": ("llama", {"after": True, "prefix": (7, 1), "shift": 0}, {}),
+    "amplitudes of tokens": ("llama", {"after": True, "prefix": (7, 1), "shift": 1, "amplitude": Amplitude.token}, {}),
     "populations of every head": ("qwen3", {"after": False, "prefix": (7, 1), "shift": 2}, {}),
 }
 SMALL = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 48, "head_dim": 8, "vocab_size": 64}
@@ -230,7 +235,7 @@ def test_every_spike_and_operation_is_counted(case):
     name, build, known = CASES[case]
     model = converted(name, **build, **SMALL)
     ids = torch.randint(2, 64, (1, 7), generator=torch.Generator().manual_seed(1))
-    wanted = walk(model, ids)
+    wanted = walk(model, ids, build.get("amplitude", Amplitude.static))
     trains = trains_of(model, ids)
     coded = 0 if build["after"] else len(build.get("prefix", ()))  # they stand first
     window = known.get("window", 7)
