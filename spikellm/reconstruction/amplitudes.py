@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from spikellm.calibration.calibrate import PERIOD
 from spikellm.calibration.statistics import CHOOSE, FIT, SiteStatistics
 from spikellm.coding.neuron import BEYOND, PhaseTable
+from spikellm.config.choices import Amplitude
 from spikellm.model.blocks import Block
 from spikellm.model.conversion import place
 from spikellm.search.fit import CodeFit
@@ -35,6 +36,7 @@ def choose_amplitudes(
     states: Sequence[Float[Tensor, "1 L D"]],
     wanted: Sequence[Float[Tensor, "1 L D"]],
     *,
+    amplitude: Amplitude = Amplitude.static,
     compiled: bool,
 ) -> dict[str, CodeFit]:
     """The codes of a block with the amplitudes that its output wants; the block keeps these neurons.
@@ -43,6 +45,7 @@ def choose_amplitudes(
         fits, statistics: by name of the block's sites.
         states: what every window brings into the block.
         wanted: what the block without neurons makes of them.
+        amplitude: see `conversion.fill`.
         compiled: see `neuron.encode`.
     """
     windows = {part: part_windows(len(states), part)[:WINDOWS] for part in (FIT, CHOOSE)}
@@ -51,21 +54,21 @@ def choose_amplitudes(
         return sum(output_error(block(states[index]), wanted[index]) for index in windows[part])
 
     for site in block.sites:
-        place(model, site, fits[site.name].table, compiled=compiled)
+        place(model, site, fits[site.name].table, amplitude=amplitude, compiled=compiled)
     fitted, choosing = error(FIT), error(CHOOSE)
     found = dict(fits)
     for site in block.sites:
         fit, kept = fits[site.name], 1.0
         for step in FACTORS:
             while True:
-                place(model, site, scaled_table(fit, kept * step), compiled=compiled)
+                place(model, site, scaled_table(fit, kept * step), amplitude=amplitude, compiled=compiled)
                 if (lower := error(FIT)) >= fitted or (chosen := error(CHOOSE)) > choosing:
                     break
                 fitted, choosing, kept = lower, chosen, kept * step
             if kept != 1.0:
                 found[site.name] = scaled(fit, kept, statistics[site.name])
                 break  # nothing is to be had in the other direction
-        place(model, site, found[site.name].table, compiled=compiled)
+        place(model, site, found[site.name].table, amplitude=amplitude, compiled=compiled)
     return found
 
 

@@ -56,7 +56,7 @@ def fit_sequentially(model: PreTrainedModel, windows: Int[Tensor, "W L"], option
         for block in tqdm(blocks, desc="sequential", unit="block", disable=None):
             fits |= keep(block_name(block), partial(fit_block, model, block, states, options))
             for site in block.sites:
-                place(model, site, fits[site.name].table, compiled=options.compiled)
+                place(model, site, fits[site.name].table, amplitude=options.snn.amplitude, compiled=options.compiled)
             block.advance(states)
     return fits
 
@@ -64,9 +64,11 @@ def fit_sequentially(model: PreTrainedModel, windows: Int[Tensor, "W L"], option
 def fit_block(model: PreTrainedModel, block: Block, states: Sequence[Float[Tensor, "1 L D"]], options: Options) -> Fits:
     """The codes of a block whose slots are empty; `states` are what every window brings into it on the spiking stream."""
     wanted = list(states)
-    seen = calibrate_block(model, block, wanted)
+    amplitude = options.snn.amplitude
+    seen = calibrate_block(model, block, wanted, amplitude=amplitude)
     statistics = {name: site.to(model.device) for name, site in seen.items()}
-    return choose_amplitudes(model, block, find_codes(statistics, options), statistics, states, wanted, compiled=options.compiled)
+    fits = find_codes(statistics, options)
+    return choose_amplitudes(model, block, fits, statistics, states, wanted, amplitude=amplitude, compiled=options.compiled)
 
 
 def block_name(block: Block) -> str:

@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from spikellm.coding.neuron import BEYOND, PhaseNeuron, PhaseTable, Slot, encode, grouped
+from spikellm.coding.neuron import BEYOND, PhaseNeuron, PhaseTable, Slot, encode, grouped, token_amplitude
 from spikellm.kernels.compiled import chosen
 from spikellm.kernels.encode import Digits, Rows, emit, own, owners, respond
 
@@ -158,7 +158,7 @@ class TunableNeuron(Slot):
     def __init__(self, neuron: PhaseNeuron) -> None:
         super().__init__()
         table = neuron.table
-        self.start, self.axis, self.compiled = table, neuron.axis, neuron.compiled
+        self.start, self.axis, self.per_token, self.compiled = table, neuron.axis, neuron.per_token, neuron.compiled
         R, T = table.theta.shape
         self.unit = widths(table.theta) / WIDTH
         zeros = table.theta.new_zeros
@@ -184,7 +184,10 @@ class TunableNeuron(Slot):
     def forward(self, x: Tensor) -> Tensor:
         """Decoded values of the spikes that x [..] causes, same shape."""
         table = self.table
-        return differentiable_encode(grouped(x, table.groups, self.axis), table, compiled=self.compiled).reshape(x.shape)
+        m = token_amplitude(x) if self.per_token else None
+        coded = grouped(x if m is None else x / m, table.groups, self.axis)
+        y = differentiable_encode(coded, table, compiled=self.compiled).reshape(x.shape)
+        return y if m is None else m * y
 
 
 def _factor(change: Tensor, value: Tensor, unit: Tensor) -> Tensor:

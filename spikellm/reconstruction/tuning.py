@@ -174,7 +174,8 @@ def put(model: PreTrainedModel, block: Block, tables: Tables, weights: Weights) 
     """Give a block other tables, and other weights where there are any."""
     for site in block.sites:
         neuron: Any = get_neuron(model, site)
-        set_neuron(model, site, PhaseNeuron(tables[site.name], axis=neuron.axis, compiled=neuron.compiled))
+        told = {"axis": neuron.axis, "per_token": neuron.per_token, "compiled": neuron.compiled}
+        set_neuron(model, site, PhaseNeuron(tables[site.name], **told))
     replace_weights(block.module, weights)
 
 
