@@ -1,8 +1,8 @@
 """Weights re-fitted in closed form behind coded inputs, layer by layer: what is left of a Linear's error, and of its block's.
 
-    python experiments/compensation/study.py [OVERRIDE ..]
+    python experiments/compensation/study.py layers|networks [OVERRIDE ..]
 
-Overrides are those of main.py. Calibration and codes are taken from output_root where they are there. Prints the tables of README.md.
+Overrides are those of main.py. Calibration and codes are taken from output_root where they are there. Prints a table of README.md.
 
 A Linear that reads coded inputs y in place of x gets W' = (C_ty + lambda W) (C_yy + lambda I)^-1, the ridge regression towards W of
 targets t on y: C_yy = sum y y^T, C_ty = sum t y^T over the windows that are fitted to, lambda in units of the mean of C_yy's diagonal.
@@ -10,24 +10,28 @@ Errors are quadratic in W', so that sums over windows are all that is kept of th
 """
 
 import logging
+import math
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, product
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.functional import kl_div, log_softmax, nll_loss
 from transformers import PreTrainedModel
 
 from spikellm.config.labels import SiteKind
 from spikellm.evaluation.texts import token_windows
-from spikellm.model.blocks import Block, enter
+from spikellm.execution.memory import LOGIT_ROWS
+from spikellm.model.blocks import Block, enter, walk
 from spikellm.model.conversion import get_neuron
-from spikellm.model.sites import DOWN, GATE, KEY, MLP_NORM, OUTPUT, QUERY, READERS, UP, VALUE
+from spikellm.model.replaced import replace_weights
+from spikellm.model.sites import DOWN, GATE, HEAD, KEY, MLP_NORM, OUTPUT, QUERY, READERS, UP, VALUE
 from spikellm.reconstruction.tuning import relative_error, without_neurons
 from spikellm.run.command import compose_config
 from spikellm.run.fitting import CALIBRATE, SEARCH
@@ -47,11 +51,15 @@ OWN_PARTS = {FIT: range(16), CHOOSE: range(24, 27), HELD: range(32, 35)}
 OTHERS = 3  # windows of the evaluation text
 PROBED = (HELD, OTHER)  # whose windows run through the block again
 LAYERS_SHOWN = 6
-HEADINGS = ("Linears", "target", "lambda", "Linear: fitted", "held out", "other text", "block: held out", "other text")
+Weights = dict[str, Tensor]  # by name of a Linear below its layer
+
+PLANS: dict[str, dict[str, str]] = {"nothing": {}, "o": {"o": "ANN + d"}, "o, down": {"o": "ANN + d", "down": "ANN + d"}}
+KIND = {name: kind for kind, names in READERS.items() for name in names}
 
 LAMBDAS = (1e-3, 1e-2, 0.1, 1.0, 10.0)
 # What W' y shall be: W x on the spiking stream or on the ANN's, and what share of the residual stream's difference beside it.
 TARGETS = {"own": (False, 0.0), "ANN": (True, 0.0), "ANN + d/4": (True, 0.25), "ANN + d/2": (True, 0.5), "ANN + d": (True, 1.0)}
+BY_ROW, BY_COLUMN = "ANN, a factor a row", "ANN, a factor a column"
 
 
 class Moments:
@@ -77,8 +85,8 @@ class Moments:
 
     def targets(self, weight: Float[Tensor, "O I"], ann: bool, share: float) -> Float[Tensor, "O I"]:
         """C_ty."""
-        product = weight @ self.sums["ann" if ann else "own"]
-        return product + share * self.sums["dy"] if share else product
+        wanted = weight @ self.sums["ann" if ann else "own"]
+        return wanted + share * self.sums["dy"] if share else wanted
 
     def power(self, weight: Float[Tensor, "O I"]) -> Tensor:
         """Squares of what the Linear should give: W x of the ANN, and with d what the residual stream lacks."""
@@ -110,14 +118,25 @@ class Layer:
     wanted: list[Tensor]  # outputs on the ANN's stream
     moments: Mapping[tuple[SiteKind, str], Moments]
 
+    def weight(self, name: str) -> Float[Tensor, "O I"]:
+        """Of a Linear as it is, float64."""
+        return self.block.module.get_parameter(f"{name}.weight").double()
+
     def error(self, part: str, *, run: bool = False) -> float:
         """Relative squared error of the block's output against the ANN's stream; `run`: of the block as it is now."""
         found = {index: self.block(self.states[index]) if run else self.outputs[index] for index in self.parts[part]}
         return sum(relative_error(output, self.wanted[index]).item() for index, output in found.items()) / len(found)
 
 
-def observe(model: PreTrainedModel, block: Block, states: list[Tensor], wanted: list[Tensor], parts: Mapping[str, Sequence[int]]) -> Layer:
-    """Take both streams through a block.
+def observe(
+    model: PreTrainedModel,
+    block: Block,
+    states: list[Tensor],
+    wanted: list[Tensor],
+    parts: Mapping[str, Sequence[int]],
+    kinds: Collection[SiteKind] = tuple(READERS),
+) -> Layer:
+    """Take both streams through a block, and look at the sites of some kinds.
 
     Tokens count by 1 over the square of the residual stream behind a Linear that adds to it, as the next norm divides by that.
     """
@@ -131,7 +150,7 @@ def observe(model: PreTrainedModel, block: Block, states: list[Tensor], wanted: 
                 outputs.append(block(states[index]))
             behind = {SiteKind.attention_output: ann["middle"], SiteKind.mlp_product: targets[-1][0]}
             before = {SiteKind.attention_output: (ann["start"], own["start"]), SiteKind.mlp_product: (ann["middle"], own["middle"])}
-            for kind in READERS:
+            for kind in kinds:
                 rows, lacks = [own[f"coded {kind.name}"], own[f"plain {kind.name}"], ann[f"plain {kind.name}"]], None
                 if kind in WRITERS:
                     weight = behind[kind].square().sum(-1, keepdim=True).rsqrt()
@@ -165,7 +184,7 @@ def recording(model: PreTrainedModel, block: Block) -> Iterator[dict[str, Float[
 
 
 @contextmanager
-def refitted(block: Block, weights: Mapping[str, Float[Tensor, "O I"]]) -> Iterator[None]:
+def refitted(block: Block, weights: Weights) -> Iterator[None]:
     """Within: Linears of a block have other weights."""
     linears: dict[str, Any] = {name: block.module.get_submodule(name) for name in weights}
     before = {name: linear.weight for name, linear in linears.items()}
@@ -178,59 +197,65 @@ def refitted(block: Block, weights: Mapping[str, Float[Tensor, "O I"]]) -> Itera
             linears[name].weight = weight
 
 
+def candidates(moments: Moments, weight: Float[Tensor, "O I"], target: str) -> list[Float[Tensor, "O I"]]:
+    """What a weight might become: one matrix for every lambda, or one where there is none."""
+    if target in TARGETS:
+        return moments.ridge(weight, moments.targets(weight, *TARGETS[target]))
+    if target == BY_COLUMN:
+        return [weight * (moments.sums["ann"].diagonal() / moments.sums["yy"].diagonal())]
+    rows = (moments.targets(weight, True, 0.0) * weight).sum(1) / ((weight @ moments.sums["yy"]) * weight).sum(1)
+    return [weight * rows[:, None]]
+
+
+def choose(layer: Layer, group: str, target: str) -> tuple[Weights, list[float]]:
+    """The weights of a group of Linears, by name, and their lambdas, each by the error of the Linear on the choosing part."""
+    found: Weights = {}
+    scales = []
+    for name in GROUPS[group]:
+        weight, (fit, chooser) = layer.weight(name), (layer.moments[KIND[name], part] for part in (FIT, CHOOSE))
+        offered = candidates(fit, weight, target)
+        errors = [chooser.error(weight, each) for each in offered]
+        best = errors.index(min(errors))
+        found[name] = offered[best]
+        scales += [LAMBDAS[best]] if target in TARGETS else []
+    return found, scales
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
     """A correction of a group of Linears in a layer: errors over those with the weights as they are, by part."""
 
     group: str
     target: str
-    scales: list[float]  # lambda of each Linear, by the least error on the choosing part
+    scales: list[float]
     linear: dict[str, float]  # mean of the Linears
     block: dict[str, float]
-
-
-def candidates(moments: Moments, weight: Float[Tensor, "O I"]) -> dict[str, list[Float[Tensor, "O I"]]]:
-    """What a weight might become, by target: one matrix for every lambda, or one where there is none."""
-    sums, found = moments.sums, {}
-    for target, (ann, share) in TARGETS.items():
-        if not share or moments.writes:
-            found[target] = moments.ridge(weight, moments.targets(weight, ann, share))
-    rows = (moments.targets(weight, True, 0.0) * weight).sum(1) / ((weight @ sums["yy"]) * weight).sum(1)
-    columns = sums["ann"].diagonal() / sums["yy"].diagonal()
-    return found | {"a factor a row": [weight * rows[:, None]], "a factor a column": [weight * columns]}
 
 
 def compare(layer: Layer) -> Iterator[Row]:
     """Every correction of every group of Linears, each alone."""
     before = {part: layer.error(part) for part in PROBED}
-    for group, names in GROUPS.items():
-        kind = next(kind for kind, readers in READERS.items() if names[0] in readers)
-        moments = {part: layer.moments[kind, part] for part in layer.parts}
-        weights = {name: layer.block.module.get_parameter(f"{name}.weight").double() for name in names}
-        plain = {name: {part: each.error(weight, weight) for part, each in moments.items()} for name, weight in weights.items()}
-        offered = {name: candidates(moments[FIT], weight) for name, weight in weights.items()}
-        for target in offered[names[0]]:
-            chosen, scales = {}, []
-            for name, weight in weights.items():
-                found = offered[name][target]
-                errors = [moments[CHOOSE].error(weight, each) for each in found]
-                best = errors.index(min(errors))
-                chosen[name] = found[best]
-                scales += [LAMBDAS[best]] if len(found) > 1 else []
-            linear = {
-                part: sum(each.error(weights[name], new) / plain[name][part] for name, new in chosen.items()) / len(chosen)
-                for part, each in moments.items()
-            }
-            with refitted(layer.block, chosen):
-                block = {part: layer.error(part, run=True) / before[part] for part in PROBED}
-            yield Row(group=group, target=target, scales=scales, linear=linear, block=block)
+    for group, target in product(GROUPS, (*TARGETS, BY_ROW, BY_COLUMN)):
+        kind = KIND[GROUPS[group][0]]
+        if kind not in WRITERS and target in TARGETS and TARGETS[target][1]:
+            continue  # nothing is added to the residual stream
+        found, scales = choose(layer, group, target)
+        linear = {}
+        for part in layer.parts:
+            moments = layer.moments[kind, part]
+            plain = {name: layer.weight(name) for name in found}
+            ratios = [moments.error(plain[name], new) / moments.error(plain[name], plain[name]) for name, new in found.items()]
+            linear[part] = sum(ratios) / len(ratios)
+        with refitted(layer.block, found):
+            block = {part: layer.error(part, run=True) / before[part] for part in PROBED}
+        yield Row(group=group, target=target, scales=scales, linear=linear, block=block)
 
 
 @torch.no_grad()
 def first_layers(work: Workspace) -> list[list[Row]]:
     """`compare` in the first layers, the stream itself never corrected."""
     windows, parts = study_windows(work)
-    model = work.models.spiking({name: fit.table for name, fit in SEARCH.found(work).items()}, CALIBRATE.found(work).prefix_tokens)
+    model = spiking(work)
     states, blocks = enter(model, windows)
     wanted, found = list(states), []
     for index, block in enumerate(blocks[:LAYERS_SHOWN]):
@@ -239,6 +264,76 @@ def first_layers(work: Workspace) -> list[list[Row]]:
         states, wanted = layer.outputs, layer.wanted
         log.info("layer %d", index)
     return found
+
+
+@torch.no_grad()
+def compensate(model: PreTrainedModel, work: Workspace, plan: Mapping[str, str]) -> int:
+    """Re-fit a spiking model's Linears in place, by group and target, and say how many.
+
+    Layer after layer, the windows going on through what was kept: what lowers the error of the block's output on the choosing part.
+    """
+    windows, parts = study_windows(work)
+    states, blocks = enter(model, windows)
+    wanted, count = list(states), 0
+    kinds = {KIND[GROUPS[group][0]] for group in plan}
+    for block in (block for block in blocks if block.layer is not None):
+        layer = observe(model, block, states, wanted, parts, kinds)
+        before = least = layer.error(CHOOSE)
+        kept: Weights = {}
+        for group, target in plan.items():
+            offered = kept | choose(layer, group, target)[0]
+            with refitted(block, offered):
+                error = layer.error(CHOOSE, run=True)
+            if error < least:
+                kept, least = offered, error
+        replace_weights(block.module, {name: weight.to(model.dtype) for name, weight in kept.items()})
+        states, wanted, count = [block(state) for state in states] if kept else layer.outputs, layer.wanted, count + len(kept)
+        held, other = (layer.error(part, run=True) / layer.error(part) for part in (HELD, OTHER))
+        log.info("layer %d: %s; %.4g -> %.4g, held out x %.3f, other text x %.3f", block.layer, ", ".join(kept), before, least, held, other)
+    return count
+
+
+@torch.no_grad()
+def distances(model: PreTrainedModel, windows: Int[Tensor, "W L"], reference: Sequence[Tensor]) -> tuple[float, float]:
+    """Mean token loss, and mean Kullback-Leibler divergence from the ANN whose last hidden states are given [nats]."""
+    head, loss, divergence = model.get_submodule(HEAD), [], []
+    for window, hidden in zip(windows, reference, strict=True):
+        found = walk(model, window[None])[0][0]
+        for rows, others, targets in zip(
+            *(each[:-1].split(LOGIT_ROWS) for each in (found, hidden[0])), window[1:].split(LOGIT_ROWS), strict=True
+        ):
+            ours, theirs = (log_softmax(head(each).float(), -1) for each in (rows, others))
+            loss.append(nll_loss(ours, targets, reduction="none"))
+            divergence.append(kl_div(ours, theirs, reduction="none", log_target=True).sum(-1))
+    return torch.cat(loss).mean().item(), torch.cat(divergence).mean().item()
+
+
+def networks(work: Workspace) -> Iterator[tuple[str, list[float]]]:
+    """Of each plan: perplexity over the ANN's and divergence from it, on the evaluation text and on unseen calibration text."""
+    config, windows = work.config.dataset, [work.evaluation_windows]
+    behind = -(-(max(OWN_PARTS[HELD]) + 1) * WINDOW // config.evaluation.window)  # windows that hold what decided something
+    unseen = replace(config.calibration, window=config.evaluation.window, max_windows=behind + len(windows[0]))
+    windows.append(token_windows(unseen, "dataset.calibration", work.tokenizer)[behind:])
+    with torch.no_grad():
+        ann = work.models.transparent(CALIBRATE.found(work).prefix_tokens)
+        reference = [[state for window in each for state in walk(ann, window[None])] for each in windows]
+        losses = [distances(ann, each, states)[0] for each, states in zip(windows, reference, strict=True)]
+    for name, plan in PLANS.items():
+        work.models.release()
+        model = spiking(work)
+        count = compensate(model, work, plan) if plan else 0
+        cells = []
+        for each, states, loss in zip(windows, reference, losses, strict=True):
+            found, divergence = distances(model, each, states)
+            cells += [math.exp(found - loss), divergence]
+        yield f"{name} ({count} Linears)", cells
+    work.models.release()
+
+
+def spiking(work: Workspace) -> PreTrainedModel:
+    """The network whose weights are as they are."""
+    tables = {name: fit.table for name, fit in SEARCH.found(work).items()}
+    return work.models.spiking(tables, CALIBRATE.found(work).prefix_tokens)
 
 
 def study_windows(work: Workspace) -> tuple[Int[Tensor, "W L"], dict[str, Sequence[int]]]:
@@ -254,19 +349,40 @@ def study_windows(work: Workspace) -> tuple[Int[Tensor, "W L"], dict[str, Sequen
     }
 
 
+def by_layer(work: Workspace) -> Iterator[list[str]]:
+    """Rows of the table by layer."""
+    for rows in zip(*first_layers(work), strict=True):
+        scales = [scale for row in rows for scale in row.scales]
+        span = f"{min(scales):g} to {max(scales):g}" if scales else ""
+        cells = [sum(row.linear[part] for row in rows) / len(rows) for part in (FIT, HELD, OTHER)]
+        cells += [sum(row.block[part] for row in rows) / len(rows) for part in PROBED]
+        yield [rows[0].group, rows[0].target, span, *(f"{cell:.3f}" for cell in cells)]
+
+
+def by_network(work: Workspace) -> Iterator[list[str]]:
+    """Rows of the table of networks."""
+    for name, cells in networks(work):
+        log.info("%s: %s", name, cells)
+        yield [name, *(f"{cell:.4f}" for cell in cells)]
+
+
+TABLES = {
+    "layers": (("Linears", "target", "lambda", "Linear: fitted", "held out", "other text", "block: held out", "other text"), by_layer),
+    "networks": (
+        ("re-fitted", "evaluation text: perplexity / ANN", "divergence", "unseen text: perplexity / ANN", "divergence"),
+        by_network,
+    ),
+}
+
+
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    headings, rows = TABLES[sys.argv[1]]
     for name, code in CODES.items():
-        work = Workspace(compose_config([*ONE_INTERVAL, *sys.argv[1:], *code]))
+        work = Workspace(compose_config([*ONE_INTERVAL, *sys.argv[2:], *code]))
         with threads(work.config.hardware.threads):
-            layers = first_layers(work)
-        print(f"\n{name}: mean of {len(layers)} layers\n\n| " + " | ".join(HEADINGS) + " |\n|" + " --- |" * len(HEADINGS))
-        for rows in zip(*layers, strict=True):
-            scales = [scale for row in rows for scale in row.scales]
-            span = f"{min(scales):g} to {max(scales):g}" if scales else ""
-            cells = [sum(row.linear[part] for row in rows) / len(rows) for part in (FIT, HELD, OTHER)]
-            cells += [sum(row.block[part] for row in rows) / len(rows) for part in (HELD, OTHER)]
-            print("| " + " | ".join([rows[0].group, rows[0].target, span, *(f"{cell:.3f}" for cell in cells)]) + " |")
+            lines = ["| " + " | ".join(row) + " |" for row in rows(work)]
+        print(f"\n{name}\n\n| " + " | ".join(headings) + " |\n|" + " --- |" * len(headings) + "\n" + "\n".join(lines), flush=True)
 
 
 if __name__ == "__main__":
