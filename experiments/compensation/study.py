@@ -53,7 +53,7 @@ PROBED = (HELD, OTHER)  # whose windows run through the block again
 LAYERS_SHOWN = 6
 Weights = dict[str, Tensor]  # by name of a Linear below its layer
 
-PLANS: dict[str, dict[str, str]] = {"nothing": {}, "o": {"o": "ANN + d"}, "o, down": {"o": "ANN + d", "down": "ANN + d"}}
+PLANS: dict[str, dict[str, str]] = {"nothing": {}, "o, gate, up": {"o": "ANN + d/2", "gate, up": "ANN"}}
 KIND = {name: kind for kind, names in READERS.items() for name in names}
 
 LAMBDAS = (1e-3, 1e-2, 0.1, 1.0, 10.0)
@@ -258,11 +258,11 @@ def first_layers(work: Workspace) -> list[list[Row]]:
     model = spiking(work)
     states, blocks = enter(model, windows)
     wanted, found = list(states), []
-    for index, block in enumerate(blocks[:LAYERS_SHOWN]):
+    for block in [block for block in blocks if block.layer is not None][:LAYERS_SHOWN]:
         layer = observe(model, block, states, wanted, parts)
         found.append(list(compare(layer)))
         states, wanted = layer.outputs, layer.wanted
-        log.info("layer %d", index)
+        log.info("layer %d", block.layer)
     return found
 
 
