@@ -64,7 +64,8 @@ class Options:
         """Relative squared error for which one spike less a neuron is a fair exchange, weight 2^-(3T/2+3); 0: spikes cost nothing.
 
         One price for all sites makes their errors alike, as the best allocation of a rate has them (reverse water-filling). It falls with
-        T, since the weight is to say how far to go from what T steps can do, between the 2^-T and the 4^-T that a step and its square have. Where a spike reaches a single synapse, it costs nothing: the site keeps its accuracy.
+        T, since the weight is to say how far to go from what T steps can do, between the 2^-T and the 4^-T that a step and its
+        square have. Where a spike reaches a single synapse, it costs nothing: the site keeps its accuracy.
         """
         place = Site.of(site)
         if place is not None and place.kind in ONE_SYNAPSE:
