@@ -179,7 +179,7 @@ class SearchConfig:
     sequential: bool = False
     """fit block by block on the spiking stream, amplitudes by the error at the block's output; runs the calibration text again"""
     spike_weight: float | None = None
-    """lambda: a spike a neuron costs as much as a relative squared error of lambda 2^-(3T/2+3); null: 0, phase_signed 1.5"""
+    """lambda: a spike a neuron costs as much as a relative squared error of lambda 2^-((4T+11)/3); null: 0, phase_signed 1.5"""
     sufficient_error: float = 5e-5
     """snn.intervals=auto: relative squared error of a neuron group (on the choosing part of the text) that needs no further interval"""
     tolerance: float = 0.02

@@ -61,7 +61,7 @@ class Options:
         return Digits(signed=coding is Coding.phase_signed, max_spikes=1 if coding is Coding.ttfs else self.snn.max_spikes)
 
     def spike_price(self, site: str) -> float:
-        """Relative squared error for which one spike less a neuron is a fair exchange, weight 2^-(3T/2+3); 0: spikes cost nothing.
+        """Relative squared error for which one spike less a neuron is a fair exchange, weight 2^-((4T+11)/3); 0: spikes cost nothing.
 
         One price for all sites makes their errors alike, as the best allocation of a rate has them (reverse water-filling). It falls with
         T, since the weight is to say how far to go from what T steps can do, between the 2^-T and the 4^-T that a step and its
@@ -70,4 +70,4 @@ class Options:
         place = Site.of(site)
         if place is not None and place.kind in ONE_SYNAPSE:
             return 0.0
-        return self.search.weight_of_spikes(self.snn.coding) * 2.0 ** -(1.5 * self.T + 3)
+        return self.search.weight_of_spikes(self.snn.coding) * 2.0 ** -((4 * self.T + 11) / 3)

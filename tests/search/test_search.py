@@ -251,7 +251,7 @@ def test_spikes_that_reach_one_synapse_cost_nothing():
     assert [name for name in names if not options.spike_price(name)] == [
         f"layers.{layer}.{kind}" for layer in range(2) for kind in ("value", "activation")
     ]
-    assert options.spike_price("some.site") == 1.5 * 2.0 ** -(1.5 * T + 3)
+    assert options.spike_price("some.site") == 1.5 * 2.0 ** -((4 * T + 11) / 3)
 
 
 def test_a_site_is_known_by_its_name():
