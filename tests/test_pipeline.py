@@ -35,21 +35,27 @@ def windows(count: int = 4, length: int = 32) -> torch.Tensor:
     return torch.randint(2, 256, (count, length), generator=torch.Generator().manual_seed(1))
 
 
+BINARY = ["snn.coding=phase", "snn.intervals=1"]
+
+
 @pytest.mark.parametrize(
     ("options", "arguments"),
     [
-        ({}, []),
+        ({"intervals": 2}, ["snn.intervals=2"]),
         (
-            {"coding": "phase_signed", "softmax_norm": "before", "groups": "site", "rotation_seed": None, "spike_weight": 1.0},
-            ["snn.coding=phase_signed", "snn.softmax_norm=before", "search.groups=site", "rotation.kind=none", "search.spike_weight=1"],
+            {"intervals": 1, "softmax_norm": "before", "groups": "site", "rotation_seed": None, "spike_weight": 1.0},
+            ["snn.intervals=1", "snn.softmax_norm=before", "search.groups=site", "rotation.kind=none", "search.spike_weight=1"],
         ),
         ({"coding": "few_spike", "max_spikes": 2, "prefix": False}, ["snn.coding=few_spike", "snn.max_spikes=2", "prefix.enabled=false"]),
-        ({"sequential": True}, ["search.sequential=true"]),
-        ({"weight_bits": 4, "weight_group": 16}, ["weights.bits=4", "weights.group_size=16"]),
-        ({"amplitude": "token", "weight_bits": 8}, ["snn.amplitude=token", "weights.bits=8"]),
-        ({"weight_bits": 8, "rounding": "nearest"}, ["weights.bits=8", "weights.rounding=nearest"]),
+        ({"intervals": 1, "sequential": True}, ["snn.intervals=1", "search.sequential=true"]),
+        ({"intervals": 1, "weight_bits": 4, "weight_group": 16}, ["snn.intervals=1", "weights.bits=4", "weights.group_size=16"]),
+        ({"intervals": 1, "amplitude": "token", "weight_bits": 8}, ["snn.intervals=1", "snn.amplitude=token", "weights.bits=8"]),
+        (
+            {"coding": "phase", "intervals": 1, "weight_bits": 8, "rounding": "nearest"},
+            [*BINARY, "weights.bits=8", "weights.rounding=nearest"],
+        ),
     ],
-    ids=["default", "signed", "few spikes", "sequential", "gptq", "amplitude of the token", "nearest"],
+    ids=["intervals", "signed", "few spikes", "sequential", "gptq", "amplitude of the token", "nearest"],
 )
 def test_one_call_makes_the_network_of_the_command(options, arguments, tmp_path, ids):
     """To the last bit: the same codes, and the same logits."""

@@ -56,6 +56,7 @@ def test_the_amplitude_is_of_all_groups_and_what_is_no_number_stays_none():
     assert "amplitude" not in repr(PhaseNeuron(base2_table(1.0, 8)))
 
 
+@pytest.mark.slow
 def test_the_fused_form_is_the_plain_one():
     table = partitioned_table([0.9, 1.1], 4, Digits(signed=True, intervals=2))
     x = tokens(3, 5, 16).float()

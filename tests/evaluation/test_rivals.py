@@ -56,12 +56,16 @@ def fixed(levels: dict[str, tuple[Tensor, Tensor, Tensor]]) -> Quantise:
     return quantise
 
 
+CLIPPED = {4: 0.94}  # of a token's range, by T: the best uniform quantiser of 32 levels (Max 1960)
+
+
 def by_token(T: int) -> Quantise:
-    """Integers between a token's least and largest value."""
+    """Integers over a share of what lies between a token's least and largest value."""
 
     def quantise(x: Tensor, _: str, signed: bool) -> Tensor:
         number = (2 ** (T + 1) if signed else 2**T) - 1
-        least, largest = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+        share = CLIPPED.get(T, 1.0) if signed else 1.0
+        least, largest = share * x.amin(-1, keepdim=True).clamp(max=0), share * x.amax(-1, keepdim=True).clamp(min=0)
         step = (largest - least) / number
         zero_point = torch.round(-least / step)
         return ((torch.round(x / step) + zero_point).clamp(0, number) - zero_point) * step

@@ -57,6 +57,7 @@ def test_the_value_is_the_neurons_to_the_last_bit(digits, compiled):
     assert torch.equal(TunableNeuron(neuron)(x), neuron(x))
 
 
+@pytest.mark.slow
 def test_the_fused_derivatives_are_the_plain_ones():
     x = torch.randn(2, 2, 300, generator=torch.Generator().manual_seed(0))
     found = []

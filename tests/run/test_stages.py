@@ -106,11 +106,11 @@ def test_a_neuron_file_of_another_T_is_refused_before_the_calibration(tmp_path):
 
 def test_the_key_of_codes_holds_the_weight_of_spikes(tmp_path):
     """Its default may change; spelled out it is the same."""
-    given = {"null": 2.5, "2.5": 2.5, "1": 1.0}
+    given = {"null": 1.5, "1.5": 1.5, "1": 1.0}
     works = {value: Workspace(configure(*SMALL, "snn.coding=phase_signed", f"search.spike_weight={value}")) for value in given}
     inputs = {value: SEARCH.inputs(work) for value, work in works.items()}
     assert {value: found["search"]["spike_weight"] for value, found in inputs.items()} == given
-    assert inputs["null"] == inputs["2.5"] != inputs["1"]
+    assert inputs["null"] == inputs["1.5"] != inputs["1"]
 
 
 def fill_the_disk(size: int) -> None:

@@ -44,7 +44,7 @@ FIGURES = ("perplexity", "spikes", "energy", "diagnostics", "search", "prefix_to
 def quick_pictures(monkeypatch):
     """Drawing takes longer than all else here."""
 
-    def write(folder: Path, *_) -> None:
+    def write(folder: Path, *_, **__) -> None:
         folder.mkdir()
         (folder / "density.png").write_bytes(b"a picture")
 
