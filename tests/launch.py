@@ -43,12 +43,9 @@ def launch(*arguments: str, before: Callable[..., None] | None = None, values: t
         return Finished(process.exitcode, out.read_text(), err.read_text())
 
 
-def plain(*arguments: str, timeout: float = 300, every_core: bool = False) -> Finished:
-    """Run main.py in a fresh interpreter, from a folder that is not the repository's; on one core, as tests side by side need it."""
-    left = ("OMP_NUM_THREADS",) if every_core else ()
-    env = {name: value for name, value in os.environ.items() if name not in left}
-    command = [sys.executable, MAIN, *arguments]
-    done = subprocess.run(command, cwd="/", env=env, capture_output=True, text=True, timeout=timeout, check=False)
+def plain(*arguments: str, timeout: float = 300) -> Finished:
+    """Run main.py in a fresh interpreter, from a folder that is not the repository's."""
+    done = subprocess.run([sys.executable, MAIN, *arguments], cwd="/", capture_output=True, text=True, timeout=timeout, check=False)
     return Finished(done.returncode, done.stdout, done.stderr)
 
 

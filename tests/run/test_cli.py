@@ -187,7 +187,7 @@ def test_the_main_job_on_the_real_model(smollm2, tmp_path):
     """Everything at once, the neurons fused, in a fresh interpreter: embedded model and text."""
     done = plain(
         f"output_root={tmp_path}", "dataset.calibration.window=256", "dataset.calibration.max_windows=2",
-        "dataset.evaluation.window=256", "dataset.evaluation.max_windows=2", timeout=600, every_core=True,
+        "dataset.evaluation.window=256", "dataset.evaluation.max_windows=2", "snn.intervals=1", timeout=600,
     )  # fmt: skip
     assert done.code == 0, done.err
     assert done.err == ""
