@@ -7,6 +7,9 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from spikellm.model.conversion import prepare
+from spikellm.model.prefix import attach_prefix
+
 SIZES = {
     "hidden_size": 64,
     "intermediate_size": 144,  # 36 * 4: no power of two, two Kronecker factors
@@ -61,6 +64,14 @@ def tiny_model(name: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch
                 parameter.normal_(std=gain, generator=generator)
             parameter.data = parameter.data.to(dtype)
     return model.eval().requires_grad_(False)
+
+
+def transparent_model(name: str = "llama", **options):
+    """A tiny model rotated, its slots empty, behind a prefix of one token."""
+    model = tiny_model(name, **options)
+    prepare(model, rotation_seed=0)
+    attach_prefix(model, [1])
+    return model
 
 
 def norm_ratio(actual: torch.Tensor, wanted: torch.Tensor) -> float:

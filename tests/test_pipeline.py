@@ -41,6 +41,7 @@ BINARY = ["snn.coding=phase", "snn.intervals=1"]
 @pytest.mark.parametrize(
     ("options", "arguments"),
     [
+        pytest.param({}, [], marks=pytest.mark.slow),
         ({"intervals": 2}, ["snn.intervals=2"]),
         (
             {"intervals": 1, "softmax_norm": "before", "groups": "site", "rotation_seed": None, "spike_weight": 1.0},
@@ -55,7 +56,7 @@ BINARY = ["snn.coding=phase", "snn.intervals=1"]
             [*BINARY, "weights.bits=8", "weights.rounding=nearest"],
         ),
     ],
-    ids=["intervals", "signed", "few spikes", "sequential", "gptq", "amplitude of the token", "nearest"],
+    ids=["default", "intervals", "signed", "few spikes", "sequential", "gptq", "amplitude of the token", "nearest"],
 )
 def test_one_call_makes_the_network_of_the_command(options, arguments, tmp_path, ids):
     """To the last bit: the same codes, and the same logits."""

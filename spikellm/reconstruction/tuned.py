@@ -1,9 +1,8 @@
 """What was learnt of a block, as a value and on disk."""
 
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -12,8 +11,7 @@ from torch import Tensor
 
 from spikellm.calibration.statistics import SiteStatistics
 from spikellm.coding.neuron import PhaseTable
-from spikellm.kernels.encode import Digits
-from spikellm.search.fit import CodeFit
+from spikellm.search.fit import CodeFit, stored_digits
 from spikellm.store.artifacts import write_tensors
 
 Tables = dict[str, PhaseTable]  # by name of the site
@@ -64,8 +62,7 @@ def load_block(path: Path) -> TunedBlock:
 
 
 def _table(values: dict[str, Tensor]) -> PhaseTable:
-    given: dict[str, Any] = {field.name: values[field.name].item() for field in fields(Digits) if field.name in values}
-    digits = Digits(**given)
+    digits = stored_digits(values)
     return PhaseTable(values["theta"], values["h"], values["d"], values["v0"], digits=digits, cuts=values.get("cuts"))
 
 

@@ -248,5 +248,10 @@ def load_fits(path: Path) -> dict[str, CodeFit]:
         name, _, field = key.partition(".")[2].rpartition(".")
         found.setdefault(name, {})[field] = value
     for values in found.values():
-        values["digits"] = Digits(**{field.name: values.pop(field.name).item() for field in fields(Digits) if field.name in values})
+        values["digits"] = stored_digits(values)
     return {name: CodeFit(**values) for name, values in found.items()}
+
+
+def stored_digits(values: dict[str, Any]) -> Digits:
+    """The digits whose fields are among a code's stored tensors, which are taken out."""
+    return Digits(**{field.name: values.pop(field.name).item() for field in fields(Digits) if field.name in values})

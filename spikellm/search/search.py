@@ -31,7 +31,6 @@ from tqdm.auto import tqdm
 
 from spikellm.calibration.statistics import SiteStatistics
 from spikellm.coding.codes import IntervalCodes, base2_codes
-from spikellm.kernels.encode import BINARY, Digits
 from spikellm.search.evolution import Objective, evolve_grains, evolve_single
 from spikellm.search.exchange import Rounds, exchanged
 from spikellm.search.fit import CodeFit, bias_weight, choice_costs
@@ -50,7 +49,7 @@ def evolution(statistics: Mapping[str, SiteStatistics], options: Options) -> dic
             choosing part, or of intervals the fewest with search.sufficient_error there); min_grain_length; coding, phase or
             phase_signed; search.spike_weight; seed.
     """
-    digits, most, every_round = options.digits, options.most_intervals, options.snn.grains is None
+    most, every_round = options.most_intervals, options.snn.grains is None
     maximum = group_maxima(statistics)
     objective = objective_of(statistics, options, 1)
     with tqdm(total=options.most_grains * most, desc="search", unit="grain", disable=None) as bar:
@@ -78,8 +77,7 @@ def evolution(statistics: Mapping[str, SiteStatistics], options: Options) -> dic
                 objective.at(wanting), maximum[wanting], further, evolve_chains, every_round=every_round, seed=options.seed + K
             )
             rounds += [(best.padded(K).replaced(wanting, codes), value.index_copy(0, wanting, found)) for codes, found in more]
-    weights = {name: options.spike_price(name) for name in statistics}
-    return assess_all(statistics, rounds, options, digits=digits, spike_prices=weights)
+    return assess_all(statistics, rounds, options)
 
 
 def objective_of(statistics: Mapping[str, SiteStatistics], options: Options, K: int) -> Objective:
@@ -141,25 +139,22 @@ def assess_all(
     statistics: Mapping[str, SiteStatistics],
     rounds: Sequence[tuple[IntervalCodes, Float[Tensor, " N"]]],
     options: Options,
-    *,
-    digits: Digits = BINARY,
-    spike_prices: Mapping[str, float] | None = None,
 ) -> dict[str, CodeFit]:
-    """Codes and objectives of all groups in a row, the simplest first, as one fit per site."""
-    intervals = options.snn.interval_count is None and options.method == "evolution"
+    """Codes and objectives of all groups in a row, the simplest first, as one fit per site; spikes have a price in evolution alone."""
+    priced = options.method == "evolution"
+    intervals = options.snn.interval_count is None and priced
     tolerance = options.search.tolerance if options.snn.grains is None or intervals else 0.0
     sufficient = options.search.sufficient_error if intervals else 0.0
     fits = {}
     for name, site, rows in group_rows(statistics):
         own = [(codes.at(rows), objective[rows]) for codes, objective in rounds]
-        spike_price = (spike_prices or {}).get(name, 0.0)
         fits[name] = CodeFit.assess(
             site,
             own,
             tolerance=tolerance,
             sufficient=sufficient,
-            digits=digits,
-            spike_price=spike_price,
+            digits=options.digits,
+            spike_price=options.spike_price(name) if priced else 0.0,
             compiled=options.compiled,
         )
     return fits

@@ -4,13 +4,12 @@ import pytest
 import torch
 
 from spikellm.execution.stepped import stepped
-from spikellm.model.conversion import fill, prepare
+from spikellm.model.conversion import fill
 from spikellm.model.integers import put, relative_error, round_compensating, round_to_nearest
-from spikellm.model.prefix import attach_prefix
 from spikellm.model.sites import DOWN, LAYERS, LINEARS, OUTPUT
 from spikellm.reconstruction.rounding import round_spiking
 from tests.codes import base2_tables
-from tests.models import norm_ratio, tiny_model
+from tests.models import norm_ratio, transparent_model
 
 FORMAT = {"bits": 4, "group_size": 16}
 
@@ -21,9 +20,7 @@ def windows():
 
 
 def spiking(name="llama", **options):
-    model = tiny_model(name, **options)
-    prepare(model, rotation_seed=0)
-    attach_prefix(model, [1])
+    model = transparent_model(name, **options)
     fill(model, base2_tables(model), compiled=False)
     return model
 

@@ -9,26 +9,19 @@ from spikellm.coding.neuron import BEYOND, encode
 from spikellm.config.snn import PrefixConfig
 from spikellm.execution.stepped import stepped
 from spikellm.model.blocks import enter
-from spikellm.model.conversion import clear, place, prepare
+from spikellm.model.conversion import clear, place
 from spikellm.model.prefix import attach_prefix
 from spikellm.reconstruction import amplitudes
 from spikellm.reconstruction.amplitudes import choose_amplitudes, output_error, part_windows, scaled
 from spikellm.reconstruction.sequential import fit_sequentially
 from spikellm.search.methods import find_codes
 from tests.codes import asked
-from tests.models import norm_ratio, tiny_model
+from tests.models import norm_ratio, transparent_model
 
 
 @pytest.fixture
 def windows():
     return torch.randint(2, 256, (8, 48), generator=torch.Generator().manual_seed(4))
-
-
-def transparent(name="llama", **options):
-    model = tiny_model(name, **options)
-    prepare(model, rotation_seed=0)
-    attach_prefix(model, [1])
-    return model
 
 
 def equal(one, other) -> bool:
@@ -47,7 +40,7 @@ def behind_first_layer(model, windows) -> torch.Tensor:
 
 def test_a_block_is_fitted_to_what_spiking_blocks_before_it_send(windows, monkeypatch):
     monkeypatch.setattr(amplitudes, "FACTORS", ())
-    options, model = asked(4, coding="phase_signed"), transparent()
+    options, model = asked(4, coding="phase_signed"), transparent_model()
     found = fit_sequentially(model, windows, options)
     assert list(found) == [site.name for block in enter(model, windows)[1] for site in block.sites]
     clear(model)
@@ -70,7 +63,7 @@ def test_a_block_is_fitted_to_what_spiking_blocks_before_it_send(windows, monkey
 
 
 def test_amplitudes_lower_the_error_behind_the_block(windows):
-    model, options = transparent(), asked(4)
+    model, options = transparent_model(), asked(4)
     states, (block, *_) = enter(model, windows)
     wanted = behind_first_layer(model, windows)
     statistics = calibrate(model, windows, PrefixConfig(enabled=False)).statistics
@@ -96,7 +89,7 @@ def test_amplitudes_lower_the_error_behind_the_block(windows):
 
 @pytest.mark.parametrize("coding", ["phase", "phase_signed"])
 def test_a_scaled_code_answers_a_scaled_input_with_a_scaled_output(coding, windows):
-    model = transparent()
+    model = transparent_model()
     statistics = {"layers.0.query": calibrate(model, windows, PrefixConfig(enabled=False)).statistics["layers.0.query"]}
     (fit,) = find_codes(statistics, asked(4, coding=coding, intervals="auto", min_length=1)).values()
     if fit.cuts is None:
@@ -115,7 +108,7 @@ def test_output_error_is_a_mean_of_tokens():
 
 
 def test_stepped_equals_folded(windows):
-    model = transparent("llama-biases", dtype=torch.float64)
+    model = transparent_model("llama-biases", dtype=torch.float64)
     fit_sequentially(model, windows, asked(3, coding="phase_signed", intervals=2, min_length=1))
     folded = model(windows).logits
     with stepped(model):
@@ -136,10 +129,10 @@ def test_a_search_goes_on_behind_the_blocks_that_are_kept(windows):
 
         return each
 
-    whole = fit_sequentially(transparent(), windows, options)
+    whole = fit_sequentially(transparent_model(), windows, options)
     with pytest.raises(KeyboardInterrupt):
-        fit_sequentially(transparent(), windows, options, keep("layer 1"))
-    resumed = fit_sequentially(transparent(), windows, options, keep())
+        fit_sequentially(transparent_model(), windows, options, keep("layer 1"))
+    resumed = fit_sequentially(transparent_model(), windows, options, keep())
     assert searched == ["layer 0", "layer 1", "end"]
     assert list(resumed) == list(whole)
     assert all(equal(resumed[name], fit) for name, fit in whole.items())

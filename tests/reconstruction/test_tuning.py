@@ -9,13 +9,12 @@ from spikellm.config.choices import TunedPart
 from spikellm.config.snn import TuneConfig
 from spikellm.execution.stepped import stepped
 from spikellm.model import checkpoint
-from spikellm.model.conversion import clear, fill, get_neuron, model_sites, prepare
-from spikellm.model.prefix import attach_prefix
+from spikellm.model.conversion import clear, fill, get_neuron, model_sites
 from spikellm.model.sites import LINEARS, decoder_layers
 from spikellm.reconstruction.tuned import load_block, save_block
 from spikellm.reconstruction.tuning import tune_spiking
 from tests.codes import base2_tables, partitioned_tables
-from tests.models import norm_ratio, tiny_model
+from tests.models import norm_ratio, transparent_model
 
 OPTIONS = {"epochs": 6, "rate": 0.1}
 
@@ -31,9 +30,7 @@ def spoilt(model, factor: float = 0.6, T: int = 4) -> dict[str, PhaseTable]:
 
 
 def spiking(name="llama", tables=spoilt, **options):
-    model = tiny_model(name, **options)
-    prepare(model, rotation_seed=0)
-    attach_prefix(model, [1])
+    model = transparent_model(name, **options)
     fill(model, tables(model), compiled=False)
     return model
 
