@@ -27,9 +27,8 @@ $(VENV)/.installed: pyproject.toml
 demo: setup  ## the main job on the embedded model and text
 	$(BIN)/python main.py
 
-test: setup  ## the test suite, of its slow tests the main job on the real model alone
+test: setup  ## the test suite but for its slow tests; the main job on the real model is among it
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 -m "not slow"
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/run/test_cli.py -k the_main_job_on_the_real_model
 
 testall: setup  ## every test
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --maxprocesses 4

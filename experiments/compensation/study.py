@@ -28,11 +28,11 @@ from transformers import PreTrainedModel
 from spikellm.config.labels import SiteKind
 from spikellm.evaluation.texts import token_windows
 from spikellm.execution.memory import LOGIT_ROWS
-from spikellm.model.blocks import Block, enter, walk
+from spikellm.model.blocks import Block, enter, output_error, walk
 from spikellm.model.conversion import get_neuron
 from spikellm.model.replaced import replace_weights
 from spikellm.model.sites import DOWN, GATE, HEAD, KEY, MLP_NORM, OUTPUT, QUERY, READERS, UP, VALUE
-from spikellm.reconstruction.tuning import relative_error, without_neurons
+from spikellm.reconstruction.tuning import without_neurons
 from spikellm.run.command import compose_config
 from spikellm.run.fitting import CALIBRATE, SEARCH
 from spikellm.run.workspace import Workspace, threads
@@ -125,7 +125,7 @@ class Layer:
     def error(self, part: str, *, run: bool = False) -> float:
         """Relative squared error of the block's output against the ANN's stream; `run`: of the block as it is now."""
         found = {index: self.block(self.states[index]) if run else self.outputs[index] for index in self.parts[part]}
-        return sum(relative_error(output, self.wanted[index]).item() for index, output in found.items()) / len(found)
+        return sum(output_error(output, self.wanted[index]).item() for index, output in found.items()) / len(found)
 
 
 def observe(

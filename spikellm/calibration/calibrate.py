@@ -119,6 +119,11 @@ def calibrate_block(
     return {site.name: observer.result() for site, observer in observers.items()}
 
 
+def part_windows(number: int, part: int) -> list[int]:
+    """Those of so many windows that go to a part of the statistics."""
+    return [index for index, each in zip(range(number), cycle(PERIOD), strict=False) if each == part]
+
+
 def enough_pieces(windows: Int[Tensor, "W L"], *, option: str = "dataset.calibration.window") -> Int[Tensor, "P l"]:
     """The windows, or equal cuts of them where they are fewer than the parts of a `PERIOD`.
 

@@ -42,6 +42,12 @@ class Block:
             states[index] = self(state)
 
 
+def output_error(found: Float[Tensor, "1 L D"], target: Float[Tensor, "1 L D"]) -> Float[Tensor, ""]:
+    """Squared error of each token over its square, mean of the tokens: the next norm divides by the token's size."""
+    power = target.square().sum(-1).clamp_min(torch.finfo(target.dtype).tiny)
+    return ((found - target).square().sum(-1) / power).mean()
+
+
 @torch.no_grad()
 def walk(model: PreTrainedModel, windows: Int[Tensor, "W L"]) -> list[Shaped[Tensor, "1 L ..."]]:
     """The last hidden state of every window, which lm_head reads: all windows through one block, then through the next."""

@@ -9,18 +9,17 @@ Clipping by the error at the block's output: PrefixQuant (2024), by grid search.
 """
 
 from collections.abc import Sequence
-from itertools import cycle
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from spikellm.calibration.calibrate import PERIOD
+from spikellm.calibration.calibrate import part_windows
 from spikellm.calibration.statistics import CHOOSE, FIT, SiteStatistics
 from spikellm.coding.neuron import BEYOND, PhaseTable
 from spikellm.config.choices import Amplitude
-from spikellm.model.blocks import Block
+from spikellm.model.blocks import Block, output_error
 from spikellm.model.conversion import place
 from spikellm.search.fit import CodeFit
 
@@ -51,7 +50,7 @@ def choose_amplitudes(
     windows = {part: part_windows(len(states), part)[:WINDOWS] for part in (FIT, CHOOSE)}
 
     def error(part: int) -> float:
-        return sum(output_error(block(states[index]), wanted[index]) for index in windows[part])
+        return sum(output_error(block(states[index]), wanted[index]).item() for index in windows[part])
 
     for site in block.sites:
         place(model, site, fits[site.name].table, amplitude=amplitude, compiled=compiled)
@@ -72,16 +71,6 @@ def choose_amplitudes(
     return found
 
 
-def part_windows(number: int, part: int) -> list[int]:
-    """Those of so many windows that go to a part of the statistics."""
-    return [index for index, each in zip(range(number), cycle(PERIOD), strict=False) if each == part]
-
-
-def output_error(found: Float[Tensor, "1 L D"], wanted: Float[Tensor, "1 L D"]) -> float:
-    """Squared error of each token over its square, mean of the tokens: the next norm divides by the token's size."""
-    return ((found - wanted).square().sum(-1) / wanted.square().sum(-1)).mean().item()
-
-
 def scaled_table(fit: CodeFit, factor: float) -> PhaseTable:
     """The table of a code with all amplitudes, and the cuts between them, times a factor."""
     cuts = fit.cuts
@@ -92,15 +81,4 @@ def scaled_table(fit: CodeFit, factor: float) -> PhaseTable:
 
 def scaled(fit: CodeFit, factor: float, statistics: SiteStatistics) -> CodeFit:
     """The code of `scaled_table`, with its errors on the statistics of the site that it was fitted to; the objective stays the search's."""
-    return CodeFit.reported(
-        fit.seen(statistics),
-        scaled_table(fit, factor),
-        tau=fit.tau * factor,
-        assignment=fit.assignment,
-        base_d=fit.base_d,
-        base_h=fit.base_h,
-        base_theta=fit.base_theta,
-        objective=fit.objective,
-        fallback=fit.fallback,
-        rho=fit.rho,
-    )
+    return fit.with_table(scaled_table(fit, factor), statistics, tau=fit.tau * factor)

@@ -73,6 +73,4 @@ def retabled(fit: CodeFit, table: PhaseTable | None, statistics: SiteStatistics)
     """
     if table is None:
         return fit
-    kept = {name: getattr(fit, name) for name in ("tau", "assignment", "base_d", "base_h", "base_theta", "objective", "fallback", "rho")}
-    table = table.to(fit.theta)
-    return CodeFit.reported(fit.seen(statistics).to(fit.theta.device), table, **kept)
+    return fit.with_table(table.to(fit.theta), statistics.to(fit.theta.device))

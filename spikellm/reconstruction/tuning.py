@@ -20,7 +20,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import cycle
 from typing import Any
 
 import torch
@@ -29,12 +28,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from spikellm.calibration.calibrate import PERIOD, enough_pieces
+from spikellm.calibration.calibrate import enough_pieces, part_windows
 from spikellm.calibration.statistics import CHOOSE, FIT
 from spikellm.coding.neuron import PhaseNeuron, Slot
 from spikellm.config.choices import TunedPart
 from spikellm.config.snn import TuneConfig
-from spikellm.model.blocks import Block, enter
+from spikellm.model.blocks import Block, enter, output_error
 from spikellm.model.conversion import get_neuron, set_neuron
 from spikellm.model.modules import wide
 from spikellm.model.replaced import replace_weights
@@ -85,7 +84,7 @@ def tune_spiking(
         keep: is given every block that was not, when it is finished.
     """
     pieces = enough_pieces(windows)
-    used = [(index, part) for index, part in zip(range(len(pieces)), cycle(PERIOD), strict=False) if part in (FIT, CHOOSE)]
+    used = sorted((index, part) for part in (FIT, CHOOSE) for index in part_windows(len(pieces), part))
     parts = [part for _, part in used]
     states, blocks = enter(model, pieces[[index for index, _ in used]])
     wanted = list(states)
@@ -134,7 +133,7 @@ def tune_block(
             batch, order = order[: options.batch], order[options.batch :]
             optimiser.zero_grad()
             for index in (fit[each] for each in batch):
-                (relative_error(block(states[index]), targets[index]) / len(batch)).backward()
+                (output_error(block(states[index]), targets[index]) / len(batch)).backward()
             optimiser.step()
             schedule.step()
             if step in checks:
@@ -147,16 +146,10 @@ def tune_block(
     return TunedBlock(tables=best[0], weights=best[1], before=before, after=least)
 
 
-def relative_error(found: Float[Tensor, "1 L D"], target: Float[Tensor, "1 L D"]) -> Float[Tensor, ""]:
-    """Squared error over the target's power, mean over tokens."""
-    power = target.square().sum(-1).clamp_min(torch.finfo(target.dtype).tiny)
-    return ((found - target).square().sum(-1) / power).mean()
-
-
 @torch.no_grad()
 def error(block: Block, states: list[Tensor], targets: list[Tensor], windows: list[int]) -> float:
     """The loss of a block as it is, mean of some windows."""
-    return sum(relative_error(block(states[index]), targets[index]).item() for index in windows) / len(windows)
+    return sum(output_error(block(states[index]), targets[index]).item() for index in windows) / len(windows)
 
 
 def neurons_of(model: PreTrainedModel, block: Block) -> dict[Site, PhaseNeuron]:

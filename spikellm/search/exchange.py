@@ -111,12 +111,11 @@ def exchanged(
     if len(some) == len(every):
         return rounds
     generator = torch.Generator().manual_seed(seed)
+    lenders = [shapes.nearest(some), *[shapes.nearest(every)] * (EXCHANGES - 1)]
     found = []
-    for codes, _ in rounds:
-        near, larger = shapes.nearest(some)
-        for _ in range(EXCHANGES):
+    for codes, value in rounds:
+        for near, larger in lenders:
             populations = [lend(codes.codes.at(k), near, larger, generator) for k in range(codes.K)]
             codes, value = step(objective, populations, maximum, GENERATIONS, generator)
-            near, larger = shapes.nearest(every)
         found.append((codes, value))
     return found

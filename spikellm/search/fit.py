@@ -185,6 +185,15 @@ class CodeFit:
             cuts=table.cuts,
         )
 
+    def with_table(self, table: PhaseTable, statistics: SiteStatistics, *, tau: Float[Tensor, " R"] | None = None) -> Self:
+        """The same code with another table, its errors and firing rates measured again on `statistics` of its site.
+
+        Bases, rho and objective stay those that the search found, and tau unless another is given.
+        """
+        names = ("assignment", "base_d", "base_h", "base_theta", "objective", "fallback", "rho")
+        kept = {name: getattr(self, name) for name in names} | {"tau": self.tau if tau is None else tau}
+        return self.reported(self.seen(statistics), table, **kept)
+
 
 def by_group(table: PhaseTable) -> PhaseTable:
     """The table for magnitudes, groups of two sides being groups like any other: statistics know no sign."""

@@ -3,16 +3,16 @@
 import pytest
 import torch
 
-from spikellm.calibration.calibrate import PERIOD, calibrate, calibrate_block, observing
+from spikellm.calibration.calibrate import PERIOD, calibrate, calibrate_block, observing, part_windows
 from spikellm.calibration.statistics import CHOOSE, FIT
 from spikellm.coding.neuron import BEYOND, encode
 from spikellm.config.snn import PrefixConfig
 from spikellm.execution.stepped import stepped
-from spikellm.model.blocks import enter
+from spikellm.model.blocks import enter, output_error
 from spikellm.model.conversion import clear, place
 from spikellm.model.prefix import attach_prefix
 from spikellm.reconstruction import amplitudes
-from spikellm.reconstruction.amplitudes import choose_amplitudes, output_error, part_windows, scaled
+from spikellm.reconstruction.amplitudes import choose_amplitudes, scaled
 from spikellm.reconstruction.sequential import fit_sequentially
 from spikellm.search.methods import find_codes
 from tests.codes import asked
@@ -104,7 +104,7 @@ def test_a_scaled_code_answers_a_scaled_input_with_a_scaled_output(coding, windo
 
 def test_output_error_is_a_mean_of_tokens():
     wanted = torch.tensor([[[3.0, 4.0], [0.0, 1.0]]])
-    assert output_error(wanted + torch.tensor([[[5.0, 0.0], [0.0, 0.0]]]), wanted) == pytest.approx(0.5)
+    assert output_error(wanted + torch.tensor([[[5.0, 0.0], [0.0, 0.0]]]), wanted).item() == pytest.approx(0.5)
 
 
 def test_stepped_equals_folded(windows):
