@@ -41,7 +41,7 @@ from spikellm.model.sites import LINEARS, Site
 from spikellm.reconstruction.surrogate import TunableNeuron
 from spikellm.reconstruction.tuned import Tables, TunedBlock, Weights
 
-CHECKS = 8  # times in an epoch that the choosing part is looked at
+CHECKS = 4  # times in an epoch that the choosing part is looked at
 MOMENTS = (0.9, 0.99)  # Adam's: an epoch has tens of steps, not thousands
 
 
