@@ -6,7 +6,7 @@ from beartype import beartype
 
 
 def check(function):
-    """beartype, but for what it cannot do: `Self` on a method of a class that it does not decorate as a whole, lists in a compiled function.
+    """beartype, but for `Self`, which it refuses on a method of a class that it does not decorate as a whole, and for lists.
 
     Of a list it looks at a random item, and no compiler traces the choice.
     """

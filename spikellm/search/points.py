@@ -19,7 +19,7 @@ from spikellm.kernels.encode import Digits, Rows, respond
 from spikellm.search.options import Options
 
 SEGMENTS = 64  # parts of as many points, for which sums are known: where an interval may end while tables evolve
-# Elements of a buffer: on a CPU 2 MiB stay in the cache, page faults took half of the time without; on a GPU launches cost more than memory.
+# Elements of a buffer: on a CPU 2 MiB stay in the cache, page faults took half of the time without; a GPU is filled.
 CHUNK = {"cpu": 2**19, "cuda": 2**24}
 MIXTURE = (0.7, 0.2, 0.1)  # shares of p^(1/3), mass and energy: most points where levels belong
 
