@@ -54,8 +54,16 @@ class HardwareConfig:
     """queries per block of attention; bounds memory [tokens]"""
     threads: int | None = None
     """CPU threads; null: torch's choice"""
+    offload: bool | None = None
+    """decoder layers stay on disk, one at a time is in memory; null: where the model does not fit"""
+    max_memory_gib: float | None = None
+    """of the weights, on the device; null: what is free there [GiB]"""
 
     def __post_init__(self) -> None:
         check(self.query_block >= 1, "hardware.query_block", self.query_block, "must be at least 1")
         allowed = self.threads is None or 1 <= self.threads <= MAX_THREADS
         check(allowed, "hardware.threads", self.threads, f"takes 1 to {MAX_THREADS}, or null")
+        bound = self.max_memory_gib
+        check(bound is None or bound > 0, "hardware.max_memory_gib", bound, "must be positive or null")
+        several = self.offload is True and self.device is Device.auto
+        check(not several, "hardware.offload", "true with hardware.device=auto", "layers come to one device; take hardware=gpu or cpu")

@@ -11,7 +11,8 @@ has its own.
 
 import gc
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cached_property
 
 import torch
 from transformers import PreTrainedModel
@@ -23,11 +24,15 @@ from spikellm.config.model import HardwareConfig, ModelConfig
 from spikellm.config.snn import RotationConfig
 from spikellm.kernels.hadamard import HAS_CUDA_KERNEL
 from spikellm.model import conversion
-from spikellm.model.load import load_model
+from spikellm.model.load import is_offloaded, load_model, load_offloaded
+from spikellm.model.offload import Keep, rotate
 from spikellm.model.prefix import attach_prefix
 from spikellm.model.replaced import ReplacedWeights, WeightChange
+from spikellm.store.provenance import Code
 
 log = logging.getLogger(__name__)
+
+ROTATED = Code(1, ("model.rotation", "model.offload"))
 
 
 class Networks:
@@ -40,15 +45,25 @@ class Networks:
         rotation: RotationConfig,
         softmax_norm: SoftmaxNorm,
         amplitude: Amplitude = Amplitude.static,
+        *,
+        keeping: Callable[[Mapping[str, object]], Keep] | None = None,
     ) -> None:
         self.model, self.hardware, self.rotation, self.softmax_norm, self.amplitude = model, hardware, rotation, softmax_norm, amplitude
+        self.keeping = keeping  # where layers of an offloaded model are kept, by what they depend on; None: all is in memory
         self._installed: PreTrainedModel | None = None
         self._change: WeightChange | None = None  # of the converted model's weights
 
     def ann(self) -> PreTrainedModel:
         """The model as it was pretrained, loaded afresh; the converted one makes room for it."""
         self.release()
-        return load_model(self.model, self.hardware)
+        if self.keeping is None or not self.offloaded:
+            return load_model(self.model, self.hardware)
+        return load_offloaded(self.model, self.hardware, self.keeping({}))
+
+    @cached_property
+    def offloaded(self) -> bool:
+        """Whether decoder layers stay on disk."""
+        return self.keeping is not None and is_offloaded(self.model, self.hardware)
 
     def transparent(self, prefix_tokens: list[int], change: WeightChange | None = None) -> PreTrainedModel:
         """The converted model with empty slots and the prefix of `prefix_tokens`, its weights as they are or as a `change` has them.
@@ -61,6 +76,11 @@ class Networks:
             self._installed, self._change = self._install(), change
             if tuned:
                 attach_prefix(self._installed, prefix_tokens)
+            if change is not None and self.offloaded:
+                raise InputError(
+                    f"hardware.offload with model={self.model.name}: integer, tuned or compensated weights need the model in memory; "
+                    "leave weights.bits, tune.what=all and compensate out, or take hardware.offload=false"
+                )
             if change is not None:
                 change.apply(self._installed)
         conversion.clear(self._installed)
@@ -88,14 +108,19 @@ class Networks:
             torch.cuda.empty_cache()
 
     def _install(self) -> PreTrainedModel:
-        model, parts, kind = load_model(self.model, self.hardware), self.rotation.acting, self.rotation.kind
+        model, parts, kind = self.ann(), self.rotation.acting, self.rotation.kind
         if kind is RotationKind.none and self.rotation.parts != list(RotationPart):
             log.warning("rotation.parts=[%s] has no effect with rotation.kind=none", ",".join(self.rotation.parts))
         if self.rotation.seed and RotationPart.R1 not in parts:
             log.warning("rotation.seed=%d has no effect without R1", self.rotation.seed)
         seed, after = self.rotation.seed if kind is RotationKind.hadamard else None, self.softmax_norm is SoftmaxNorm.after
         try:
-            conversion.prepare(model, rotation_seed=seed, parts=parts, normalise_after=after, query_block=self.hardware.query_block)
+            if self.keeping is not None and self.offloaded and seed is not None:
+                what = {"code": ROTATED.key(), "rotation": {"seed": seed, "parts": [str(part) for part in parts]}}
+                rotate(model, seed=seed, parts=parts, keep=self.keeping(what))
+                conversion.install(model, rotated=parts, normalise_after=after, query_block=self.hardware.query_block)
+            else:
+                conversion.prepare(model, rotation_seed=seed, parts=parts, normalise_after=after, query_block=self.hardware.query_block)
         except ValueError as error:
             cure = "parts of this width can be left out of rotation.parts"
             raise InputError(f"rotation.kind={kind.value} with model={self.model.name}: {error}; {cure}") from error

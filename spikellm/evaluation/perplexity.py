@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from spikellm.execution.memory import LOGIT_ROWS
-from spikellm.model.blocks import walk
+from spikellm.model.blocks import together, walk
 from spikellm.model.sites import HEAD
 
 # What may hold activations that a dtype cannot; weights are known to be finite.
@@ -41,14 +41,16 @@ class Perplexity:
     tokens: int  # targets
 
 
-def perplexity(model: PreTrainedModel, windows: Int[Tensor, "W L"], *, label: str = "of the model", in_flight: int = 1) -> Perplexity:
+def perplexity(
+    model: PreTrainedModel, windows: Int[Tensor, "W L"], *, label: str = "of the model", in_flight: int | None = None
+) -> Perplexity:
     """Perplexity of `model` on `windows`.
 
     Args:
         model: any causal language model of a supported architecture, pretrained or spiking, also within `spikellm.stepped`.
         windows: token ids; every window starts anew.
         label: for the progress bar and messages.
-        in_flight: windows that go through a block before the next block is called; the result does not depend on it.
+        in_flight: windows that go through a block before the next block is called (None: `blocks.together`); no result depends on it.
 
     Raises:
         FloatingPointError: the loss is not finite.
@@ -64,7 +66,7 @@ def readout_perplexities(
     *,
     readouts: Callable[[Tensor], Iterable[Tensor]],
     label: str,
-    in_flight: int = 1,
+    in_flight: int | None = None,
 ) -> list[Perplexity]:
     """Perplexities of several logits from the same hidden states; arguments and errors as in `perplexity`.
 
@@ -73,8 +75,8 @@ def readout_perplexities(
     """
     losses = []
     with tqdm(total=len(windows), desc=f"perplexity {label}", unit="window", disable=None) as progress:
-        for together in windows.split(in_flight):
-            for window, state in zip(together, walk(model, together), strict=True):
+        for some in windows.split(in_flight or together(model, windows.shape[1])):
+            for window, state in zip(some, walk(model, some), strict=True):
                 losses.append(_losses(state[0, :-1], window[1:], readouts))
                 progress.set_postfix(ppl=f"{math.exp(min(sum(loss[-1] for loss in losses) / len(losses), 80)):.3f}", refresh=False)
                 progress.update()

@@ -7,10 +7,11 @@ x / m, and output weights are m d_t for this token: m comes to a norm's readers 
 """
 
 from collections.abc import Iterator
-from typing import Self
+from typing import Any, Self
 
 from jaxtyping import Float, Int, Int8, Shaped
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from spikellm.coding.neuron import PhaseNeuron, fire
 from spikellm.execution.amplitude import attached, detached
@@ -117,13 +118,17 @@ class SteppedRMSNorm(SpikingRMSNorm):
 class SteppedHeadNorm(nn.Module):
     """The norm of q or k between its projection and RoPE (Qwen3): currents in, currents out."""
 
-    def __init__(self, norm: nn.Module, T: int) -> None:
+    norm: Any
+
+    def __init__(self, norm: Any, T: int) -> None:
         super().__init__()
-        self.norm, self.T = norm, T
+        self.weight, self.T = norm.weight, T  # under the name that it has in the folded network
+        vars(self)["norm"] = norm  # no child, which would have the weight under another
 
     def forward(self, x: Float[Tensor, "TB L H E"]) -> Float[Tensor, "TB L H E"]:
         """The norm of the integrated currents, as the current of the last step."""
-        return at_last_step(self.norm(integrate(unbatch(x, self.T))), self.T).flatten(0, 1)
+        normed = functional_call(self.norm, {"weight": self.weight}, (integrate(unbatch(x, self.T)),))
+        return at_last_step(normed, self.T).flatten(0, 1)
 
 
 class SteppedActivation(SpikingActivation):

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from typing import Any
 
+import torch
 from accelerate.hooks import add_hook_to_module
 from torch import nn
 from transformers import PreTrainedModel
@@ -22,6 +23,7 @@ from spikellm.config.choices import Amplitude, RotationPart
 from spikellm.config.labels import SiteKind
 from spikellm.model.attention import IMPLEMENTATION, SpikingAttention, refuse_other_implementation
 from spikellm.model.modules import SpikingActivation, SpikingLinear, SpikingRMSNorm, WideEmbedding, WideLinear, wide
+from spikellm.model.offload import hook_of, present
 from spikellm.model.rotation import PARTS, rotate
 from spikellm.model.sites import (
     ACTIVATION,
@@ -88,7 +90,8 @@ def install(model: PreTrainedModel, *, rotated: Collection[RotationPart], normal
     check_architecture(model)
     width = head_width(model.config)
     for layer in decoder_layers(model):
-        install_block(layer, width, rotated=rotated, normalise_after=normalise_after, query_block=query_block)
+        with present(layer):
+            install_block(layer, width, rotated=rotated, normalise_after=normalise_after, query_block=query_block)
     install_ends(model)
     model.set_attn_implementation(IMPLEMENTATION)
     vars(model)["save_pretrained"] = _refuse_saving  # `checkpoint.py` gives a model that can be saved its own
@@ -228,8 +231,8 @@ def fill(
 
 def place(model: PreTrainedModel, site: Site, table: PhaseTable, *, amplitude: Amplitude = Amplitude.static, compiled: bool) -> None:
     """Put a neuron with `table` into the slot of one site; arguments as in `fill`."""
-    weight = _weight_at(model, site)
-    table = table.to(device=weight.device, dtype=wide(weight.dtype))
+    device, dtype = _home(model, site)
+    table = table.to(device=device, dtype=dtype)
     per_token = is_per_token(site.kind, amplitude)
     set_neuron(model, site, PhaseNeuron(table, axis=GROUP_AXIS[site.kind], per_token=per_token, compiled=compiled))
 
@@ -244,8 +247,8 @@ def occupy(model: PreTrainedModel, occupants: Mapping[str, Slot]) -> None:
         ValueError: a site has no occupant, an occupant no site, or the model no slots.
     """
     for site in _every_site(model, occupants, "occupants"):
-        weight = _weight_at(model, site)
-        set_neuron(model, site, occupants[site.name].to(device=weight.device, dtype=wide(weight.dtype)))
+        device, dtype = _home(model, site)
+        set_neuron(model, site, occupants[site.name].to(device=device, dtype=dtype))
 
 
 def _every_site(model: PreTrainedModel, named: Mapping[str, Any], what: str) -> list[Site]:
@@ -258,9 +261,11 @@ def _every_site(model: PreTrainedModel, named: Mapping[str, Any], what: str) -> 
     return places
 
 
-def _weight_at(model: PreTrainedModel, site: Site) -> Any:
-    """A weight beside the site: its device and dtype are those of the site."""
-    return next(model.get_submodule(f"{LAYERS}.{site.layer}" if site.layer is not None else FINAL_NORM).parameters())
+def _home(model: PreTrainedModel, site: Site) -> tuple[torch.device, torch.dtype]:
+    """Where the activations of a site are, and their dtype: as the weights beside it have it, or will when they are brought in."""
+    module = model.get_submodule(f"{LAYERS}.{site.layer}" if site.layer is not None else FINAL_NORM)
+    weight, hook = next(module.parameters()), hook_of(module)
+    return weight.device if hook is None else hook.device, wide(weight.dtype)
 
 
 def clear(model: PreTrainedModel) -> None:

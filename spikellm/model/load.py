@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -21,11 +22,15 @@ from spikellm.config.choices import Device, ModelSource
 from spikellm.config.model import HardwareConfig, ModelConfig
 from spikellm.config.schema import Config
 from spikellm.model.intake import CURE, check_config, check_finite, check_folder, check_type, check_vocabulary, unfilled
+from spikellm.model.offload import Keep, Stored, offload, put
+from spikellm.model.shards import fetched, random_weight, shards, skeleton, tensors_of, written
 from spikellm.model.sites import check_architecture
 from spikellm.store.sources import cached_commit, packaged_file
 
 log = logging.getLogger(__name__)
 
+GIB = 2**30
+WORKING_SHARE, WORKING_BYTES = 1.1, GIB  # what a network needs beside its weights: a part of them widened, activations of a window
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 LEAST_POSITIONS = 2048  # of any supported pretrained model
 # Options of an architecture of which torch takes 0, and makes a network of nothing.
@@ -58,6 +63,62 @@ def load_model(config: ModelConfig, hardware: HardwareConfig) -> PreTrainedModel
     check_architecture(model)
     model.eval().requires_grad_(False)
     return model
+
+
+def load_offloaded(config: ModelConfig, hardware: HardwareConfig, keep: Keep) -> PreTrainedModel:
+    """The same model with its decoder layers on disk (`offload.py`): one of them is in memory at a time.
+
+    Safetensors are read where they lie. What comes in another form is written as such once, layer by layer.
+
+    Args:
+        keep: where that is kept.
+
+    Raises:
+        InputError: as in `load_model`; a tensor of the model is not in the checkpoint.
+    """
+    dtype, device = getattr(torch, config.dtype.value), torch.device(_device_map(hardware) or "cpu")
+    _looked_at(config)
+    model = skeleton(model_config(config), dtype)
+    check_type(config, model.config.model_type)
+    check_architecture(model)
+    stored = _stored(config, model, keep)
+    absent = sorted(name for name in tensors_of(model) if name not in stored)
+    if absent:
+        raise InputError(
+            f"model.path={config.path}: {len(absent)} tensors of the model are not in the checkpoint, {absent[0]} first; {CURE}"
+        )
+    offload(model, stored, device)
+    return model.eval().requires_grad_(False)
+
+
+def is_offloaded(config: ModelConfig, hardware: HardwareConfig) -> bool:
+    """Whether a model's layers stay on disk: as `hardware.offload` says, or where its weights do not fit into the memory that is free."""
+    if hardware.offload is not None or config.source is ModelSource.gguf or hardware.device is Device.auto:
+        return bool(hardware.offload)
+    weights = sum(parameter.nbytes for parameter in skeleton(model_config(config), getattr(torch, config.dtype.value)).parameters())
+    free = psutil.virtual_memory().available if _device_map(hardware) is None else torch.cuda.mem_get_info()[0]
+    room = free if hardware.max_memory_gib is None else hardware.max_memory_gib * GIB
+    if weights * WORKING_SHARE + WORKING_BYTES <= room:
+        return False
+    log.info("%s: weights of %.1f GiB, memory of %.1f GiB: one decoder layer at a time", config.name, weights / GIB, room / GIB)
+    return True
+
+
+def _stored(config: ModelConfig, model: PreTrainedModel, keep: Keep) -> Stored:
+    if config.source is ModelSource.hub:
+        folder = Path(config.path) if Path(config.path).is_dir() else fetched(config)
+        if (found := shards(folder)) is not None:
+            return found
+    if config.source is ModelSource.random:
+        return written(tensors_of(model), lambda name: random_weight(name, model, config), keep)
+    whole: dict[str, torch.Tensor] = {}
+
+    def tensor(name: str) -> torch.Tensor:
+        if not whole:  # at the first one that is not written yet
+            whole.update(load_model(config, HardwareConfig(device=Device.cpu)).state_dict())
+        return whole[name]
+
+    return written(tensors_of(model), tensor, keep)
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase | None:
@@ -188,15 +249,11 @@ def _random_config(config: ModelConfig) -> PretrainedConfig:
 
 
 def _random_model(config: ModelConfig, dtype: torch.dtype) -> Any:
-    """The same weights in every dtype, rounded; RoPE's frequencies stay float32, as in a model that is read from a checkpoint."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        model = AutoModelForCausalLM.from_config(
-            _random_config(config), attn_implementation="sdpa", dtype=torch.float32, trust_remote_code=False
-        )
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    model.config.dtype = dtype
+    """The same weights in every dtype, rounded, each from its own name and the seed: no matter which of them are made, or when."""
+    model = skeleton(_random_config(config), dtype)
+    for name in tensors_of(model):
+        put(model, name, random_weight(name, model, config), dtype=dtype, device="cpu")
+    model.tie_weights()
     return model
 
 

@@ -93,7 +93,7 @@ def _outliers(model: PreTrainedModel, windows: Int[Tensor, "W L"], eta: float) -
     """Which tokens are outliers, at every layer."""
     states, blocks = enter(model, windows)
     found = []
-    for block in tqdm(blocks[:-1], desc="prefix tokens", unit="block", leave=False, disable=None):
+    for block in tqdm(blocks.layers, desc="prefix tokens", unit="block", leave=False, disable=None):
         with _peaks(block) as peaks:
             block.advance(states)
         found.append(torch.stack([peak > eta * peak.median() for peak in peaks]))

@@ -62,6 +62,18 @@ def rotate(model: PreTrainedModel, *, seed: int, parts: Collection[RotationPart]
     Raises:
         ValueError: a width that a part transforms has no Hadamard matrix.
     """
+    signs = begin(model, seed=seed, parts=parts)
+    for layer in decoder_layers(model):
+        rotate_block(layer, parts, signs, head_width(model.config))
+
+
+@torch.no_grad()
+def begin(model: PreTrainedModel, *, seed: int, parts: Collection[RotationPart]) -> Float[Tensor, " D"] | None:
+    """The ends of a model rotated; what `rotate_block` needs for each layer then. Arguments and errors as in `rotate`.
+
+    Returns:
+        R1's signs; None: without it.
+    """
     head = head_width(model.config)
     widths = {R1: model.config.hidden_size, R2: head, R3: head, R4: model.config.intermediate_size}
     for part in parts:
@@ -69,8 +81,7 @@ def rotate(model: PreTrainedModel, *, seed: int, parts: Collection[RotationPart]
     untie(model)
     signs = random_signs(model.config.hidden_size, seed=seed) if R1 in parts else None
     rotate_ends(model, signs)
-    for layer in decoder_layers(model):
-        rotate_block(layer, parts, signs, head)
+    return signs
 
 
 @torch.no_grad()

@@ -43,7 +43,7 @@ def round_spiking(
     states, blocks = enter(model, windows)
     found: dict[str, IntegerWeight] = {}
     errors: dict[str, float] = {}
-    for block in tqdm([block for block in blocks if block.layer is not None], desc="weights", unit="block", disable=None):
+    for block in tqdm(blocks.layers, desc="weights", unit="block", disable=None):
         with moments(model, block) as collected:
             for state in states:
                 block(state)

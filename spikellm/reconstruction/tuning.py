@@ -89,9 +89,10 @@ def tune_spiking(
     states, blocks = enter(model, pieces[[index for index, _ in used]])
     wanted = list(states)
     found: dict[int, TunedBlock] = {}
-    layers = [(block.layer, block) for block in blocks if block.layer is not None]
-    progress = tqdm(layers, desc="tune", unit="block", disable=None)
-    for layer, block in progress:
+    progress = tqdm(blocks.layers, desc="tune", unit="block", disable=None)
+    for block in progress:
+        layer = block.layer
+        assert layer is not None
         with torch.no_grad(), without_neurons(model, block):
             block.advance(wanted)
         result = (known or {}).get(layer)

@@ -1,6 +1,6 @@
 """What the stages share: the configuration, the artefact store, the model, its texts, loaded no earlier than needed."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +14,7 @@ from spikellm.config.schema import Config
 from spikellm.evaluation import figures, texts
 from spikellm.evaluation.networks import Networks
 from spikellm.model.load import load_tokenizer, pinned, vocabulary
+from spikellm.model.offload import Keep
 from spikellm.search.options import Options
 from spikellm.store.artifacts import ArtifactStore, artifact_key
 from spikellm.store.record import RotationRecord
@@ -46,7 +47,17 @@ class Workspace:
     def models(self) -> Networks:
         """The networks, loaded when they are asked for."""
         config = self.config
-        return Networks(self.model, config.hardware, config.rotation, config.snn.softmax_norm, config.snn.amplitude)
+        snn = config.snn
+        return Networks(self.model, config.hardware, config.rotation, snn.softmax_norm, snn.amplitude, keeping=self.keeping)
+
+    def keeping(self, what: Mapping[str, object]) -> Keep:
+        """Where parts of the model are kept, each an artefact of its own; `what` they depend on beside the model."""
+
+        def keep(part: str, compute: Callable[[Path], None]) -> Path:
+            inputs = {"model": self.model_source, "part": part, **what}
+            return self.store.load_or_compute("weights_on_disk", inputs, compute).folder
+
+        return keep
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:

@@ -38,7 +38,7 @@ def model_source(config: ModelConfig, digests: Digests) -> dict[str, object]:
     """
     found: dict[str, object] = {"source": config.source.value, "dtype": config.dtype.value}
     if config.source is ModelSource.random:
-        return found | {"path": config.path, "seed": config.seed, "options": dict(config.options)}
+        return found | {"path": config.path, "seed": config.seed, "options": dict(config.options), "weights": "by name"}
     if config.source is ModelSource.gguf:
         folder, name = packaged_file(config)
         return found | {"gguf": digests.of(folder / name), "files": _contents(model_files(folder), folder, digests)}

@@ -1,0 +1,187 @@
+"""A model whose decoder layers lie on disk: a layer's weights are in memory while it is called, or while `present` holds them.
+
+    stored     where the tensors of a checkpoint lie: files that are memory-mapped, one tensor at a time
+    offload    a model without weights gets its ends (embedding, final norm, lm_head) and a hook at every layer
+    present    within, a layer's weights are there for as many calls as there are windows
+    rotate     the layers' rotated weights become files of their own; the model then reads these
+
+On a CPU a tensor of the model's dtype is its pages of the file: they come in at first use and leave with the layer, nothing is copied, and
+a layer that several passes read stays in the page cache where there is room. Whatever walks over blocks (`model/blocks.py`) holds one
+layer at a time; a plain forward brings every layer in once.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
+from accelerate.utils import send_to_device
+from safetensors import safe_open
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from spikellm.config.choices import RotationPart
+from spikellm.model.intake import not_finite
+from spikellm.model.rotation import begin, rotate_block
+from spikellm.model.sites import EMBEDDING, FINAL_NORM, HEAD, LAYERS, decoder_layers, head_width
+from spikellm.store.artifacts import write_tensors
+
+# The folder of a part by its name, made once by the function where it is not there yet.
+Keep = Callable[[str, Callable[[Path], None]], Path]
+
+ENDS = (EMBEDDING, FINAL_NORM, HEAD)
+FILE = "weights.safetensors"
+
+
+class Stored(Mapping[str, Tensor]):
+    """Tensors by name, each memory-mapped from its safetensors file when it is asked for."""
+
+    def __init__(self, files: Mapping[str, Path]) -> None:
+        self.files = dict(files)
+
+    def __getitem__(self, name: str) -> Tensor:
+        with safe_open(self.files[name], "pt") as tensors:
+            return tensors.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def below(self, path: str) -> "Below":
+        """The tensors of the module at a path, by their names below it."""
+        return Below(self, f"{path}.")
+
+
+class Below(Mapping[str, Tensor]):
+    """Those of a mapping whose names begin with a prefix, without it."""
+
+    def __init__(self, every: Mapping[str, Tensor], prefix: str) -> None:
+        self.every, self.prefix = every, prefix
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.every[self.prefix + name]
+
+    def __iter__(self) -> Iterator[str]:
+        return (name.removeprefix(self.prefix) for name in self.every if name.startswith(self.prefix))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+class OnDisk(ModelHook):
+    """accelerate's hook of a decoder layer: its weights come before a call and go after it, unless they are held.
+
+    Args:
+        weights: the layer's, by name below it.
+        device: where the layer is called.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor], device: torch.device) -> None:
+        self.weights, self.device, self.holders = weights, device, 0
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict]:
+        """The weights are there."""
+        self.take(module)
+        return send_to_device(args, self.device), send_to_device(kwargs, self.device)
+
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        """They are gone, if nobody else holds them."""
+        self.leave(module)
+        return output
+
+    def take(self, module: nn.Module) -> None:
+        """Bring the weights in for one more holder."""
+        if not self.holders:
+            for name, parameter in list(module.named_parameters()):
+                put(module, name, self.weights[name], dtype=parameter.dtype, device=self.device)
+        self.holders += 1
+
+    def leave(self, module: nn.Module) -> None:
+        """One holder less; after the last one the weights are dropped."""
+        self.holders -= 1
+        if not self.holders:
+            for name, parameter in list(module.named_parameters()):
+                put(module, name, torch.empty_like(parameter, device="meta"), dtype=parameter.dtype, device=torch.device("meta"))
+
+
+def put(module: nn.Module, name: str, value: Tensor, *, dtype: torch.dtype, device: torch.device | str) -> None:
+    """Give a module another parameter, by its path."""
+    owner, _, own = name.rpartition(".")
+    setattr(module.get_submodule(owner), own, nn.Parameter(value.to(device=device, dtype=dtype), requires_grad=False))
+
+
+def hook_of(module: nn.Module) -> OnDisk | None:
+    """What brings in a module's weights; None: they are in memory."""
+    hook = getattr(module, "_hf_hook", None)
+    return hook if isinstance(hook, OnDisk) else None
+
+
+def is_offloaded(model: PreTrainedModel) -> bool:
+    """Whether layers of a model lie on disk."""
+    return any(hook_of(layer) for layer in decoder_layers(model))
+
+
+@contextmanager
+def _held(hook: OnDisk, module: nn.Module) -> Iterator[None]:
+    hook.take(module)
+    try:
+        yield
+    finally:
+        hook.leave(module)
+
+
+def present(module: nn.Module) -> AbstractContextManager[None]:
+    """A context within which the weights of a block are in memory; of one that has them there anyway it does nothing."""
+    hook = hook_of(module)
+    return nullcontext() if hook is None else _held(hook, module)
+
+
+def offload(model: PreTrainedModel, stored: Stored, device: torch.device) -> None:
+    """Give a model on the meta device its ends, and its layers a hook each; tied weights are one tensor, as in the checkpoint.
+
+    Raises:
+        KeyError: a tensor is not stored.
+    """
+    tied = HEAD if f"{HEAD}.weight" not in stored else None
+    for end in ENDS:
+        for name, parameter in list(model.get_submodule(end).named_parameters()):
+            if end != tied:
+                put(model, f"{end}.{name}", stored[f"{end}.{name}"].clone(), dtype=parameter.dtype, device=device)
+    if tied:
+        model.tie_weights()
+    for index, layer in enumerate(decoder_layers(model)):
+        layer.to_empty(device="meta")
+        add_hook_to_module(layer, OnDisk(stored.below(f"{LAYERS}.{index}"), device))
+
+
+@torch.no_grad()
+def rotate(model: PreTrainedModel, *, seed: int, parts: Collection[RotationPart], keep: Keep) -> None:
+    """`rotation.rotate` of an offloaded model: one layer after the other into a file of its own, from which the model reads it then.
+
+    Args:
+        keep: where rotated layers are kept; of a run that was stopped those are there.
+
+    Raises:
+        ValueError: a width has no Hadamard matrix; a weight is NaN or infinite.
+    """
+    signs = begin(model, seed=seed, parts=parts)
+    for index, layer in enumerate(tqdm(decoder_layers(model), desc="rotate", unit="layer", disable=None)):
+        path, hook = f"{LAYERS}.{index}", hook_of(layer)
+        assert hook is not None
+
+        def compute(folder: Path, layer: nn.Module = layer, path: str = path) -> None:
+            with present(layer):
+                for parameter in layer.parameters():
+                    parameter.data = parameter.data.clone()  # what is mapped stays as it is
+                if found := not_finite(layer):
+                    raise ValueError(f"{path}.{found}")
+                rotate_block(layer, parts, signs, head_width(model.config))
+                write_tensors(folder / FILE, {f"{path}.{name}": weight.cpu() for name, weight in layer.named_parameters()})
+
+        file = keep(path, compute) / FILE
+        hook.weights = Stored({f"{path}.{name}": file for name, _ in layer.named_parameters()}).below(path)

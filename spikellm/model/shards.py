@@ -1,0 +1,84 @@
+"""Where the tensors of a model lie that is never in memory as a whole: a checkpoint's safetensors, or files made of other sources."""
+
+import hashlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from huggingface_hub import snapshot_download
+from jaxtyping import Float
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from spikellm.config.boundary import blamed_on
+from spikellm.config.model import ModelConfig
+from spikellm.model.offload import FILE, Keep, Stored
+from spikellm.model.sites import HEAD, LAYERS
+from spikellm.store.artifacts import write_tensors
+
+PATTERN = "model*.safetensors"
+REST = "ends"  # name of the part that is no decoder layer
+
+
+def skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The architecture without weights, in `dtype`; RoPE's frequencies are there, float32 as in a model that is read from a checkpoint."""
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32, trust_remote_code=False)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+    model.tie_weights()
+    return model
+
+
+def tensors_of(model: PreTrainedModel) -> list[str]:
+    """Names of a model's parameters; tied ones have one."""
+    return [name for name, _ in model.named_parameters() if not (model.config.tie_word_embeddings and name == f"{HEAD}.weight")]
+
+
+def shards(folder: Path) -> Stored | None:
+    """The tensors of a folder's safetensors by name; None: it has none."""
+    files: dict[str, Path] = {}
+    for path in sorted(folder.glob(PATTERN)):
+        with blamed_on(f"{path}", "fetch it whole"), safe_open(path, "pt") as tensors:
+            files |= dict.fromkeys(tensors.keys(), path)
+    return Stored(files) if files else None
+
+
+def fetched(config: ModelConfig) -> Path:
+    """The local copy of a hub model's safetensors.
+
+    Raises:
+        InputError: the hub does not give it.
+    """
+    with blamed_on(f"model.path={config.path}", "model.path=FOLDER takes a local copy in transformers' format"):
+        return Path(snapshot_download(config.path, revision=config.revision or "main", allow_patterns=[PATTERN, "*.json"]))
+
+
+def written(names: Iterable[str], tensor: Callable[[str], Tensor], keep: Keep) -> Stored:
+    """Tensors as files, one for each decoder layer and one for the rest; `tensor` gives those that are not there yet."""
+    parts: dict[str, list[str]] = {}
+    for name in names:
+        parts.setdefault(".".join(name.split(".")[:3]) if name.startswith(LAYERS) else REST, []).append(name)
+    files: dict[str, Path] = {}
+    for part, own in parts.items():
+
+        def compute(folder: Path, own: list[str] = own) -> None:
+            write_tensors(folder / FILE, {name: tensor(name).contiguous() for name in own})
+
+        files |= dict.fromkeys(own, keep(part, compute) / FILE)
+    return Stored(files)
+
+
+def random_weight(name: str, model: PreTrainedModel, config: ModelConfig) -> Float[Tensor, "..."]:
+    """A random model's tensor, from its name and `model.seed` alone: Linears and embeddings normal, norms 1, biases 0."""
+    like = model.get_parameter(name)
+    if name.endswith("bias"):
+        return torch.zeros(like.shape, dtype=like.dtype)
+    if like.ndim == 1:
+        return torch.ones(like.shape, dtype=like.dtype)
+    seed = int.from_bytes(hashlib.sha256(f"{config.seed} {name}".encode()).digest()[:8]) >> 1
+    deviation = model.config.initializer_range
+    return torch.empty(like.shape).normal_(std=deviation, generator=torch.Generator().manual_seed(seed)).to(like.dtype)
