@@ -32,7 +32,7 @@ from spikellm.model.blocks import Block, enter, output_error, walk
 from spikellm.model.conversion import get_neuron
 from spikellm.model.replaced import replace_weights
 from spikellm.model.sites import DOWN, GATE, HEAD, KEY, MLP_NORM, OUTPUT, QUERY, READERS, UP, VALUE
-from spikellm.reconstruction.tuning import without_neurons
+from spikellm.reconstruction.streams import without_neurons
 from spikellm.run.command import compose_config
 from spikellm.run.fitting import CALIBRATE, SEARCH
 from spikellm.run.workspace import Workspace, threads

@@ -1,6 +1,5 @@
 """What was learnt of a block, as a value and on disk."""
 
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -29,17 +28,13 @@ class TunedBlock:
 
 
 def save_block(path: Path, block: TunedBlock) -> None:
-    """Write a block to a safetensors file, whole or not at all."""
+    """Write a block to a safetensors file."""
     tensors = {"before": torch.tensor(block.before, dtype=torch.float64), "after": torch.tensor(block.after, dtype=torch.float64)}
     for site, table in block.tables.items():
         values = table.rows._asdict() | {"cuts": table.cuts} | asdict(table.digits)
         tensors |= {f"table:{site}:{name}": torch.as_tensor(value) for name, value in values.items() if value is not None}
     tensors |= {f"weight:{name}": weight for name, weight in block.weights.items()}
-    temporary = path.with_suffix(".tmp")
-    write_tensors(temporary, {key: value.cpu().clone(memory_format=torch.contiguous_format) for key, value in tensors.items()})
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_tensors(path, {key: value.cpu().clone(memory_format=torch.contiguous_format) for key, value in tensors.items()})
 
 
 def load_block(path: Path) -> TunedBlock:

@@ -140,13 +140,20 @@ def test_narrow_weights_stay_what_they_are(windows):
 @pytest.mark.parametrize("what", list(TunedPart))
 def test_it_goes_on_behind_a_block_that_was_finished(what, windows, tmp_path):
     whole, resumed = spiking(), spiking()
-    kept = {}
-    wanted = tune_spiking(
-        whole, windows, TuneConfig(**OPTIONS, what=what), seed=3, keep=lambda layer, block: save_block(tmp_path / f"{layer}", block)
-    )
-    known = {0: load_block(tmp_path / "0")}
-    found = tune_spiking(resumed, windows, TuneConfig(**OPTIONS, what=what), seed=3, known=known, keep=kept.__setitem__)
-    assert list(kept) == [1]
+    options, found_now = TuneConfig(**OPTIONS, what=what), []
+
+    def keep(block, find):
+        path = tmp_path / f"{block}.safetensors"
+        if not path.is_file():
+            save_block(path, find())
+            found_now.append(block)
+        return load_block(path)
+
+    wanted = tune_spiking(whole, windows, options, seed=3)
+    tune_spiking(spiking(), windows, options, seed=3, keep=keep)
+    (tmp_path / "layer 1.safetensors").unlink()
+    found = tune_spiking(resumed, windows, options, seed=3, keep=keep)
+    assert found_now == ["layer 0", "layer 1", "layer 1"]
     assert [(block.before, block.after) for block in found.values()] == [(block.before, block.after) for block in wanted.values()]
     assert torch.equal(resumed(windows).logits, whole(windows).logits)
 
