@@ -1,5 +1,6 @@
 """What was learnt of a block, as a value and on disk."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from spikellm.calibration.statistics import SiteStatistics
 from spikellm.coding.neuron import PhaseTable
+from spikellm.model.sites import LAYERS
 from spikellm.search.fit import CodeFit, stored_digits
 from spikellm.store.artifacts import write_tensors
 
@@ -21,10 +23,15 @@ Weights = dict[str, Float[Tensor, "O I"]]  # by name of the Linear below its lay
 class TunedBlock:
     """What was learnt of one block, and its loss on the choosing part before and after."""
 
-    tables: Tables
-    weights: Weights  # empty where neurons are tuned alone
+    tables: Tables  # empty where weights are re-fitted alone
+    weights: Weights  # those that have changed
     before: float
     after: float
+
+
+def by_path(found: Mapping[int, TunedBlock]) -> Weights:
+    """The weights of a network's blocks, given by layer, by path of the Linear."""
+    return {f"{LAYERS}.{layer}.{name}": weight for layer, block in found.items() for name, weight in block.weights.items()}
 
 
 def save_block(path: Path, block: TunedBlock) -> None:

@@ -9,11 +9,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from spikellm.calibration.calibrate import Calibration, calibrate
 from spikellm.config.checks import InputError
 from spikellm.config.choices import Amplitude, Device, ImportV0, Rounding, SearchMethod
-from spikellm.config.snn import PrefixConfig, RotationConfig, SearchConfig, TuneConfig, WeightsConfig
+from spikellm.config.snn import CompensateConfig, PrefixConfig, RotationConfig, SearchConfig, TuneConfig, WeightsConfig
 from spikellm.model import integers
 from spikellm.model.load import model_config
 from spikellm.reconstruction.sequential import fit_sequentially
@@ -213,6 +214,6 @@ def to_nearest(options: WeightsConfig) -> integers.Rounding | None:
     return integers.Rounding(bits=options.bits, group_size=options.group_size)
 
 
-def plain(node: RotationConfig | PrefixConfig | SearchConfig | WeightsConfig | TuneConfig) -> dict[str, object]:
+def plain(node: RotationConfig | PrefixConfig | SearchConfig | WeightsConfig | TuneConfig | CompensateConfig) -> dict[str, Any]:
     """A config node in JSON types."""
     return {key: getattr(value, "value", value) for key, value in asdict(node).items()}

@@ -10,11 +10,11 @@ from spikellm.config.snn import TuneConfig
 from spikellm.execution.stepped import stepped
 from spikellm.model import checkpoint
 from spikellm.model.conversion import clear, fill, get_neuron, model_sites
-from spikellm.model.sites import LINEARS, decoder_layers
+from spikellm.model.sites import LINEARS
 from spikellm.reconstruction.tuned import load_block, save_block
 from spikellm.reconstruction.tuning import tune_spiking
-from tests.codes import base2_tables, partitioned_tables
-from tests.models import norm_ratio, transparent_model
+from tests.codes import partitioned_tables, spoilt_tables
+from tests.models import layer_outputs, norm_ratio, transparent_model
 
 OPTIONS = {"epochs": 6, "rate": 0.1}
 
@@ -24,12 +24,7 @@ def windows():
     return torch.randint(2, 256, (4, 24), generator=torch.Generator().manual_seed(4))
 
 
-def spoilt(model, factor: float = 0.6, T: int = 4) -> dict[str, PhaseTable]:
-    """Codes of too small an amplitude."""
-    return {name: PhaseTable(*(part * factor for part in table.rows)) for name, table in base2_tables(model, T).items()}
-
-
-def spiking(name="llama", tables=spoilt, **options):
+def spiking(name="llama", tables=spoilt_tables, **options):
     model = transparent_model(name, **options)
     fill(model, tables(model), compiled=False)
     return model
@@ -37,21 +32,6 @@ def spiking(name="llama", tables=spoilt, **options):
 
 def tune(model, windows, **options):
     return tune_spiking(model, windows, TuneConfig(**OPTIONS | options), seed=0)
-
-
-def layer_outputs(model, windows) -> list[torch.Tensor]:
-    """The hidden states behind every decoder layer, from forwards of the whole model; float64."""
-    found = []
-    for window in windows:
-        seen = []
-        handles = [
-            layer.register_forward_hook(lambda _module, _inputs, output, seen=seen: seen.append(output)) for layer in decoder_layers(model)
-        ]
-        model(window[None], use_cache=False)
-        for handle in handles:
-            handle.remove()
-        found.append(torch.cat(seen))
-    return torch.stack(found, 1).double()
 
 
 def losses(model, reference, windows) -> list[float]:
