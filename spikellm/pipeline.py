@@ -6,6 +6,7 @@
     search     statistics to codes                              (`search/methods.py`; block by block: `reconstruction/sequential.py`)
     fill       a neuron with its code in every slot             (`model/conversion.py`)
     tune       block by block, where it is asked for            (`reconstruction/tuning.py`)
+    compensate weights behind coded inputs, where asked for     (`reconstruction/compensation.py`)
     round      integer weights, where they are asked for        (`reconstruction/rounding.py`; to nearest before calibration)
 
 `python main.py` goes the same way with each result an artefact (`run/fitting.py`), and finds the same codes to the last bit.
@@ -37,7 +38,16 @@ from spikellm.config.choices import (
 )
 from spikellm.config.dataset import TextConfig
 from spikellm.config.model import HardwareConfig
-from spikellm.config.snn import PrefixConfig, SearchConfig, SpikingConfig, TuneConfig, WeightsConfig, check_tuning
+from spikellm.config.snn import (
+    CompensateConfig,
+    PrefixConfig,
+    SearchConfig,
+    SpikingConfig,
+    TuneConfig,
+    WeightsConfig,
+    check_compensation,
+    check_tuning,
+)
 from spikellm.evaluation.texts import cut, read_text, tokenise
 from spikellm.model import checkpoint
 from spikellm.model.attention import SpikingAttention
@@ -45,10 +55,12 @@ from spikellm.model.conversion import clear, fill, prepare
 from spikellm.model.intake import not_finite
 from spikellm.model.integers import check_groups, round_model
 from spikellm.model.prefix import attach_prefix
-from spikellm.model.sites import check_architecture
+from spikellm.model.replaced import replace_weights
+from spikellm.model.sites import LAYERS, LINEARS, check_architecture, decoder_layers
+from spikellm.reconstruction.compensation import compensate_spiking
 from spikellm.reconstruction.rounding import round_spiking
 from spikellm.reconstruction.sequential import fit_sequentially
-from spikellm.reconstruction.tuned import retabled
+from spikellm.reconstruction.tuned import TunedBlock, by_path, retabled
 from spikellm.reconstruction.tuning import tune_spiking
 from spikellm.search.fit import CodeFit
 from spikellm.search.methods import find_codes, search_summary
@@ -121,6 +133,7 @@ def convert(
     prefix: bool = True,
     tune_epochs: int = 0,
     tune: str = "neurons",
+    compensate: bool = False,
     weight_bits: int | None = None,
     weight_group: int | None = None,
     rounding: str = "gptq",
@@ -155,6 +168,7 @@ def convert(
         prefix: outlier tokens get exact keys and values before every sequence.
         tune_epochs: passes over the text, block by block, in which gradients move the tables; 0: none.
         tune: neurons: tables alone; all: the weights of the decoder's Linears too.
+        compensate: weights of o, gate and up are re-fitted block by block behind what the neurons send, in closed form.
         weight_bits: 8 or 4: integer weights in the decoder's Linears; None: weights as they are.
         weight_group: inputs of an output that share a scale; None: all.
         rounding: gptq: against the inputs that the codes send; nearest: each weight by itself, before calibration.
@@ -193,7 +207,9 @@ def convert(
     )
     weights = WeightsConfig(bits=weight_bits, group_size=weight_group, rounding=_choice(Rounding, "rounding", rounding))
     tuning = TuneConfig(epochs=tune_epochs, what=_choice(TunedPart, "tune", tune))
+    compensation = CompensateConfig(enabled=compensate)
     check_tuning(tuning, options.snn.coding, weights)
+    check_compensation(compensation, weights)
     _check_model(model)
     if weights.bits is not None:
         try:
@@ -222,11 +238,16 @@ def convert(
         raise ValueError(f"{error}; the model is rotated by now and has no neurons: load it again") from error
     tables = {name: fit.table for name, fit in fits.items()}
     fill(model, tables, amplitude=options.snn.amplitude, compiled=compiled)
+    tuned: dict[int, TunedBlock] = {}
+    own = _weights(model) if tuning.what is TunedPart.all and compensate else {}
     if tuning.epochs:
         tuned = tune_spiking(model, windows, tuning, seed=seed)
         tables = {name: table for block in tuned.values() for name, table in block.tables.items()}
         fits = {name: retabled(fit, tables.get(name), found.statistics[name]) for name, fit in fits.items()}
         tables = {name: fit.table for name, fit in fits.items()}
+    if compensation.enabled:
+        replace_weights(model, own)  # of the ANN, whose stream is wanted
+        compensate_spiking(model, windows, compensation, tuned=by_path(tuned))
     if weights.bits is not None and weights.rounding is Rounding.gptq:
         round_spiking(model, windows, bits=weights.bits, group_size=weights.group_size)
         clear(model)
@@ -234,6 +255,12 @@ def convert(
         fill(model, tables, amplitude=options.snn.amplitude, compiled=compiled)
     rotation: dict[str, object] = {"kind": "none" if rotation_seed is None else "hadamard", "seed": rotation_seed}
     return Conversion(model=model, tokenizer=tokenizer, prefix_tokens=found.prefix_tokens, fits=fits, rotation=rotation)
+
+
+def _weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Of the decoder's Linears, by path; on the CPU."""
+    paths = [f"{LAYERS}.{layer}.{name}" for layer in range(len(decoder_layers(model))) for name in LINEARS]
+    return {path: model.get_parameter(f"{path}.weight").cpu() for path in paths}
 
 
 def _choice(kind: type[Choice], key: str, value: str) -> Choice:

@@ -27,6 +27,11 @@ def base2_tables(model, T: int = 6) -> dict[str, PhaseTable]:
     return {site.name: base2_table(1.0 if site.kind is SiteKind.softmax else 4.0, T) for site in model_sites(model)}
 
 
+def spoilt_tables(model, factor: float = 0.6, T: int = 4) -> dict[str, PhaseTable]:
+    """Codes of too small an amplitude."""
+    return {name: PhaseTable(*(part * factor for part in table.rows)) for name, table in base2_tables(model, T).items()}
+
+
 PARTITIONS = (
     Digits(intervals=2),
     Digits(intervals=3, signed=True),

@@ -1,6 +1,9 @@
 """The smallest job: what asks for it, and what it leaves."""
 
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from spikellm.run.stages import run_stages
 from tests.configure import configure
@@ -25,3 +28,19 @@ def artefacts(root: Path, stage: str) -> list[Path]:
     """Finished artefacts of a stage."""
     folder = root / "artifacts" / stage
     return [path for path in folder.glob("*") if path.is_dir() and ".tmp-" not in path.name] if folder.is_dir() else []
+
+
+def stopped_behind_the_first_block(module: Any, name: str, root: Path, *arguments: str) -> None:
+    """A job of which Ctrl-C is all that comes of the second call of `module.name`, which finds a block."""
+    whole, called = getattr(module, name), []
+
+    def find(*given, **options):
+        called.append(given)
+        if len(called) > 1:
+            raise KeyboardInterrupt
+        return whole(*given, **options)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(module, name, find)
+        with pytest.raises(KeyboardInterrupt):
+            run(root, *arguments)

@@ -74,6 +74,21 @@ def transparent_model(name: str = "llama", **options):
     return model
 
 
+def layer_outputs(model, windows: torch.Tensor) -> list[torch.Tensor]:
+    """The hidden states [W, L, D] behind every decoder layer, from forwards of the whole model; float64."""
+    found = []
+    for window in windows:
+        seen = []
+        handles = [
+            layer.register_forward_hook(lambda _module, _inputs, output, seen=seen: seen.append(output)) for layer in model.model.layers
+        ]
+        model(window[None], use_cache=False)
+        for handle in handles:
+            handle.remove()
+        found.append(torch.cat(seen))
+    return list(torch.stack(found, 1).double())
+
+
 def norm_ratio(actual: torch.Tensor, wanted: torch.Tensor) -> float:
     return ((actual - wanted).norm() / wanted.norm()).item()
 

@@ -132,6 +132,17 @@ class TunedPart(Enum):
     """these, and the weights of the block's Linears"""
 
 
+class CompensatedLinear(StrEnum):
+    """Linears that can be re-fitted behind their coded inputs."""
+
+    o = "o"
+    """attention's output"""
+    gate = "gate"
+    up = "up"
+    down = "down"
+    """the MLP's output"""
+
+
 class Groups(Enum):
     """The neurons of a site that share a table."""
 

@@ -29,7 +29,17 @@ from spikellm.config.measures import (
 )
 from spikellm.config.model import HardwareConfig, ModelConfig, path_part
 from spikellm.config.places import project_root
-from spikellm.config.snn import PrefixConfig, RotationConfig, SearchConfig, SpikingConfig, TuneConfig, WeightsConfig, check_tuning
+from spikellm.config.snn import (
+    CompensateConfig,
+    PrefixConfig,
+    RotationConfig,
+    SearchConfig,
+    SpikingConfig,
+    TuneConfig,
+    WeightsConfig,
+    check_compensation,
+    check_tuning,
+)
 
 STAGE_NAMES = ("calibrate", "search", "convert", "evaluate", "diagnose", "report")
 DEFAULT_STAGES = STAGE_NAMES[:4]  # a report is written at the end of a run and of a sweep anyway
@@ -50,6 +60,7 @@ class Config:
     prefix: PrefixConfig = field(default_factory=PrefixConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
     tune: TuneConfig = field(default_factory=TuneConfig)
+    compensate: CompensateConfig = field(default_factory=CompensateConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     diagnostics: DiagnosticsConfig = field(default_factory=DiagnosticsConfig)
     spikes: SpikesConfig = field(default_factory=SpikesConfig)
@@ -100,6 +111,7 @@ class Config:
         given = f"true with weights.bits={self.weights.bits}, model.dtype={self.model.dtype.value}"
         check(not (self.save_model and narrow), "save_model", given, "a checkpoint holds integers times scales, exact from float32 on")
         check_tuning(self.tune, self.snn.coding, self.weights)
+        check_compensation(self.compensate, self.weights)
         if self.dataset.zero_shot.tasks:
             self.dataset.zero_shot.scored(self.evaluation.networks)
         check(

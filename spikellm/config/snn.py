@@ -1,4 +1,4 @@
-"""The spiking network and the way to its codes: the nodes `snn`, `rotation`, `weights`, `prefix`, `search` and `tune`."""
+"""The spiking network and the way to its codes: the nodes `snn`, `rotation`, `weights`, `prefix`, `search`, `tune` and `compensate`."""
 
 from dataclasses import dataclass, field
 
@@ -8,6 +8,7 @@ from spikellm.config.checks import check
 from spikellm.config.choices import (
     Amplitude,
     Coding,
+    CompensatedLinear,
     Execution,
     Groups,
     ImportV0,
@@ -153,6 +154,25 @@ class TuneConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class CompensateConfig:
+    """Weights of decoder Linears re-fitted in closed form behind what the neurons send, on the calibration text."""
+
+    enabled: bool = False
+    """re-fit them block by block, after search and tuning, where that lowers the error at the block's output"""
+    linears: list[CompensatedLinear] = field(default_factory=lambda: [CompensatedLinear.o, CompensatedLinear.gate, CompensatedLinear.up])
+    """those that are re-fitted"""
+    damping: list[float] = field(default_factory=lambda: [0.1, 1.0])
+    """pull towards the weights as they are, in mean squares of a Linear's coded inputs; of several the best at each block"""
+
+    def __post_init__(self) -> None:
+        given = f"[{','.join(self.linears)}]"
+        check(bool(self.linears), "compensate.linears", given, "name at least one; compensate.enabled=false re-fits none")
+        check(len(set(self.linears)) == len(self.linears), "compensate.linears", given, "one of them is there twice")
+        fits = bool(self.damping) and all(value > 0 for value in self.damping)
+        check(fits, "compensate.damping", self.damping, "takes positive numbers, at least one")
+
+
+@dataclass(kw_only=True, slots=True)
 class PrefixConfig:
     """Tokens before every sequence, which take the outliers upon themselves (PrefixQuant)."""
 
@@ -229,3 +249,14 @@ def check_tuning(options: TuneConfig, coding: Coding, weights: WeightsConfig) ->
     given = f"all with weights.bits={weights.bits}, weights.rounding={weights.rounding.value}"
     integers = options.what is TunedPart.all and weights.rounds(Rounding.nearest)
     check(not integers, "tune.what", given, "tuned weights are no integers: take weights.rounding=gptq, which rounds them afterwards")
+
+
+def check_compensation(options: CompensateConfig, weights: WeightsConfig) -> None:
+    """Refuse re-fitted weights where integers come before them.
+
+    Raises:
+        InputError: naming what goes with it.
+    """
+    given = f"true with weights.bits={weights.bits}, weights.rounding={weights.rounding.value}"
+    cure = "re-fitted weights are no integers: take weights.rounding=gptq, which rounds them afterwards"
+    check(not (options.enabled and weights.rounds(Rounding.nearest)), "compensate.enabled", given, cure)

@@ -54,7 +54,7 @@ def measured_networks(
     calibration: Callable[[], Calibration],
     fits: Callable[[], dict[str, CodeFit]],
     rounding: Callable[[], Rounding | None] = lambda: None,
-    tuned: Callable[[], ReplacedWeights | None] = lambda: None,
+    replaced: Callable[[], ReplacedWeights | None] = lambda: None,
 ) -> list[Network]:
     """The networks of a job, that of the ANN last: the others share the converted model, which then makes room for it.
 
@@ -62,13 +62,13 @@ def measured_networks(
         names: of those that are wanted.
         models: builds them.
         options: of the codes; T, execution.
-        keys: stand for `model`, `calibrate` and `search` in what figures depend on, and for `tune` where the codes are tuned, for `weights`
-            where integers are found by codes.
-        calibration, fits, rounding, tuned: called no earlier than a figure is missing; the weights of the spiking networks, tuned ones of
-            `snn` alone, `ann_prefix` has its own.
+        keys: stand for `model`, `calibrate` and `search` in what figures depend on, for `tune` and `compensate` where these act, for
+            `weights` where integers are found by codes.
+        calibration, fits, rounding, replaced: called no earlier than a figure is missing; the weights of the spiking networks, replaced
+            ones of `snn` alone, `ann_prefix` has its own.
     """
     weights = {key: value for key, value in keys.items() if key == "weights"}
-    tuning = {key: value for key, value in keys.items() if key == "tune"}
+    taught = {key: value for key, value in keys.items() if key in ("tune", "compensate")}
     device = {"device": models.hardware.device.value}
     snn = options.snn
     is_stepped = snn.execution is Execution.stepped
@@ -92,10 +92,10 @@ def measured_networks(
         Network(
             name=NetworkName.snn,
             inputs=device
-            | tuning
+            | taught
             | weights
             | {"code": (STEPPED if is_stepped else FOLDED).key(), "search": keys["search"], "execution": snn.execution.value},
-            build=partial(spiking, fits, tuned),
+            build=partial(spiking, fits, replaced),
             prefix_tokens=prefix,
             measure=partial(stepped_perplexity, chunk=snn.step_chunk, max_gib=snn.max_memory_gib) if is_stepped else folded_perplexity,
         ),

@@ -5,8 +5,8 @@ transparent   rotated, a slot at every site and nothing in it, the prefix attach
 spiking       the same model with a neuron in every slot
 integer       the same model with integers there
 
-Either has weights as they are, or integers (`weights.bits`), or tuned ones (`tune.what=all`). The ANN that figures are compared with
-has its own.
+Either has weights as they are, or integers (`weights.bits`), or others in their places (`tune.what=all`, `compensate.enabled`). The ANN
+that figures are compared with has its own.
 """
 
 import gc
@@ -68,13 +68,13 @@ class Networks:
     def transparent(self, prefix_tokens: list[int], change: WeightChange | None = None) -> PreTrainedModel:
         """The converted model with empty slots and the prefix of `prefix_tokens`, its weights as they are or as a `change` has them.
 
-        The prefix of tuned weights is that of the weights before: they were tuned behind it.
+        The prefix of replaced weights is that of the weights before: they were found behind it.
         """
-        tuned = isinstance(change, ReplacedWeights)
+        replaced = isinstance(change, ReplacedWeights)
         if self._installed is None or self._change != change:
             self.release()  # weights as they are have no copy
             self._installed, self._change = self._install(), change
-            if tuned:
+            if replaced:
                 attach_prefix(self._installed, prefix_tokens)
             if change is not None and self.offloaded:
                 raise InputError(
@@ -84,7 +84,7 @@ class Networks:
             if change is not None:
                 change.apply(self._installed)
         conversion.clear(self._installed)
-        if not tuned:
+        if not replaced:
             attach_prefix(self._installed, prefix_tokens)
         return self._installed
 

@@ -18,11 +18,15 @@ from spikellm.store.artifacts import write_tensors
 class ReplacedWeights:
     """Which weights a network's Linears hold instead of their own, as a value."""
 
-    file: Path  # of `save_weights`
+    files: tuple[Path, ...]  # of `save_weights`; of a weight in several the last one counts
+
+    def load(self) -> dict[str, Float[Tensor, "O I"]]:
+        """The weights by path of the Linear."""
+        return {name: weight for file in self.files for name, weight in load_file(file).items()}
 
     def apply(self, model: PreTrainedModel) -> None:
         """Put them in, in place."""
-        replace_weights(model, load_file(self.file))
+        replace_weights(model, self.load())
 
 
 WeightChange = Rounding | ReplacedWeights

@@ -10,7 +10,7 @@ was no better (`experiments/sequential`): it differs by the errors of all blocks
 Windows go to the parts of the statistics as in calibration.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -23,22 +23,16 @@ from spikellm.calibration.calibrate import QUERY_BLOCK, calibrate_block, enough_
 from spikellm.model.blocks import Block, enter
 from spikellm.model.conversion import place
 from spikellm.reconstruction.amplitudes import choose_amplitudes
+from spikellm.reconstruction.streams import Keep, block_name, not_kept
 from spikellm.search.fit import CodeFit
 from spikellm.search.methods import find_codes
 from spikellm.search.options import Options
 
 Fits = dict[str, CodeFit]
-# The codes of a block, by its name: those that are kept already, or what the function finds.
-Keep = Callable[[str, Callable[[], Fits]], Fits]
-
-
-def not_kept(_block: str, found: Callable[[], Fits]) -> Fits:
-    """Every block's codes are searched."""
-    return found()
 
 
 @torch.no_grad()
-def fit_sequentially(model: PreTrainedModel, windows: Int[Tensor, "W L"], options: Options, keep: Keep = not_kept) -> Fits:
+def fit_sequentially(model: PreTrainedModel, windows: Int[Tensor, "W L"], options: Options, keep: Keep[Fits] = not_kept) -> Fits:
     """The codes of all sites, in the order in which a token meets them; leaves the model with these neurons.
 
     Args:
@@ -69,8 +63,3 @@ def fit_block(model: PreTrainedModel, block: Block, states: Sequence[Float[Tenso
     statistics = {name: site.to(model.device) for name, site in seen.items()}
     fits = find_codes(statistics, options)
     return choose_amplitudes(model, block, fits, statistics, states, wanted, amplitude=amplitude, compiled=options.compiled)
-
-
-def block_name(block: Block) -> str:
-    """Of a block's kept codes."""
-    return "end" if block.layer is None else f"layer {block.layer}"

@@ -1,6 +1,6 @@
 """What was learnt of a block, as a value and on disk."""
 
-import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from spikellm.calibration.statistics import SiteStatistics
 from spikellm.coding.neuron import PhaseTable
+from spikellm.model.sites import LAYERS
 from spikellm.search.fit import CodeFit, stored_digits
 from spikellm.store.artifacts import write_tensors
 
@@ -22,24 +23,25 @@ Weights = dict[str, Float[Tensor, "O I"]]  # by name of the Linear below its lay
 class TunedBlock:
     """What was learnt of one block, and its loss on the choosing part before and after."""
 
-    tables: Tables
-    weights: Weights  # empty where neurons are tuned alone
+    tables: Tables  # empty where weights are re-fitted alone
+    weights: Weights  # those that have changed
     before: float
     after: float
 
 
+def by_path(found: Mapping[int, TunedBlock]) -> Weights:
+    """The weights of a network's blocks, given by layer, by path of the Linear."""
+    return {f"{LAYERS}.{layer}.{name}": weight for layer, block in found.items() for name, weight in block.weights.items()}
+
+
 def save_block(path: Path, block: TunedBlock) -> None:
-    """Write a block to a safetensors file, whole or not at all."""
+    """Write a block to a safetensors file."""
     tensors = {"before": torch.tensor(block.before, dtype=torch.float64), "after": torch.tensor(block.after, dtype=torch.float64)}
     for site, table in block.tables.items():
         values = table.rows._asdict() | {"cuts": table.cuts} | asdict(table.digits)
         tensors |= {f"table:{site}:{name}": torch.as_tensor(value) for name, value in values.items() if value is not None}
     tensors |= {f"weight:{name}": weight for name, weight in block.weights.items()}
-    temporary = path.with_suffix(".tmp")
-    write_tensors(temporary, {key: value.cpu().clone(memory_format=torch.contiguous_format) for key, value in tensors.items()})
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_tensors(path, {key: value.cpu().clone(memory_format=torch.contiguous_format) for key, value in tensors.items()})
 
 
 def load_block(path: Path) -> TunedBlock:

@@ -1,7 +1,7 @@
 """Neurons, and the weights behind them, taught block by block to give what the ANN's block gives.
 
 For each decoder layer: the hidden states of all windows on the spiking stream, blocks before it tuned already, and on the ANN's, behind
-the same prefix. The target is the ANN's output on its own stream, so that a block makes up for what those before it did. The loss,
+the same prefix (`streams.py`). The target is the ANN's output on its own stream. The loss,
 
     L = mean over tokens of |y - target|^2 / |target|^2
 
@@ -10,34 +10,34 @@ is relative, since the residual stream goes through an RMSNorm before anything r
 loss is taken on the choosing part, with the neurons as they will run; the best state is kept, the one before tuning among them: the error
 there never rises. The windows then go on through the block as it is kept.
 
-Memory beyond the block's activations: gradients and Adam's two moments of one block, and hidden states of all windows, three at a time.
+Memory beyond the block's activations and the hidden states: gradients and Adam's two moments of one block.
 
-A finished block is told to whoever calls, and a block that was finished before is taken as it was: the order of windows is the seed's
-and the same at every block, so that what comes behind is the same to the last bit.
+A block that was finished before is taken as it was: the order of windows is the seed's and the same at every block, so that what comes
+behind is the same to the last bit.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from spikellm.calibration.calibrate import enough_pieces, part_windows
-from spikellm.calibration.statistics import CHOOSE, FIT
-from spikellm.coding.neuron import PhaseNeuron, Slot
+from spikellm.coding.neuron import PhaseNeuron
 from spikellm.config.choices import TunedPart
 from spikellm.config.snn import TuneConfig
-from spikellm.model.blocks import Block, enter, output_error
+from spikellm.model.blocks import Block, output_error
 from spikellm.model.conversion import get_neuron, set_neuron
 from spikellm.model.modules import wide
 from spikellm.model.replaced import replace_weights
-from spikellm.model.sites import LINEARS, Site
+from spikellm.model.sites import Site, decoder_layers
+from spikellm.reconstruction.streams import Keep, TwoStreams, block_name, keeping, linears_of, not_kept, stream_error, two_streams
 from spikellm.reconstruction.surrogate import TunableNeuron
 from spikellm.reconstruction.tuned import Tables, TunedBlock, Weights
 
@@ -67,60 +67,33 @@ class Learner:
 
 
 def tune_spiking(
-    model: PreTrainedModel,
-    windows: Int[Tensor, "W L"],
-    options: TuneConfig,
-    *,
-    seed: int,
-    known: Mapping[int, TunedBlock] | None = None,
-    keep: Callable[[int, TunedBlock], None] = lambda layer, found: None,
+    model: PreTrainedModel, windows: Int[Tensor, "W L"], options: TuneConfig, *, seed: int, keep: Keep[TunedBlock] = not_kept
 ) -> dict[int, TunedBlock]:
     """Tune every decoder layer of a spiking model, in place.
 
     Args:
         windows: too few for all parts are cut into pieces (`calibrate.enough_pieces`).
         seed: of the order of windows.
-        known: blocks that were tuned before, by layer; their windows must have been these.
-        keep: is given every block that was not, when it is finished.
+        keep: where finished blocks are kept; their windows must have been these.
     """
-    pieces = enough_pieces(windows)
-    used = sorted((index, part) for part in (FIT, CHOOSE) for index in part_windows(len(pieces), part))
-    parts = [part for _, part in used]
-    states, blocks = enter(model, pieces[[index for index, _ in used]])
-    wanted = list(states)
     found: dict[int, TunedBlock] = {}
-    progress = tqdm(blocks.layers, desc="tune", unit="block", disable=None)
-    for block in progress:
-        layer = block.layer
-        assert layer is not None
-        with torch.no_grad(), without_neurons(model, block):
-            block.advance(wanted)
-        result = (known or {}).get(layer)
-        if result is None:
-            result = tune_block(model, block, states, wanted, parts, options, seed=seed)
-            keep(layer, result)
+    progress = tqdm(two_streams(model, windows), desc="tune", unit="block", total=len(decoder_layers(model)), disable=None)
+    for streams in progress:
+        block = streams.block
+        result = keep(block_name(block), partial(tune_block, model, streams, options, seed=seed))
         progress.set_postfix_str(f"{result.before:.4g} -> {result.after:.4g}")
-        put(model, block, result.tables, result.weights)
-        with torch.no_grad():
-            block.advance(states)
-        found[layer] = result
+        # what is kept lies on the CPU
+        tables = {site.name: result.tables[site.name].to(neuron.table.theta) for site, neuron in neurons_of(model, block).items()}
+        put(model, block, tables, result.weights)
+        found[streams.layer] = result
     return found
 
 
-def tune_block(
-    model: PreTrainedModel,
-    block: Block,
-    states: list[Float[Tensor, "1 L D"]],
-    targets: list[Float[Tensor, "1 L D"]],
-    parts: list[int],
-    options: TuneConfig,
-    *,
-    seed: int,
-) -> TunedBlock:
-    """Tune one block on its windows' hidden states, each of the fitting or the choosing part; the block is left as it was."""
-    fit, choose = ([index for index, own in enumerate(parts) if own == part] for part in (FIT, CHOOSE))
+def tune_block(model: PreTrainedModel, streams: TwoStreams, options: TuneConfig, *, seed: int) -> TunedBlock:
+    """Tune one block on its windows' hidden states; the block is left as it was."""
+    block, states, wanted, fit, choose = streams.block, streams.states, streams.wanted, streams.fit, streams.choose
     generator = torch.Generator().manual_seed(seed)
-    before = least = error(block, states, targets, choose)
+    before = least = stream_error(block, states, wanted, choose)
     best: tuple[Tables, Weights] = ({site.name: neuron.table for site, neuron in neurons_of(model, block).items()}, {})
     steps = options.epochs * -(-len(fit) // options.batch)
     checks = {round(step * steps / (CHECKS * options.epochs)) for step in range(1, CHECKS * options.epochs + 1)}
@@ -134,34 +107,23 @@ def tune_block(
             batch, order = order[: options.batch], order[options.batch :]
             optimiser.zero_grad()
             for index in (fit[each] for each in batch):
-                (output_error(block(states[index]), targets[index]) / len(batch)).backward()
+                (output_error(block(states[index]), wanted[index]) / len(batch)).backward()
             optimiser.step()
             schedule.step()
             if step in checks:
                 candidate = learner.learnt()
                 with keeping(model, block):
                     put(model, block, *candidate)
-                    found = error(block, states, targets, choose)
+                    found = stream_error(block, states, wanted, choose)
                 if found < least:
                     best, least = candidate, found
     return TunedBlock(tables=best[0], weights=best[1], before=before, after=least)
-
-
-@torch.no_grad()
-def error(block: Block, states: list[Tensor], targets: list[Tensor], windows: list[int]) -> float:
-    """The loss of a block as it is, mean of some windows."""
-    return sum(output_error(block(states[index]), targets[index]).item() for index in windows) / len(windows)
 
 
 def neurons_of(model: PreTrainedModel, block: Block) -> dict[Site, PhaseNeuron]:
     """The neurons of a block."""
     found: dict[Site, Any] = {site: get_neuron(model, site) for site in block.sites}
     return found
-
-
-def linears_of(block: Block) -> dict[str, Any]:
-    """The Linears of a decoder layer by name below it."""
-    return {name: block.module.get_submodule(name) for name in LINEARS}
 
 
 def put(model: PreTrainedModel, block: Block, tables: Tables, weights: Weights) -> None:
@@ -171,29 +133,6 @@ def put(model: PreTrainedModel, block: Block, tables: Tables, weights: Weights) 
         told = {"axis": neuron.axis, "per_token": neuron.per_token, "compiled": neuron.compiled}
         set_neuron(model, site, PhaseNeuron(tables[site.name], **told))
     replace_weights(block.module, weights)
-
-
-@contextmanager
-def keeping(model: PreTrainedModel, block: Block) -> Iterator[None]:
-    """Within: a block's slots and weights may be anything; afterwards what was there before."""
-    slots = {site: get_neuron(model, site) for site in block.sites}
-    weights = {name: linear.weight for name, linear in linears_of(block).items()}
-    try:
-        yield
-    finally:
-        for site, slot in slots.items():
-            set_neuron(model, site, slot)
-        for name, linear in linears_of(block).items():
-            linear.weight = weights[name]
-
-
-@contextmanager
-def without_neurons(model: PreTrainedModel, block: Block) -> Iterator[None]:
-    """Within: a block's slots are transparent, as in the ANN."""
-    with keeping(model, block):
-        for site in block.sites:
-            set_neuron(model, site, Slot())
-        yield
 
 
 @contextmanager

@@ -31,6 +31,11 @@ def console_table(results: Results, folder: Path) -> str:
             f"  tuned, {tuned.what}, epochs={tuned.epochs}   relative error of a block {tuned.relative_error_before:.4g}"
             f" -> {tuned.relative_error:.4g}   better at {tuned.blocks_improved} of {tuned.blocks} blocks"
         )
+    if refitted := results.compensate:
+        lines.append(
+            f"  compensated, {' '.join(refitted.linears)}   relative error of a block {refitted.relative_error_before:.4g}"
+            f" -> {refitted.relative_error:.4g}   better at {refitted.blocks_improved} of {refitted.blocks} blocks"
+        )
     if perplexity := results.perplexity:
         lines.append(f"  perplexity, {extent(perplexity)}")
         lines += _perplexities(perplexity)

@@ -1,6 +1,6 @@
 """The stages from codes to the spiking model.
 
-weights     model, tuned codes, calibration text      -> integer weights, where weights.rounding=gptq asks for them
+weights     model, tuned codes, weights, text         -> integer weights, where weights.rounding=gptq asks for them
 convert     model, tuned codes, weights               -> the spiking model (in memory; on disk with save_model=true)
 """
 
@@ -13,6 +13,7 @@ from spikellm.config.choices import Rounding
 from spikellm.config.snn import WeightsConfig
 from spikellm.model import checkpoint, integers
 from spikellm.reconstruction.rounding import round_spiking
+from spikellm.run.compensating import COMPENSATE
 from spikellm.run.fitting import CALIBRATE, SEARCH, check_weights, plain, to_nearest
 from spikellm.run.stage import KeyedStage, Stage, StageOutcome
 from spikellm.run.tuning import TUNE
@@ -28,13 +29,13 @@ class Weights(KeyedStage):
     """Integer weights that were rounded against the coded inputs; a part of the stages that build the spiking model."""
 
     name = "weights"
-    needs = (CALIBRATE, SEARCH, TUNE)
+    needs = (CALIBRATE, SEARCH, TUNE, COMPENSATE)
     code = Code(1, ("evaluation.networks", "reconstruction.rounding"))
 
     def inputs(self, work: Workspace) -> dict[str, object]:
         """Code, codes and options; the search's key stands for model and text."""
         found = {"code": self.code.key(), "search": SEARCH.key(work), "device": work.device, "weights": plain(work.config.weights)}
-        return found | TUNE.dependence(work)
+        return found | TUNE.dependence(work) | COMPENSATE.dependence(work)
 
     def dependence(self, work: Workspace) -> dict[str, object]:
         """What keys of the spiking model's figures hold of its weights beside the search's; nothing where they are as they are."""
@@ -61,7 +62,7 @@ class Weights(KeyedStage):
         options = work.config.weights
         assert options.bits is not None
         tables = {name: fit.table for name, fit in TUNE.fits(work).items()}
-        model = work.models.spiking(tables, CALIBRATE.found(work).prefix_tokens, TUNE.weights(work))
+        model = work.models.spiking(tables, CALIBRATE.found(work).prefix_tokens, COMPENSATE.weights(work))
         try:
             found, errors = round_spiking(model, work.calibration_windows, bits=options.bits, group_size=options.group_size)
         finally:
@@ -95,19 +96,34 @@ class Weights(KeyedStage):
 
 
 WEIGHTS = Weights()
+CHANGES = (TUNE, COMPENSATE, WEIGHTS)  # what may change codes and weights behind the search
+
+
+def dependence(work: Workspace) -> dict[str, object]:
+    """What keys of the spiking model's figures hold beside the search's: a key for each of CHANGES that acts."""
+    return {name: key for stage in CHANGES for name, key in stage.dependence(work).items()}
+
+
+def changed(work: Workspace) -> StageOutcome:
+    """What CHANGES have found."""
+    outcomes = [stage.run(work) for stage in CHANGES]
+    findings = Findings()
+    for outcome in outcomes:
+        findings |= outcome.findings
+    return StageOutcome(artefacts=[artefact for outcome in outcomes for artefact in outcome.artefacts], findings=findings)
 
 
 class Convert(KeyedStage):
     """The codes fit the model's sites; with save_model=true the spiking model on disk."""
 
     name = "convert"
-    needs = (CALIBRATE, SEARCH, TUNE, WEIGHTS)
+    needs = (CALIBRATE, SEARCH, *CHANGES)
     code = Code(2, ("evaluation.networks", "model.checkpoint"))
 
     def inputs(self, work: Workspace) -> dict[str, object]:
         """Code, codes, and whether the model is saved."""
         found = {"code": self.code.key(), "search": SEARCH.key(work), "save_model": work.config.save_model}
-        return found | TUNE.dependence(work) | WEIGHTS.dependence(work)
+        return found | dependence(work)
 
     def compute(self, work: Workspace, folder: Path) -> None:
         """Check that codes and sites fit; save the model where it is asked for."""
@@ -124,11 +140,8 @@ class Convert(KeyedStage):
         """Where the saved model lies."""
         artefact = self.artefact(work)
         saved = str(artefact.folder / "model") if work.config.save_model else None
-        tuned, weights = TUNE.run(work), WEIGHTS.run(work)
-        return StageOutcome(
-            artefacts=[artefact, *tuned.artefacts, *weights.artefacts],
-            findings=tuned.findings | weights.findings | Findings(saved_model=saved),
-        )
+        behind = changed(work)
+        return StageOutcome(artefacts=[artefact, *behind.artefacts], findings=behind.findings | Findings(saved_model=saved))
 
 
 CONVERT = Convert()
@@ -136,10 +149,10 @@ CONVERT = Convert()
 
 def transparent(work: Workspace) -> PreTrainedModel:
     """The rotated model with its prefix and the spiking model's weights, without neurons."""
-    return work.models.transparent(CALIBRATE.found(work).prefix_tokens, WEIGHTS.rounding(work) or TUNE.weights(work))
+    return work.models.transparent(CALIBRATE.found(work).prefix_tokens, WEIGHTS.rounding(work) or COMPENSATE.weights(work))
 
 
 def spiking(work: Workspace) -> PreTrainedModel:
     """The spiking model with the codes that were found: prefix attached, a neuron at every site."""
     tables = {name: fit.table for name, fit in TUNE.fits(work).items()}
-    return work.models.spiking(tables, CALIBRATE.found(work).prefix_tokens, WEIGHTS.rounding(work) or TUNE.weights(work))
+    return work.models.spiking(tables, CALIBRATE.found(work).prefix_tokens, WEIGHTS.rounding(work) or COMPENSATE.weights(work))

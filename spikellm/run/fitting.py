@@ -6,17 +6,19 @@ search      statistics, T, grain                      -> one code per site; sear
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from spikellm.calibration.calibrate import Calibration, calibrate
 from spikellm.config.checks import InputError
 from spikellm.config.choices import Amplitude, Device, ImportV0, Rounding, SearchMethod
-from spikellm.config.snn import PrefixConfig, RotationConfig, SearchConfig, TuneConfig, WeightsConfig
+from spikellm.config.snn import CompensateConfig, PrefixConfig, RotationConfig, SearchConfig, TuneConfig, WeightsConfig
 from spikellm.model import integers
 from spikellm.model.load import model_config
 from spikellm.reconstruction.sequential import fit_sequentially
+from spikellm.reconstruction.streams import Keep
 from spikellm.run.stage import KeyedStage, StageOutcome
 from spikellm.run.workspace import Workspace
 from spikellm.search.fit import CodeFit, load_fits, save_fits
@@ -129,24 +131,16 @@ class Search(KeyedStage):
     def compute(self, work: Workspace, folder: Path) -> None:
         """Find the codes of all sites."""
         start = time.perf_counter()
-        fits = self._sequentially(work) if is_sequential(work.options) else self._at_once(work)
-        save_fits(folder / "codes.safetensors", fits)
-        write_json(folder / "search.json", search_summary(fits, seconds=round(time.perf_counter() - start, 3)).to_json())
+        with self.kept_blocks(work, save_fits, load_fits) as keep:
+            fits = self._sequentially(work, keep) if is_sequential(work.options) else self._at_once(work)
+            save_fits(folder / "codes.safetensors", fits)
+            write_json(folder / "search.json", search_summary(fits, seconds=round(time.perf_counter() - start, 3)).to_json())
 
     def _at_once(self, work: Workspace) -> dict[str, CodeFit]:
         device = "cpu" if work.config.hardware.device is Device.cpu else "cuda"
         return find_codes({name: site.to(device) for name, site in CALIBRATE.found(work).statistics.items()}, work.options)
 
-    def _sequentially(self, work: Workspace) -> dict[str, CodeFit]:
-        """Each block's codes are an artefact, so that a search which was stopped goes on behind the last one."""
-        inputs = self.inputs(work)
-
-        def keep(block: str, find: Callable[[], dict[str, CodeFit]]) -> dict[str, CodeFit]:
-            def compute(folder: Path) -> None:
-                save_fits(folder / "codes.safetensors", find())
-
-            return load_fits(work.store.load_or_compute("search_block", inputs | {"block": block}, compute).folder / "codes.safetensors")
-
+    def _sequentially(self, work: Workspace, keep: Keep[dict[str, CodeFit]]) -> dict[str, CodeFit]:
         model = work.models.transparent(CALIBRATE.found(work).prefix_tokens, to_nearest(work.config.weights))
         try:
             return fit_sequentially(model, work.calibration_windows, work.options, keep)
@@ -220,6 +214,6 @@ def to_nearest(options: WeightsConfig) -> integers.Rounding | None:
     return integers.Rounding(bits=options.bits, group_size=options.group_size)
 
 
-def plain(node: RotationConfig | PrefixConfig | SearchConfig | WeightsConfig | TuneConfig) -> dict[str, object]:
+def plain(node: RotationConfig | PrefixConfig | SearchConfig | WeightsConfig | TuneConfig | CompensateConfig) -> dict[str, Any]:
     """A config node in JSON types."""
     return {key: getattr(value, "value", value) for key, value in asdict(node).items()}

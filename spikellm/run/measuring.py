@@ -14,7 +14,8 @@ from spikellm.config.labels import NetworkName
 from spikellm.evaluation import diagnostics, figures
 from spikellm.evaluation.density_plots import write_density_plots
 from spikellm.evaluation.measured import measured_networks
-from spikellm.run.converting import WEIGHTS, spiking, transparent
+from spikellm.run.compensating import COMPENSATE
+from spikellm.run.converting import CHANGES, WEIGHTS, changed, dependence, spiking, transparent
 from spikellm.run.fitting import CALIBRATE, SEARCH
 from spikellm.run.stage import KeyedStage, Stage, StageOutcome
 from spikellm.run.tuning import TUNE
@@ -31,7 +32,7 @@ class Spikes(KeyedStage):
     """Spikes and energy of the spiking model, the rows of spikes.csv; a part of evaluate."""
 
     name = "spikes"
-    needs = (CALIBRATE, SEARCH, TUNE, WEIGHTS)
+    needs = (CALIBRATE, SEARCH, *CHANGES)
     code = Code(3, ("evaluation.networks", "spikes.ledger"))
 
     def inputs(self, work: Workspace) -> dict[str, object]:
@@ -64,7 +65,7 @@ class Evaluate(Stage):
     """Spikes and energy of the spiking model; perplexities and accuracies of all networks, an artefact each."""
 
     name = "evaluate"
-    needs = (CALIBRATE, SEARCH, TUNE, WEIGHTS)
+    needs = (CALIBRATE, SEARCH, *CHANGES)
 
     def networks(self, work: Workspace) -> list[figures.Network]:
         """The networks that are to be measured, none loaded yet."""
@@ -73,11 +74,11 @@ class Evaluate(Stage):
             work.config.evaluation.networks,
             work.models,
             work.options,
-            keys | TUNE.dependence(work) | WEIGHTS.dependence(work),
+            keys | dependence(work),
             lambda: CALIBRATE.found(work),
             lambda: TUNE.fits(work),
             lambda: WEIGHTS.rounding(work),
-            lambda: TUNE.weights(work),
+            lambda: COMPENSATE.weights(work),
         )
 
     def prepare(self, work: Workspace) -> None:
@@ -96,10 +97,10 @@ class Evaluate(Stage):
         findings, artefacts = figures.evaluate(
             work.config.dataset, lambda: work.tokenizer, work.store, self.networks(work), work.benchmarks
         )
-        tuned, weights = TUNE.run(work), WEIGHTS.run(work)
+        behind = changed(work)
         return StageOutcome(
-            artefacts=artefacts + counted.artefacts + tuned.artefacts + weights.artefacts,
-            findings=findings | counted.findings | tuned.findings | weights.findings,
+            artefacts=artefacts + counted.artefacts + behind.artefacts,
+            findings=findings | counted.findings | behind.findings,
             tables=counted.tables,
         )
 
@@ -111,7 +112,7 @@ class Diagnose(KeyedStage):
     """How far each code is above the Lloyd-Max bound, which sites do the damage, levels drawn on densities."""
 
     name = "diagnose"
-    needs = (CALIBRATE, SEARCH, TUNE, WEIGHTS)
+    needs = (CALIBRATE, SEARCH, *CHANGES)
     code = Code(3, ("evaluation.networks", "evaluation.diagnostics", "evaluation.density_plots"))
 
     def inputs(self, work: Workspace) -> dict[str, object]:
@@ -153,5 +154,4 @@ DIAGNOSE = Diagnose()
 
 def folded_figures(work: Workspace) -> dict[str, object]:
     """What figures of the folded spiking model on the main evaluation text depend on."""
-    network = TUNE.dependence(work) | WEIGHTS.dependence(work) | {"search": SEARCH.key(work), "device": work.device}
-    return network | {"text": work.evaluation_source}
+    return dependence(work) | {"search": SEARCH.key(work), "device": work.device, "text": work.evaluation_source}

@@ -3,16 +3,24 @@
 A new stage is one object in the registry of `stages.py`, and its name among the choices of `config/schema.py`.
 """
 
+import logging
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
+from spikellm.reconstruction.streams import Found, Keep
 from spikellm.run.workspace import Workspace
 from spikellm.store.artifacts import Artefact, artifact_key
 from spikellm.store.provenance import Code
 from spikellm.store.record import Findings, Row
+
+log = logging.getLogger(__name__)
+
+BLOCK = "block.safetensors"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,3 +83,29 @@ class KeyedStage(Stage):
     def artefact(self, work: Workspace) -> Artefact:
         """The result, intact."""
         return work.store.load_or_compute(self.name, self.inputs(work), partial(self.compute, work))
+
+    @contextmanager
+    def kept_blocks(self, work: Workspace, save: Callable[[Path, Found], None], load: Callable[[Path], Found]) -> Iterator[Keep[Found]]:
+        """Within: what is found for a block is an artefact of its own, so that whoever goes on does so behind the last finished block.
+
+        They are taken away at the end: whatever is made of them must have been written by then.
+
+        Args:
+            save, load: a block's file, to and from.
+        """
+        stage, inputs = f"{self.name}_block", self.inputs(work)
+        passed: list[Artefact] = []
+
+        def keep(block: str, find: Callable[[], Found]) -> Found:
+            def compute(folder: Path) -> None:
+                if passed and all(each.cached for each in passed):
+                    log.info("%s: goes on behind %d finished blocks", self.name, len(passed))
+                save(folder / BLOCK, find())
+
+            artefact = work.store.load_or_compute(stage, inputs | {"block": block}, compute)
+            passed.append(artefact)
+            return load(artefact.folder / BLOCK)
+
+        yield keep
+        for artefact in passed:
+            work.store.remove(artefact)

@@ -2,8 +2,8 @@
 
 tune        model, codes, calibration text            -> codes, and weights with tune.what=all, tuned block by block
 
-A part of the stages that build the spiking model. Finished blocks lie beside the artefact until it is whole: a job that was killed goes
-on behind the last of them.
+A part of the stages that build the spiking model. Finished blocks are artefacts until this one is whole: a job that was killed goes on
+behind the last of them.
 """
 
 import logging
@@ -12,10 +12,9 @@ from pathlib import Path
 from spikellm.config.choices import TunedPart
 from spikellm.config.snn import TuneConfig
 from spikellm.model.replaced import ReplacedWeights, save_weights
-from spikellm.model.sites import LAYERS, decoder_layers
-from spikellm.reconstruction.tuned import load_block, retabled, save_block
+from spikellm.reconstruction.tuned import by_path, load_block, retabled, save_block
 from spikellm.reconstruction.tuning import tune_spiking
-from spikellm.run.fitting import CALIBRATE, SEARCH, plain
+from spikellm.run.fitting import CALIBRATE, SEARCH, plain, to_nearest
 from spikellm.run.stage import KeyedStage, Stage, StageOutcome
 from spikellm.run.workspace import Workspace
 from spikellm.search.fit import CodeFit, load_fits, save_fits
@@ -33,7 +32,7 @@ class Tune(KeyedStage):
 
     name = "tune"
     needs = (CALIBRATE, SEARCH)
-    code = Code(1, ("evaluation.networks", "reconstruction.tuning", "reconstruction.tuned"))
+    code = Code(2, ("evaluation.networks", "reconstruction.tuning", "reconstruction.tuned"))
 
     def inputs(self, work: Workspace) -> dict[str, object]:
         """Code, codes and options; the search's key stands for model, text and seed."""
@@ -66,32 +65,19 @@ class Tune(KeyedStage):
     def compute(self, work: Workspace, folder: Path) -> None:
         """Tune the spiking model block by block, behind the blocks that were finished before."""
         fits, calibration = SEARCH.found(work), CALIBRATE.found(work)
-        model = work.models.spiking({name: fit.table for name, fit in fits.items()}, calibration.prefix_tokens)
-        with work.store.unfinished(self.name, self.inputs(work)) as finished:
-
-            def place(layer: int) -> Path:
-                return finished / f"{layer:05d}.safetensors"
-
-            known = {layer: load_block(place(layer)) for layer in range(len(decoder_layers(model))) if place(layer).is_file()}
-            if known:
-                log.info("tune: %d blocks were finished before", len(known))
+        tables = {name: fit.table for name, fit in fits.items()}
+        model = work.models.spiking(tables, calibration.prefix_tokens, to_nearest(work.config.weights))
+        with self.kept_blocks(work, save_block, load_block) as keep:
             try:
-                found = tune_spiking(
-                    model,
-                    work.calibration_windows,
-                    work.config.tune,
-                    seed=work.config.seed,
-                    known=known,
-                    keep=lambda layer, block: save_block(place(layer), block),
-                )
+                found = tune_spiking(model, work.calibration_windows, work.config.tune, seed=work.config.seed, keep=keep)
             finally:
                 work.models.release()  # its weights may no longer be those that it was loaded with
-        tables = {name: table for block in found.values() for name, table in block.tables.items()}
-        save_fits(folder / CODES, {name: retabled(fit, tables.get(name), calibration.statistics[name]) for name, fit in fits.items()})
-        weights = {f"{LAYERS}.{layer}.{name}": weight for layer, block in found.items() for name, weight in block.weights.items()}
-        if weights:
-            save_weights(folder / WEIGHTS, weights)
-        write_json(folder / ERRORS, {layer: [block.before, block.after] for layer, block in found.items()})
+            tables = {name: table for block in found.values() for name, table in block.tables.items()}
+            tuned = {name: retabled(fit, tables.get(name), calibration.statistics[name]) for name, fit in fits.items()}
+            save_fits(folder / CODES, tuned)
+            if weights := by_path(found):
+                save_weights(folder / WEIGHTS, weights)
+            write_json(folder / ERRORS, {layer: [block.before, block.after] for layer, block in found.items()})
 
     def fits(self, work: Workspace) -> dict[str, CodeFit]:
         """The codes of the spiking model, by site name."""
@@ -102,7 +88,7 @@ class Tune(KeyedStage):
         if not work.config.tune.epochs:
             return None
         file = self.artefact(work).folder / WEIGHTS
-        return ReplacedWeights(file=file) if file.is_file() else None
+        return ReplacedWeights(files=(file,)) if file.is_file() else None
 
     def run(self, work: Workspace) -> StageOutcome:
         """Errors before and after for results.json; nothing where nothing is tuned."""

@@ -117,13 +117,12 @@ class ArtifactStore:
                 raise
             return Artefact(target, False)
 
-    @contextmanager
-    def unfinished(self, stage: str, inputs: Mapping[str, object]) -> Iterator[Path]:
-        """Within: a folder beside the result for what `compute` has found so far; it stays where that fails or is killed."""
-        folder = self.folder(stage, inputs).with_suffix(".unfinished")
-        folder.mkdir(parents=True, exist_ok=True)
-        yield folder
-        _remove(folder)
+    def remove(self, artefact: Artefact) -> None:
+        """Take a result away, if it is still there."""
+        temporary = _beside(artefact.folder)
+        with suppress(FileNotFoundError):
+            artefact.folder.rename(temporary)  # whole or absent, for whoever looks meanwhile
+            _remove(temporary)
 
     def _fault(self, target: Path) -> str | None:
         """What is wrong with an artefact; None where it is whole. Its files are read once, and again when one has changed."""

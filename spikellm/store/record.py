@@ -117,6 +117,18 @@ class TuneRecord(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CompensateRecord(Record):
+    """Weights re-fitted behind coded inputs: errors as in `TuneRecord`; before is that of each block as it was, behind re-fitted ones."""
+
+    linears: list[str]
+    weights_refitted: int
+    relative_error_before: float
+    relative_error: float
+    blocks: int
+    blocks_improved: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class WeightsRecord(Record):
     """Integer weights of the spiking networks' decoder Linears."""
 
@@ -281,6 +293,7 @@ class Findings(Record):
     rotation: RotationRecord | None = None
     search: SearchRecord | None = None
     tune: TuneRecord | None = None  # None: no tuning
+    compensate: CompensateRecord | None = None  # None: no weights re-fitted
     weights: WeightsRecord | None = None  # None: as the model has them
     codes: str | None = None  # path
     saved_model: str | None = None  # path

@@ -10,11 +10,11 @@ from spikellm.config.snn import TuneConfig
 from spikellm.execution.stepped import stepped
 from spikellm.model import checkpoint
 from spikellm.model.conversion import clear, fill, get_neuron, model_sites
-from spikellm.model.sites import LINEARS, decoder_layers
+from spikellm.model.sites import LINEARS
 from spikellm.reconstruction.tuned import load_block, save_block
 from spikellm.reconstruction.tuning import tune_spiking
-from tests.codes import base2_tables, partitioned_tables
-from tests.models import norm_ratio, transparent_model
+from tests.codes import partitioned_tables, spoilt_tables
+from tests.models import layer_outputs, norm_ratio, transparent_model
 
 OPTIONS = {"epochs": 6, "rate": 0.1}
 
@@ -24,12 +24,7 @@ def windows():
     return torch.randint(2, 256, (4, 24), generator=torch.Generator().manual_seed(4))
 
 
-def spoilt(model, factor: float = 0.6, T: int = 4) -> dict[str, PhaseTable]:
-    """Codes of too small an amplitude."""
-    return {name: PhaseTable(*(part * factor for part in table.rows)) for name, table in base2_tables(model, T).items()}
-
-
-def spiking(name="llama", tables=spoilt, **options):
+def spiking(name="llama", tables=spoilt_tables, **options):
     model = transparent_model(name, **options)
     fill(model, tables(model), compiled=False)
     return model
@@ -37,21 +32,6 @@ def spiking(name="llama", tables=spoilt, **options):
 
 def tune(model, windows, **options):
     return tune_spiking(model, windows, TuneConfig(**OPTIONS | options), seed=0)
-
-
-def layer_outputs(model, windows) -> list[torch.Tensor]:
-    """The hidden states behind every decoder layer, from forwards of the whole model; float64."""
-    found = []
-    for window in windows:
-        seen = []
-        handles = [
-            layer.register_forward_hook(lambda _module, _inputs, output, seen=seen: seen.append(output)) for layer in decoder_layers(model)
-        ]
-        model(window[None], use_cache=False)
-        for handle in handles:
-            handle.remove()
-        found.append(torch.cat(seen))
-    return torch.stack(found, 1).double()
 
 
 def losses(model, reference, windows) -> list[float]:
@@ -140,13 +120,20 @@ def test_narrow_weights_stay_what_they_are(windows):
 @pytest.mark.parametrize("what", list(TunedPart))
 def test_it_goes_on_behind_a_block_that_was_finished(what, windows, tmp_path):
     whole, resumed = spiking(), spiking()
-    kept = {}
-    wanted = tune_spiking(
-        whole, windows, TuneConfig(**OPTIONS, what=what), seed=3, keep=lambda layer, block: save_block(tmp_path / f"{layer}", block)
-    )
-    known = {0: load_block(tmp_path / "0")}
-    found = tune_spiking(resumed, windows, TuneConfig(**OPTIONS, what=what), seed=3, known=known, keep=kept.__setitem__)
-    assert list(kept) == [1]
+    options, found_now = TuneConfig(**OPTIONS, what=what), []
+
+    def keep(block, find):
+        path = tmp_path / f"{block}.safetensors"
+        if not path.is_file():
+            save_block(path, find())
+            found_now.append(block)
+        return load_block(path)
+
+    wanted = tune_spiking(whole, windows, options, seed=3)
+    tune_spiking(spiking(), windows, options, seed=3, keep=keep)
+    (tmp_path / "layer 1.safetensors").unlink()
+    found = tune_spiking(resumed, windows, options, seed=3, keep=keep)
+    assert found_now == ["layer 0", "layer 1", "layer 1"]
     assert [(block.before, block.after) for block in found.values()] == [(block.before, block.after) for block in wanted.values()]
     assert torch.equal(resumed(windows).logits, whole(windows).logits)
 

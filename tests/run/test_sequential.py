@@ -1,7 +1,5 @@
 """search.sequential in a job: what its result depends on, how it goes on where it was stopped, where it has no effect."""
 
-import shutil
-
 import pytest
 
 import spikellm
@@ -11,7 +9,7 @@ from spikellm.run.fitting import SEARCH, without_effect
 from spikellm.run.workspace import Workspace
 from spikellm.search.options import Options
 from tests.configure import configure
-from tests.jobs import SMALL, artefacts, cached, run
+from tests.jobs import SMALL, artefacts, cached, run, stopped_behind_the_first_block
 
 SEQUENTIAL = "search.sequential=true"
 
@@ -47,13 +45,9 @@ def test_the_saved_model_is_the_evaluated_one(job):
 
 
 def test_a_stopped_search_goes_on_behind_its_last_block(job, monkeypatch, tmp_path):
-    root, _, found = job
-    shutil.copytree(root / "artifacts", tmp_path / "artifacts")
-    (whole, *others) = [path for path in artefacts(tmp_path, "search") if '"sequential"' in (path / "inputs.json").read_text()]
-    assert not others
-    (end,) = [path for path in artefacts(tmp_path, "search_block") if '"block": "end"' in (path / "inputs.json").read_text()]
-    shutil.rmtree(whole)
-    shutil.rmtree(end)
+    _, _, found = job
+    stopped_behind_the_first_block(sequential, "fit_block", tmp_path, SEQUENTIAL)
+    assert len(artefacts(tmp_path, "search_block")) == 1
     searched = []
 
     def find_codes(statistics, options):
@@ -63,7 +57,9 @@ def test_a_stopped_search_goes_on_behind_its_last_block(job, monkeypatch, tmp_pa
     known = sequential.find_codes
     monkeypatch.setattr(sequential, "find_codes", find_codes)
     again = run(tmp_path, SEQUENTIAL)
-    assert searched == ["head_input"]
+    assert not any(site.startswith("layers.0.") for site in searched)
+    assert len(searched) == 9 + 1
+    assert not artefacts(tmp_path, "search_block"), "they are in the whole"
     assert again["perplexity"] == found["perplexity"]
 
 

@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file
 
 from spikellm.config.checks import InputError
-from spikellm.run import tuning
+from spikellm.reconstruction import tuning
 from tests.configure import configure
-from tests.jobs import SMALL, artefacts, cached, run
+from tests.jobs import SMALL, artefacts, cached, run, stopped_behind_the_first_block
 
 SHORT = ["dataset.calibration.max_windows=8", "dataset.evaluation.max_windows=1", "dataset.calibration.window=32", "snn.T=4"]
 TUNED = [*SHORT, "tune.epochs=3"]
@@ -60,26 +60,15 @@ def test_the_same_job_finds_it_all_there(jobs):
     assert again["tune"] == found["neurons"]["tune"]
 
 
-def test_a_job_that_was_killed_goes_on_and_finds_the_same(jobs, tmp_path, monkeypatch, caplog):
+def test_a_job_that_was_stopped_goes_on_and_finds_the_same(jobs, tmp_path, caplog):
     root, found = jobs
-    save, saved = tuning.save_block, []
-
-    def killed(path, block):
-        if saved:
-            raise KeyboardInterrupt
-        save(path, block)
-        saved.append(path)
-
-    monkeypatch.setattr(tuning, "save_block", killed)
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, *TUNED)
-    assert saved[0].is_file(), "beside the artefact"
-    monkeypatch.setattr(tuning, "save_block", lambda path, block: (saved.append(path), save(path, block)))
+    stopped_behind_the_first_block(tuning, "tune_block", tmp_path, *TUNED)
+    (kept,) = artefacts(tmp_path, "tune_block")
+    assert '"block": "layer 0"' in (kept / "inputs.json").read_text()
     with caplog.at_level(logging.INFO):
         again = run(tmp_path, *TUNED)
-    assert "tune: 1 blocks were finished before" in caplog.messages
-    assert len(saved) == 2
-    assert not saved[0].parent.exists()
+    assert "tune: goes on behind 1 finished blocks" in caplog.messages
+    assert not artefacts(tmp_path, "tune_block"), "they are in the whole"
     assert again["perplexity"] == found["neurons"]["perplexity"]
     (kept,), others = artefacts(tmp_path, "tune"), artefacts(root, "tune")
     wanted = load_file(next(other for other in others if other.name == kept.name) / "codes.safetensors")

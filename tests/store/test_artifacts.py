@@ -50,6 +50,17 @@ def test_computed_once_then_loaded(tmp_path):
     assert store.load_or_compute("other", {"a": 1}, write("fourth"))[0] != folder
 
 
+def test_what_is_removed_is_gone_and_computed_again(tmp_path):
+    store = ArtifactStore(tmp_path)
+    first, other = (store.load_or_compute("stage", {"a": number}, write("first")) for number in (1, 2))
+    store.remove(first)
+    store.remove(first)
+    assert not first.folder.exists()
+    assert [path for path in (tmp_path / "stage").iterdir() if path.suffix != ".lock"] == [other.folder]
+    assert store.load_or_compute("stage", {"a": 1}, write("again")) == (first.folder, False)
+    assert (first.folder / "result.txt").read_text() == "again"
+
+
 def test_a_failing_computation_leaves_nothing(tmp_path):
     store = ArtifactStore(tmp_path)
 
