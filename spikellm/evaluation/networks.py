@@ -25,7 +25,7 @@ from spikellm.config.snn import RotationConfig
 from spikellm.kernels.hadamard import HAS_CUDA_KERNEL
 from spikellm.model import conversion
 from spikellm.model.load import is_offloaded, load_model, load_offloaded
-from spikellm.model.offload import Keep, rotate
+from spikellm.model.offload import Keep, change_layers, rotate
 from spikellm.model.prefix import attach_prefix
 from spikellm.model.replaced import ReplacedWeights, WeightChange
 from spikellm.store.provenance import Code
@@ -76,13 +76,8 @@ class Networks:
             self._installed, self._change = self._install(), change
             if replaced:
                 attach_prefix(self._installed, prefix_tokens)
-            if change is not None and self.offloaded:
-                raise InputError(
-                    f"hardware.offload with model={self.model.name}: integer, tuned or compensated weights need the model in memory; "
-                    "leave weights.bits, tune.what=all and compensate out, or take hardware.offload=false"
-                )
             if change is not None:
-                change.apply(self._installed)
+                change_layers(self._installed, change)
         conversion.clear(self._installed)
         if not replaced:
             attach_prefix(self._installed, prefix_tokens)

@@ -35,6 +35,7 @@ from transformers import PreTrainedModel
 
 from spikellm.model.modules import wide
 from spikellm.model.sites import LINEARS, decoder_layers, head_width
+from spikellm.model.stored import Stored
 from spikellm.store.artifacts import write_tensors
 
 SCALE_BITS = 16  # significant bits of a scale: with those of an integer 23 at most, float32 has 24
@@ -64,13 +65,13 @@ class Rounding:
     group_size: int | None
     file: Path | None = None  # of integers that were found before (`save_integers`); None: to nearest
 
-    def apply(self, model: PreTrainedModel) -> None:
-        """Put them in, in place."""
+    def apply_to(self, layer: nn.Module, path: str) -> None:
+        """Put those of the decoder layer at a path of the model in, in place."""
         if self.file is None:
-            round_model(model, bits=self.bits, group_size=self.group_size)
+            round_layer(layer, bits=self.bits, group_size=self.group_size)
             return
-        for path, found in load_integers(self.file).items():
-            put(model.get_submodule(path), found)
+        for name, found in integers_of(Stored.of([self.file]).below(path)).items():
+            put(layer.get_submodule(name), found)
 
 
 def check_groups(config: Any, group_size: int | None) -> None:
@@ -195,9 +196,15 @@ def round_model(model: PreTrainedModel, *, bits: int, group_size: int | None) ->
     """
     check_groups(model.config, group_size)
     for layer in decoder_layers(model):
-        for name in LINEARS:
-            linear: Any = layer.get_submodule(name)
-            put(linear, round_to_nearest(linear.weight, bits=bits, group_size=group_size))
+        round_layer(layer, bits=bits, group_size=group_size)
+
+
+@torch.no_grad()
+def round_layer(layer: nn.Module, *, bits: int, group_size: int | None) -> None:
+    """Round the Linears of one decoder layer to nearest, in place; groups must divide their inputs."""
+    for name in LINEARS:
+        linear: Any = layer.get_submodule(name)
+        put(linear, round_to_nearest(linear.weight, bits=bits, group_size=group_size))
 
 
 def save_integers(path: Path, found: Mapping[str, IntegerWeight]) -> None:
@@ -208,6 +215,10 @@ def save_integers(path: Path, found: Mapping[str, IntegerWeight]) -> None:
 
 def load_integers(path: Path) -> dict[str, IntegerWeight]:
     """What `save_integers` wrote."""
-    tensors = load_file(path)
+    return integers_of(load_file(path))
+
+
+def integers_of(tensors: Mapping[str, Tensor]) -> dict[str, IntegerWeight]:
+    """Integers and scales by path of the Linear, from tensors by their names in a file."""
     names = [key.removesuffix(".integers") for key in tensors if key.endswith(".integers")]
     return {name: IntegerWeight(integers=tensors[f"{name}.integers"], scales=tensors[f"{name}.scales"]) for name in names}

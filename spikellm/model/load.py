@@ -22,9 +22,10 @@ from spikellm.config.choices import Device, ModelSource
 from spikellm.config.model import HardwareConfig, ModelConfig
 from spikellm.config.schema import Config
 from spikellm.model.intake import CURE, check_config, check_finite, check_folder, check_type, check_vocabulary, unfilled
-from spikellm.model.offload import Keep, Stored, offload, put
+from spikellm.model.offload import Keep, offload, put
 from spikellm.model.shards import fetched, random_weight, shards, skeleton, tensors_of, written
 from spikellm.model.sites import check_architecture
+from spikellm.model.stored import Stored
 from spikellm.store.sources import cached_commit, packaged_file
 
 log = logging.getLogger(__name__)

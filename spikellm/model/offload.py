@@ -1,6 +1,5 @@
 """A model whose decoder layers lie on disk: a layer's weights are in memory while it is called, or while `present` holds them.
 
-    stored     where the tensors of a checkpoint lie: files that are memory-mapped, one tensor at a time
     offload    a model without weights gets its ends (embedding, final norm, lm_head) and a hook at every layer
     present    within, a layer's weights are there for as many calls as there are windows
     rotate     the layers' rotated weights become files of their own; the model then reads these
@@ -12,13 +11,13 @@ layer at a time; a plain forward brings every layer in once.
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from accelerate.utils import send_to_device
-from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -27,6 +26,7 @@ from spikellm.config.choices import RotationPart
 from spikellm.model.intake import not_finite
 from spikellm.model.rotation import begin, rotate_block
 from spikellm.model.sites import EMBEDDING, FINAL_NORM, HEAD, LAYERS, decoder_layers, head_width
+from spikellm.model.stored import Stored
 from spikellm.store.artifacts import write_tensors
 
 # The folder of a part by its name, made once by the function where it is not there yet.
@@ -36,43 +36,6 @@ ENDS = (EMBEDDING, FINAL_NORM, HEAD)
 FILE = "weights.safetensors"
 
 
-class Stored(Mapping[str, Tensor]):
-    """Tensors by name, each memory-mapped from its safetensors file when it is asked for."""
-
-    def __init__(self, files: Mapping[str, Path]) -> None:
-        self.files = dict(files)
-
-    def __getitem__(self, name: str) -> Tensor:
-        with safe_open(self.files[name], "pt") as tensors:
-            return tensors.get_tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.files)
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def below(self, path: str) -> "Below":
-        """The tensors of the module at a path, by their names below it."""
-        return Below(self, f"{path}.")
-
-
-class Below(Mapping[str, Tensor]):
-    """Those of a mapping whose names begin with a prefix, without it."""
-
-    def __init__(self, every: Mapping[str, Tensor], prefix: str) -> None:
-        self.every, self.prefix = every, prefix
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.every[self.prefix + name]
-
-    def __iter__(self) -> Iterator[str]:
-        return (name.removeprefix(self.prefix) for name in self.every if name.startswith(self.prefix))
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-
 class OnDisk(ModelHook):
     """accelerate's hook of a decoder layer: its weights come before a call and go after it, unless they are held.
 
@@ -80,6 +43,8 @@ class OnDisk(ModelHook):
         weights: the layer's, by name below it.
         device: where the layer is called.
     """
+
+    change: Callable[[nn.Module], None] | None = None  # of the weights, whenever they have come
 
     def __init__(self, weights: Mapping[str, Tensor], device: torch.device) -> None:
         self.weights, self.device, self.holders = weights, device, 0
@@ -99,6 +64,8 @@ class OnDisk(ModelHook):
         if not self.holders:
             for name, parameter in list(module.named_parameters()):
                 put(module, name, self.weights[name], dtype=parameter.dtype, device=self.device)
+            if self.change is not None:
+                self.change(module)
         self.holders += 1
 
     def leave(self, module: nn.Module) -> None:
@@ -139,6 +106,24 @@ def present(module: nn.Module) -> AbstractContextManager[None]:
     """A context within which the weights of a block are in memory; of one that has them there anyway it does nothing."""
     hook = hook_of(module)
     return nullcontext() if hook is None else _held(hook, module)
+
+
+@runtime_checkable
+class LayerChange(Protocol):
+    """Something that gives decoder layers other weights."""
+
+    def apply_to(self, layer: nn.Module, path: str) -> None:
+        """Those of the layer at a path of the model, in place."""
+
+
+def change_layers(model: PreTrainedModel, change: LayerChange) -> None:
+    """Give all decoder layers other weights: now, or whenever they are brought in."""
+    for index, layer in enumerate(decoder_layers(model)):
+        path, hook = f"{LAYERS}.{index}", hook_of(layer)
+        if hook is None:
+            change.apply_to(layer, path)
+        else:
+            hook.change = partial(change.apply_to, path=path)
 
 
 def offload(model: PreTrainedModel, stored: Stored, device: torch.device) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 from jaxtyping import Float
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from spikellm.model.integers import Rounding
+from spikellm.model.stored import Stored
 from spikellm.store.artifacts import write_tensors
 
 
@@ -24,9 +24,9 @@ class ReplacedWeights:
         """The weights by path of the Linear."""
         return {name: weight for file in self.files for name, weight in load_file(file).items()}
 
-    def apply(self, model: PreTrainedModel) -> None:
-        """Put them in, in place."""
-        replace_weights(model, self.load())
+    def apply_to(self, layer: nn.Module, path: str) -> None:
+        """Put those of the decoder layer at a path of the model in, in place."""
+        replace_weights(layer, Stored.of(self.files).below(path))
 
 
 WeightChange = Rounding | ReplacedWeights

@@ -8,14 +8,14 @@ import torch
 from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
 from jaxtyping import Float
-from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from spikellm.config.boundary import blamed_on
 from spikellm.config.model import ModelConfig
-from spikellm.model.offload import FILE, Keep, Stored
+from spikellm.model.offload import FILE, Keep
 from spikellm.model.sites import HEAD, LAYERS
+from spikellm.model.stored import Stored
 from spikellm.store.artifacts import write_tensors
 
 PATTERN = "model*.safetensors"
@@ -40,11 +40,7 @@ def tensors_of(model: PreTrainedModel) -> list[str]:
 
 def shards(folder: Path) -> Stored | None:
     """The tensors of a folder's safetensors by name; None: it has none."""
-    files: dict[str, Path] = {}
-    for path in sorted(folder.glob(PATTERN)):
-        with blamed_on(f"{path}", "fetch it whole"), safe_open(path, "pt") as tensors:
-            files |= dict.fromkeys(tensors.keys(), path)
-    return Stored(files) if files else None
+    return Stored.of(sorted(folder.glob(PATTERN))) or None
 
 
 def fetched(config: ModelConfig) -> Path:

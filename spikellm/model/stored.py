@@ -1,0 +1,59 @@
+"""Tensors in safetensors files by name, each memory-mapped when it is asked for: on a CPU its pages come in as they are read."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from safetensors import safe_open
+from torch import Tensor
+
+from spikellm.config.boundary import blamed_on
+
+
+class Stored(Mapping[str, Tensor]):
+    """Which file each tensor is in."""
+
+    def __init__(self, files: Mapping[str, Path]) -> None:
+        self.files = dict(files)
+
+    @classmethod
+    def of(cls, files: Iterable[Path]) -> "Stored":
+        """All tensors of some files; of one in several the last counts.
+
+        Raises:
+            InputError: a file is damaged.
+        """
+        found: dict[str, Path] = {}
+        for file in files:
+            with blamed_on(f"{file}", "fetch it, or make it, again"), safe_open(file, "pt") as tensors:
+                found |= dict.fromkeys(tensors.keys(), file)
+        return cls(found)
+
+    def __getitem__(self, name: str) -> Tensor:
+        with safe_open(self.files[name], "pt") as tensors:
+            return tensors.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def below(self, path: str) -> "Below":
+        """The tensors of the module at a path, by their names below it."""
+        return Below(self, f"{path}.")
+
+
+class Below(Mapping[str, Tensor]):
+    """Those of a mapping whose names begin with a prefix, without it."""
+
+    def __init__(self, every: Mapping[str, Tensor], prefix: str) -> None:
+        self.every, self.prefix = every, prefix
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.every[self.prefix + name]
+
+    def __iter__(self) -> Iterator[str]:
+        return (name.removeprefix(self.prefix) for name in self.every if name.startswith(self.prefix))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
