@@ -175,7 +175,8 @@ class Diagnose(KeyedStage):
         above = sorted(row["above_bound"] for row in rows if row["above_bound"] is not None)
         found = DiagnosticsRecord(**record.get("damage", {}), median_above_bound=above[len(above) // 2] if above else None)
         plots = sorted((artefact.folder / "plots").glob("*.png"))
-        return StageOutcome(artefacts=[artefact], findings=Findings(diagnostics=found), tables={"diagnostics.csv": rows}, plots=plots)
+        tables = {"diagnostics.csv": rows} if rows else {}
+        return StageOutcome(artefacts=[artefact], findings=Findings(diagnostics=found), tables=tables, plots=plots)
 
 
 DIAGNOSE = Diagnose()

@@ -25,8 +25,7 @@ def completed(arguments: list[str]) -> list[str]:
     Raises:
         InputError: an option contradicts the folder; several models where one of them is a saved one.
     """
-    parser = OverridesParser.create()
-    given = {override.key_or_group: override for override in map(parser.parse_override, _overrides(arguments))}
+    given = _overrides(arguments)
     folder = _saved(given)
     if folder is None or _value(given.get("model.source")) not in (None, "spiking"):
         return arguments
@@ -45,14 +44,18 @@ def completed(arguments: list[str]) -> list[str]:
 
 def as_given(arguments: list[str]) -> list[str]:
     """The arguments without those that a saved model's folder gives anyway."""
-    parser = OverridesParser.create()
-    folder = _saved({override.key_or_group: override for override in map(parser.parse_override, _overrides(arguments))})
+    folder = _saved(_overrides(arguments))
     told = {} if folder is None else _told(folder, provenance_of(folder))
     return [argument for argument in arguments if argument not in {f"{key}={text}" for key, text in told.items()}]
 
 
-def _overrides(arguments: list[str]) -> list[str]:
-    return [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
+def _overrides(arguments: list[str]) -> dict[str, Override]:
+    """By key or group; none where no path of a model is given, so that Hydra itself reads what people type."""
+    if not any(argument.lstrip("+").startswith("model.path=") for argument in arguments):
+        return {}
+    parser = OverridesParser.create()
+    found = [parser.parse_override(each) for each in arguments if "=" in each and not each.startswith("-")]
+    return {override.key_or_group: override for override in found}
 
 
 def _saved(given: dict[str, Override]) -> Path | None:

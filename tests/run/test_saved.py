@@ -163,6 +163,22 @@ def test_a_folder_of_somebody_else_is_never_replaced(tmp_path):
     assert (tmp_path / "run" / "model" / "thesis.txt").read_text() == "years of work"
 
 
+def test_a_model_of_bfloat16_and_one_of_python_are_measured_too(whole, tmp_path):
+    found = run(tmp_path, "save_model=true", "model.options.num_hidden_layers=1", "spikes.enabled=false", "model.dtype=bfloat16")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "model").symlink_to(found["saved_model"])
+    measured = again(tmp_path, "spikes.enabled=false")
+    assert measured["dtype"] == "bfloat16"
+    assert {key: measured["perplexity"][key] for key in ("ann_prefix", "snn")} == {
+        key: found["perplexity"][key] for key in ("ann_prefix", "snn")
+    }
+    (tmp_path / "run" / "model").unlink()
+    (tmp_path / "run" / "model").symlink_to(whole)
+    measured = again(tmp_path, "spikes.enabled=false")
+    assert (measured["T"], measured["grain"], measured["coding"]) == (4, 1, "phase")
+    assert measured["perplexity"]["snn"] > 1
+
+
 @pytest.mark.parametrize("weights", [["weights.bits=8"], ["tune.epochs=1", "tune.what=all", "snn.coding=phase_signed"]])
 def test_weights_of_its_own_have_no_pretrained_network_below_them(weights, tmp_path):
     found = run(tmp_path, "save_model=true", "snn.T=6", "model.options.num_hidden_layers=1", "spikes.enabled=false", *weights)
@@ -174,6 +190,7 @@ def test_weights_of_its_own_have_no_pretrained_network_below_them(weights, tmp_p
     assert {key: measured.get(key) for key in ("weights", "tune")} == {key: found.get(key) for key in ("weights", "tune")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ARCHITECTURES)
 def test_every_architecture_is_saved_and_measured_again(path, tmp_path):
     found = run(tmp_path, "save_model=true", f"model.path={path}", "snn.T=8", "spikes.enabled=false")
