@@ -92,3 +92,42 @@ def test_lm_evals_own_command_gives_the_figures_of_our_stage(place, tmp_path):
     (tmp_path / "outputs").symlink_to(place / "outputs")
     found = lm_eval(COMMANDS[3], tmp_path, rows)
     assert {name: found[f"{name},none"] for name in ("acc", "acc_norm")} == {name: wanted[name] for name in ("acc", "acc_norm")}
+
+
+FRESH = """
+import time
+start = time.perf_counter()
+import spikellm
+imported = time.perf_counter() - start
+import torch
+from transformers import AutoModelForCausalLM
+start = time.perf_counter()
+model = AutoModelForCausalLM.from_pretrained("model")
+loaded = time.perf_counter() - start
+ids, wanted = torch.load("logits.pt")
+print(imported, loaded, torch.equal(model(ids).logits, wanted))
+"""
+
+
+@pytest.mark.slow
+def test_the_real_model_comes_back_bit_for_bit_in_a_fresh_process(smollm2, real_tokenizer, tmp_path):
+    import torch
+
+    import spikellm
+    from spikellm.config.choices import Device
+    from spikellm.config.model import HardwareConfig
+    from spikellm.model.load import load_model
+
+    model = load_model(smollm2, HardwareConfig(device=Device.cpu))
+    found = spikellm.convert(model, real_tokenizer, T=6, window=128, max_windows=4, method="base2", compiled=False)
+    found.save(tmp_path / "model")
+    ids = real_tokenizer("The capital of France is a city on the river", return_tensors="pt").input_ids
+    torch.save((ids, model(ids).logits), tmp_path / "logits.pt")
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    assert sum(file.stat().st_size for file in (tmp_path / "model").iterdir()) <= 1.1 * weights
+    command = [sys.executable, "-W", "ignore", "-c", FRESH]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=600)
+    imported, loaded, equal = done.stdout.split()
+    assert equal == "True"
+    assert float(imported) < 0.5
+    assert float(loaded) < 10
