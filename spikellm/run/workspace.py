@@ -12,11 +12,12 @@ from transformers import PreTrainedTokenizerBase
 from spikellm.config.model import ModelConfig
 from spikellm.config.schema import Config
 from spikellm.evaluation import figures, texts
-from spikellm.evaluation.networks import Networks
+from spikellm.evaluation.networks import Networks, SavedNetworks
 from spikellm.model.load import load_tokenizer, pinned, vocabulary
 from spikellm.search.options import Options
 from spikellm.store.artifacts import ArtifactStore, artifact_key
 from spikellm.store.record import RotationRecord
+from spikellm.store.saved import Provenance, provenance_of
 from spikellm.store.sources import model_source, text_source
 
 
@@ -47,6 +48,16 @@ class Workspace:
         """The networks, loaded when they are asked for."""
         config = self.config
         return Networks(self.model, config.hardware, config.rotation, config.snn.softmax_norm, config.snn.amplitude)
+
+    @cached_property
+    def saved(self) -> SavedNetworks:
+        """Those of a saved spiking model, where `model.path` is one."""
+        return SavedNetworks(self.config.model, self.config.hardware)
+
+    @cached_property
+    def provenance(self) -> Provenance:
+        """How that one was made."""
+        return provenance_of(Path(self.config.model.path))
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
