@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Int
@@ -30,6 +30,7 @@ from spikellm.config.choices import (
     Coding,
     DatasetSource,
     Groups,
+    RotationKind,
     Rounding,
     SearchMethod,
     SoftmaxNorm,
@@ -41,6 +42,7 @@ from spikellm.config.model import HardwareConfig
 from spikellm.config.snn import (
     CompensateConfig,
     PrefixConfig,
+    RotationConfig,
     SearchConfig,
     SpikingConfig,
     TuneConfig,
@@ -62,9 +64,15 @@ from spikellm.reconstruction.rounding import round_spiking
 from spikellm.reconstruction.sequential import fit_sequentially
 from spikellm.reconstruction.tuned import TunedBlock, by_path, retabled
 from spikellm.reconstruction.tuning import tune_spiking
+from spikellm.report.card import model_card, write_card
 from spikellm.search.fit import CodeFit
 from spikellm.search.methods import find_codes, search_summary
 from spikellm.search.options import Options
+from spikellm.store.artifacts import artifact_key
+from spikellm.store.provenance import versions
+from spikellm.store.record import RotationRecord
+from spikellm.store.saved import Provenance, conversion_options
+from spikellm.store.sources import fingerprint
 
 Choice = TypeVar("Choice", bound=Enum)
 
@@ -77,7 +85,7 @@ class Conversion:
     tokenizer: PreTrainedTokenizerBase | None  # where one was given
     prefix_tokens: list[int]  # their keys and values stand before every sequence
     fits: dict[str, CodeFit]  # by name of the site, in the order in which a token meets them
-    rotation: dict[str, object]  # kind and seed
+    provenance: Provenance  # how it was made
 
     @property
     def sites(self) -> list[str]:
@@ -95,10 +103,9 @@ class Conversion:
         return [name for name, fit in self.fits.items() if fit.worse_than_base2]
 
     def save(self, folder: str | Path) -> None:
-        """Write model and tokenizer in transformers' format; `spikellm.load(folder)` reads them back."""
-        checkpoint.save(self.model, Path(folder), rotation=self.rotation)
-        if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(folder)
+        """Write model, tokenizer and a model card in transformers' format; `spikellm.load(folder)` reads them back."""
+        checkpoint.save(self.model, Path(folder), provenance=self.provenance, tokenizer=self.tokenizer)
+        write_card(Path(folder), model_card(self.provenance))
 
     def __str__(self) -> str:
         found = search_summary(self.fits)
@@ -224,12 +231,12 @@ def convert(
     else:
         windows = _windows(tokenizer_or_windows, text, window, max_windows)
     _check_windows(windows, model.config.vocab_size)
-    after = options.snn.softmax_norm is SoftmaxNorm.after
+    prefixed, after = PrefixConfig(enabled=prefix), options.snn.softmax_norm is SoftmaxNorm.after
     prepare(model.eval().requires_grad_(False), rotation_seed=rotation_seed, normalise_after=after, query_block=query_block)
     if weights.bits is not None and weights.rounding is Rounding.nearest:
         round_model(model, bits=weights.bits, group_size=weights.group_size)
     try:
-        found = calibrate(model, windows, PrefixConfig(enabled=prefix), amplitude=options.snn.amplitude)
+        found = calibrate(model, windows, prefixed, amplitude=options.snn.amplitude)
         if sequential:
             fits = fit_sequentially(model, windows, options)
         else:
@@ -253,8 +260,32 @@ def convert(
         clear(model)
         attach_prefix(model, found.prefix_tokens)  # keys and values of the rounded weights
         fill(model, tables, amplitude=options.snn.amplitude, compiled=compiled)
-    rotation: dict[str, object] = {"kind": "none" if rotation_seed is None else "hadamard", "seed": rotation_seed}
-    return Conversion(model=model, tokenizer=tokenizer, prefix_tokens=found.prefix_tokens, fits=fits, rotation=rotation)
+    rotation = RotationConfig(kind=RotationKind.none) if rotation_seed is None else RotationConfig(seed=rotation_seed)
+    nodes = {"snn": options.snn, "rotation": rotation, "weights": weights, "prefix": prefixed, "search": options.search}
+    nodes |= {"tune": tuning, "compensate": compensation}
+    made = _provenance(model, windows, nodes, seed, found.prefix_tokens, fits)
+    return Conversion(model=model, tokenizer=tokenizer, prefix_tokens=found.prefix_tokens, fits=fits, provenance=made)
+
+
+def _provenance(
+    model: PreTrainedModel, windows: Tensor, nodes: Mapping[str, Any], seed: int, prefix_tokens: list[int], fits: dict[str, CodeFit]
+) -> Provenance:
+    """What is known of a model that was given: its name, and the commit where it came from the hub."""
+    path, revision, rotation = str(model.config.name_or_path or ""), getattr(model.config, "_commit_hash", None), nodes["rotation"]
+    name, parts = Path(path).name or type(model).__name__, [str(part) for part in rotation.acting]
+    rotated = {"kind": rotation.kind.value, "seed": rotation.seed, "parts": parts}
+    return Provenance(
+        model=name,
+        path=name if Path(path).is_dir() else path or name,
+        revision=revision,
+        calibration=fingerprint(windows.tolist()),
+        prefix_tokens=prefix_tokens,
+        options=conversion_options(nodes, seed),
+        rotation=RotationRecord(hash=artifact_key(rotated | {"model": path, "commit": revision}), **rotated),
+        search=search_summary(fits),
+        relative_error={name: fit.relative_error for name, fit in fits.items()},
+        versions=versions(),
+    )
 
 
 def _weights(model: PreTrainedModel) -> dict[str, Tensor]:

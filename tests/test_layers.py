@@ -27,7 +27,7 @@ LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
 NARROW = {"kernels": set(), "coding": {"kernels"}, "report": {"config", "store"}, "config": set(), "registration": set()}
 # library -> the only files that may import it
 RESERVED = {
-    "hydra": {"config.schema", "run.cli", "run.command", "run.sweep", "run.job"},
+    "hydra": {"config.schema", "run.cli", "run.command", "run.saved", "run.sweep", "run.job"},
     "omegaconf": {
         "config.schema",
         "config.model",
@@ -45,7 +45,18 @@ RESERVED = {
     "lm_eval": {"evaluation.zero_shot"},
 }
 # Rooms and files that Hydra imports before every run and for --help.
-NO_TORCH = ("registration", "config", "store", "report.results", "report.console", "run.command", "run.sweep", "run.job")
+NO_TORCH = (
+    "registration",
+    "config",
+    "store",
+    "report.results",
+    "report.console",
+    "report.card",
+    "run.command",
+    "run.saved",
+    "run.sweep",
+    "run.job",
+)
 PUBLIC = "__init__"
 
 

@@ -23,6 +23,7 @@ from spikellm.run.fitting import CALIBRATE
 from spikellm.run.tuning import TUNE
 from spikellm.run.workspace import Workspace
 from spikellm.spikes import ledger
+from spikellm.store.saved import provenance_of
 from tests.codes import base2_tables
 from tests.configure import configure
 from tests.jobs import SMALL
@@ -133,7 +134,7 @@ def test_every_architecture_is_converted_in_place_counted_stepped_saved_and_load
     again, tokenizer = spikellm.load(tmp_path)
     assert tokenizer is None
     assert torch.equal(again(ids).logits, model(ids).logits)
-    assert again.config.quantization_config.rotation == {"kind": "hadamard", "seed": 0}
+    assert provenance_of(tmp_path) == found.provenance
 
 
 def test_integer_weights_are_saved_to_the_last_bit_or_not_at_all(tmp_path, ids):

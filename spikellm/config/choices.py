@@ -12,6 +12,8 @@ class ModelSource(Enum):
     """hub id or local folder in transformers' format"""
     random = "random"
     """freshly initialised, for tests"""
+    spiking = "spiking"
+    """a folder that save_model=true wrote, measured as it is; taken by itself where model.path is one"""
 
 
 class DType(Enum):

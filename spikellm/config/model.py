@@ -27,7 +27,7 @@ class ModelConfig:
     source: ModelSource = MISSING
     """where the weights come from"""
     path: str = MISSING
-    """hub id, local folder, or package:file for gguf, or architecture for random"""
+    """hub id, local folder, or package:file for gguf, or architecture for random, or folder of a saved spiking model"""
     revision: str | None = None
     """branch, tag or commit on the hub"""
     dtype: DType = DType.float32

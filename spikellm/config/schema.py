@@ -76,7 +76,7 @@ class Config:
     objective: str = "perplexity.snn"
     """key of results.json that main() returns (for optimising sweepers)"""
     save_model: bool = False
-    """write the spiking model (transformers format) into the artefact of convert; results.json says where"""
+    """write the spiking model into the run's folder, `model/`: transformers' format, with a model card"""
 
     def __post_init__(self) -> None:
         for key, value in _numbers(self):

@@ -164,7 +164,8 @@ def site_levels(table: PhaseTable, group: int, x: Float[Tensor, " n"]) -> Float[
 
 def damage(
     model: PreTrainedModel,
-    fits: Mapping[str, CodeFit],
+    tables: Mapping[str, PhaseTable],
+    relative_error: Mapping[str, float],
     windows: Int[Tensor, "W L"],
     *,
     amplitude: Amplitude = Amplitude.static,
@@ -174,7 +175,8 @@ def damage(
 
     Args:
         model: installed, its prefix attached; it has no neurons afterwards.
-        fits: codes of all sites.
+        tables: codes of all sites.
+        relative_error: of these codes, by site.
         windows: evaluation text.
         amplitude: see `conversion.fill`.
         compiled: see `neuron.encode`.
@@ -189,7 +191,7 @@ def damage(
         clear(model)
         for site in places:
             if site.name in chosen:
-                place(model, site, fits[site.name].table, amplitude=amplitude, compiled=compiled)
+                place(model, site, tables[site.name], amplitude=amplitude, compiled=compiled)
         return perplexity(model, windows, label=label).value
 
     by_kind = {"none": measure("no neurons", set())}
@@ -199,8 +201,8 @@ def damage(
     suspicion: dict[str, float] = {}
     for kind in SiteKind:
         names = [site.name for site in places if site.kind is kind]
-        total = sum(fits[name].relative_error for name in names) or 1.0
-        suspicion |= {name: max(0.0, by_kind[kind.name] - by_kind["none"]) * fits[name].relative_error / total for name in names}
+        total = sum(relative_error[name] for name in names) or 1.0
+        suspicion |= {name: max(0.0, by_kind[kind.name] - by_kind["none"]) * relative_error[name] / total for name in names}
     worst = sorted(suspicion, key=lambda name: -suspicion[name])[:WORST]
     by_site = {name: measure(name, {name}) for name in tqdm(worst, desc="diagnose", unit="site", disable=None)}
     clear(model)

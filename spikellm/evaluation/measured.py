@@ -23,8 +23,9 @@ from spikellm.calibration.statistics import SiteStatistics
 from spikellm.coding.neuron import Slot
 from spikellm.config.choices import Execution
 from spikellm.config.labels import NetworkName
+from spikellm.config.snn import SpikingConfig
 from spikellm.evaluation.figures import Measurement, Network, folded_perplexity
-from spikellm.evaluation.networks import Networks
+from spikellm.evaluation.networks import Networks, SavedNetworks
 from spikellm.evaluation.perplexity import readout_perplexities
 from spikellm.execution.memory import fitting_chunk
 from spikellm.execution.stepped import stepped
@@ -120,6 +121,42 @@ def measured_networks(
             inputs=device | {"code": PRETRAINED.key(), "model": keys["model"]},
             build=models.ann,
             prefix_tokens=list,
+        ),
+    ]
+    return [network for network in known if network.name in names]
+
+
+def saved_networks(
+    names: Collection[NetworkName],
+    models: SavedNetworks,
+    snn: SpikingConfig,
+    source: Mapping[str, object],
+    prefix_tokens: list[int],
+) -> list[Network]:
+    """The networks of a job that measures a saved model: `snn` and `ann_prefix`.
+
+    Args:
+        names: of those that are wanted.
+        models: gives them.
+        snn: how they are run.
+        source: fingerprint of the folder.
+        prefix_tokens: stand before every sequence by themselves.
+    """
+    keys = {"device": models.hardware.device.value, "model": source}
+    is_stepped = snn.execution is Execution.stepped
+    known = [
+        Network(
+            name=NetworkName.snn,
+            inputs=keys | {"code": (STEPPED if is_stepped else FOLDED).key(), "execution": snn.execution.value},
+            build=models.spiking,
+            prefix_tokens=lambda: prefix_tokens,
+            measure=partial(stepped_perplexity, chunk=snn.step_chunk, max_gib=snn.max_memory_gib) if is_stepped else folded_perplexity,
+        ),
+        Network(
+            name=NetworkName.ann_prefix,
+            inputs=keys | {"code": FOLDED.key()},
+            build=models.transparent,
+            prefix_tokens=lambda: prefix_tokens,
         ),
     ]
     return [network for network in known if network.name in names]

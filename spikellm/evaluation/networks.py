@@ -5,8 +5,10 @@ transparent   rotated, a slot at every site and nothing in it, the prefix attach
 spiking       the same model with a neuron in every slot
 integer       the same model with integers there
 
-Either has weights as they are, or integers (`weights.bits`), or others in their places (`tune.what=all`, `compensate.enabled`). The ANN
-that figures are compared with has its own.
+saved         a spiking model from its folder, with its neurons or without
+
+Those that are converted here have weights as they are, or integers (`weights.bits`), or others in their places (`tune.what=all`,
+`compensate.enabled`). The ANN that figures are compared with has its own.
 """
 
 import gc
@@ -24,7 +26,7 @@ from spikellm.config.model import HardwareConfig, ModelConfig
 from spikellm.config.snn import RotationConfig
 from spikellm.kernels.hadamard import HAS_CUDA_KERNEL
 from spikellm.model import conversion
-from spikellm.model.load import is_offloaded, load_model, load_offloaded
+from spikellm.model.load import is_offloaded, load_model, load_offloaded, load_spiking
 from spikellm.model.offload import Keep, change_layers, rotate
 from spikellm.model.prefix import attach_prefix
 from spikellm.model.replaced import ReplacedWeights, WeightChange
@@ -122,3 +124,37 @@ class Networks:
         if seed is not None:
             log.info("rotation: online transforms by %s", "fast-hadamard-transform" if HAS_CUDA_KERNEL else "matrix products")
         return model
+
+
+class SavedNetworks:
+    """The networks that a saved spiking model holds. Each call gives the one model its state."""
+
+    def __init__(self, model: ModelConfig, hardware: HardwareConfig) -> None:
+        self.model, self.hardware = model, hardware
+        self._loaded: PreTrainedModel | None = None
+        self._tables: dict[str, PhaseTable] = {}
+        self._amplitude = Amplitude.static
+
+    @property
+    def tables(self) -> dict[str, PhaseTable]:
+        """The codes by site name."""
+        self._load()
+        return self._tables
+
+    def spiking(self) -> PreTrainedModel:
+        """The model as it was saved."""
+        model = self._load()
+        conversion.fill(model, self._tables, amplitude=self._amplitude, compiled=self.hardware.compile)
+        return model
+
+    def transparent(self) -> PreTrainedModel:
+        """The same weights behind the same prefix, without neurons."""
+        model = self._load()
+        conversion.clear(model)
+        return model
+
+    def _load(self) -> PreTrainedModel:
+        if self._loaded is None:
+            self._loaded = load_spiking(self.model, self.hardware)
+            self._tables, self._amplitude = conversion.tables(self._loaded), conversion.common_amplitude(self._loaded)
+        return self._loaded

@@ -6,19 +6,19 @@ then arrive as buffers like any weight, and `generate` works as usual.
 
 A reader that knows nothing of neurons must not take the weights for the pretrained model's. transformers itself would: it warns of an
 unknown quantizer and goes on. Therefore config.json names a model type of its own, which no other program opens, and for who asks for
-`LlamaForCausalLM` a file of weights that is none; either message says what to do. And a file that was changed since must not pass for
-what was converted: checksums over flags, every site's table and the prefix stand in config.json and are compared on loading.
+`LlamaForCausalLM` a file of weights that is none; either message says what to do. Programs that import nothing for anybody, as lm-eval's
+command, open the folder by the hub's way for models with code of their own: `trust_remote_code=True` runs `spiking.py`, which lies in
+the folder and imports this package.
+
+A file that was changed since is refused, see `store/saved.py` and `description.py`.
 """
 
-import hashlib
-import json
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from copy import deepcopy
 from pathlib import Path
-from typing import Any, Self
+from shutil import copymode
+from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -29,146 +29,26 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
+from transformers.quantizers import HfQuantizer, register_quantizer
+from transformers.utils import cached_file
 
 from spikellm.coding.neuron import PhaseNeuron, PhaseTable
 from spikellm.config.boundary import blamed_on, reason
 from spikellm.config.checks import InputError
 from spikellm.config.choices import Amplitude, RotationPart
-from spikellm.kernels.encode import Digits
 from spikellm.model.attention import attentions
-from spikellm.model.conversion import common_amplitude, get_neuron, install, model_sites, online_parts, place, set_neuron
+from spikellm.model.conversion import common_amplitude, get_neuron, install, model_sites, online_parts, place, set_neuron, tables
+from spikellm.model.description import SiteRecord, SpikingModelConfig, digest
 from spikellm.model.intake import unfilled
 from spikellm.model.modules import OnlineHadamard
 from spikellm.model.sites import ARCHITECTURES, EMBEDDING, GROUP_AXIS, LINEARS, ROTARY, SPIKING_TYPE, decoder_layers
+from spikellm.store.artifacts import write_text
+from spikellm.store.saved import CONFIG, CURE, MANIFEST, METHOD, TOKENIZER, Provenance, check, seal, sealed
 
-METHOD = "spikellm"
-SCHEMA = 4  # of `SpikingModelConfig`; raised when what is written no longer means the same
 NOTICE = "none for a plain model: pip install spikellm, import spikellm, then AutoModelForCausalLM.from_pretrained"
-CURE = "copy or convert it again"
-EXECUTION = ("query_block", "compiled")  # how the network is computed, not which one it is: free to be edited
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SiteRecord:
-    """One site's neurons: the digits of a `PhaseTable`, its shape, and the sha256 of its rows and cuts."""
-
-    T: int
-    groups: int
-    digits: Digits
-    sha256: str
-
-    @classmethod
-    def of(cls, name: str, table: PhaseTable) -> Self:
-        """What is recorded of `table`.
-
-        Raises:
-            ValueError: the neuron can send nothing or is never reset, or the table was rounded.
-        """
-        if table.theta.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"{name}: the table was rounded to {table.theta.dtype}; convert after model.to(..), not before it")
-        for row in ("h", "d"):
-            if not getattr(table, row).any():
-                raise ValueError(f"{name}: {row} is 0 everywhere, which no code is")
-        values = [*table.rows, *([] if table.cuts is None else [table.cuts])]
-        return cls(T=table.T, groups=table.groups, digits=table.digits, sha256=digest(values))
-
-    @classmethod
-    def read(cls, place: str, found: Any) -> Self:
-        """What `asdict` gave.
-
-        Raises:
-            InputError: it was changed since; the message names `place`.
-        """
-        _check_keys(place, cls, found)
-        _check_keys(f"{place}.digits", Digits, found["digits"])
-        try:
-            digits = Digits(**found["digits"])
-        except (ValueError, TypeError) as error:
-            raise InputError(f"{place}.digits: {reason(error)}; {CURE}") from error
-        return cls(**found | {"digits": digits})
-
-    def empty(self) -> PhaseTable:
-        """A table of this shape, to be filled; float64, which changes no value that a file can hold."""
-        rows = torch.zeros(self.groups * self.digits.populations, self.T, dtype=torch.float64)
-        ends = self.digits.intervals - 1
-        cuts = rows.new_zeros(ends, self.groups * self.digits.sides) if ends else None
-        return PhaseTable(rows, rows, rows, rows[:, 0], digits=self.digits, cuts=cuts)
-
-
-@register_quantization_config(METHOD)
-@dataclass(kw_only=True, repr=False)
-class SpikingModelConfig(QuantizationConfigMixin):
-    """What the modules of a saved spiking model look like: `quantization_config` of its config.json."""
-
-    quant_method: Any = METHOD
-    schema: int = SCHEMA
-    rotated: list[str]  # which of R3 and R4 act online
-    normalise_after: bool  # where the softmax is normalised
-    amplitude: str = Amplitude.static.value  # of the neurons that Linears read; left out where it is static, as in older files
-    prefix_length: int  # P
-    prefix_sha256: str | None  # of the prefix's keys and values, layer by layer
-    rotary_dtype: str  # of RoPE's frequencies, which no checkpoint holds: model.to(bfloat16) rounds them, from_pretrained does not
-    rotation: dict[str, object] | None = None  # kind, seed, parts and hash of the rotation, where the caller of `save` knows them
-    sites: dict[str, SiteRecord]  # by name
-    query_block: int  # queries per block of attention [tokens]
-    compiled: bool  # neurons run fused
-    sha256: str = ""  # of everything here, but for EXECUTION
-
-    def __post_init__(self) -> None:
-        self.sha256 = self.sha256 or self.checksum()
-
-    def checksum(self) -> str:
-        """sha256 of all fields that decide which network this is."""
-        content = {key: value for key, value in self.to_dict().items() if key not in (*EXECUTION, "sha256")}
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-    def to_dict(self) -> dict[str, object]:
-        """In JSON types, as transformers asks for it."""
-        found = asdict(self)
-        return found if found.pop("amplitude") == Amplitude.static.value else found | {"amplitude": self.amplitude}
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], *_: object, **__: object) -> Self:
-        """What `to_dict` gave.
-
-        Raises:
-            InputError: written by another version, or changed since.
-        """
-        place = "config.json, quantization_config"
-        if (schema := config_dict.get("schema")) != SCHEMA:
-            newer = isinstance(schema, int) and schema > SCHEMA
-            cure = "update spikellm" if newer else "convert again"
-            raise InputError(f"{place}: schema={schema}, this version reads {SCHEMA}; {cure}")
-        config_dict = {"amplitude": Amplitude.static.value} | config_dict
-        _check_keys(place, cls, config_dict)
-        sites = {}
-        for name, record in config_dict["sites"].items():
-            sites[name] = SiteRecord.read(f"{place}.sites.{name}", record)
-        config = cls(**config_dict | {"sites": sites})
-        if config.sha256 != config.checksum():
-            raise InputError(f"{place}: does not match its checksum, the file was changed; {CURE}")
-        return config
-
-
-def _check_keys(place: str, kind: type, found: object) -> None:
-    wanted = {field.name for field in fields(kind)}
-    if not isinstance(found, dict):
-        raise InputError(f"{place}: is no table of {', '.join(sorted(wanted))}; {CURE}")
-    if unknown := sorted(set(found) - wanted):
-        raise InputError(f"{place}: unknown key {unknown[0]!r}; {CURE}")
-    if missing := sorted(wanted - set(found)):
-        raise InputError(f"{place}: {missing[0]!r} is missing; {CURE}")
-
-
-def digest(tensors: Iterable[Tensor]) -> str:
-    """sha256 of shapes and values, in whatever floating dtype they are held."""
-    found = hashlib.sha256()
-    for tensor in tensors:
-        found.update(str(tuple(tensor.shape)).encode())
-        found.update(tensor.detach().cpu().double().contiguous().numpy().astype("<f8").tobytes())
-    return found.hexdigest()
+CODE = "spiking.py"
+HUB = ("revision", "token", "cache_dir", "local_files_only")  # of from_pretrained: which files of the hub are meant
+SHARD = "2GB"  # at most: shards are hashed side by side
 
 
 @register_quantizer(METHOD)
@@ -237,43 +117,101 @@ class SpikingConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, object], **options: Any) -> Any:
-        """From config.json, without the notice that `to_dict` adds."""
-        return super().from_dict({key: value for key, value in config_dict.items() if key != "transformers_weights"}, **options)
+        """From config.json, without what `to_dict` adds."""
+        added = ("transformers_weights", "auto_map")
+        return super().from_dict({key: value for key, value in config_dict.items() if key not in added}, **options)
 
     def to_dict(self) -> dict[str, object]:
-        """For config.json, with the notice for who takes the checkpoint for the plain architecture's."""
-        return super().to_dict() | {"transformers_weights": NOTICE}
+        """For config.json, with the notice for who takes the checkpoint for the plain architecture's, and the way to the code."""
+        return super().to_dict() | {"transformers_weights": NOTICE, "auto_map": {"AutoConfig": f"{CODE.removesuffix('.py')}.Config"}}
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
+        """Nothing: the code is this package, of which transformers would copy a file into the folder of a model that is saved again."""
 
 
 class SpikingModel(PreTrainedModel):
     """Mixed into an architecture's model: a checkpoint fills it or is refused, and it is saved as what it is."""
 
     @classmethod
-    def from_pretrained(cls, *arguments: Any, output_loading_info: bool = False, **options: Any) -> Any:
+    def from_pretrained(
+        cls,
+        *arguments: Any,
+        verify: bool = True,
+        compiled: bool | None = None,
+        query_block: int | None = None,
+        output_loading_info: bool = False,
+        **options: Any,
+    ) -> Any:
         """The model with its neurons, as transformers' own; every weight finds its place or none is taken.
 
+        Args:
+            verify: hash all files beforehand, a second or two for each GB and core; else their sizes are compared, and all tables.
+            compiled: neurons run fused (torch.compile); None: as when it was saved.
+            query_block: queries per block of attention; None: as when it was saved [tokens].
+
         Raises:
-            InputError: the checkpoint does not fill the model.
+            InputError: the files are not those that were saved, or do not fill the model.
         """
-        place = str(arguments[0] if arguments else options.get("pretrained_model_name_or_path"))
+        name = str(arguments[0] if arguments else options.get("pretrained_model_name_or_path"))
+        if Path(name).is_dir():
+            check(Path(name), verify=verify)
         options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
         load: Any = super().from_pretrained
         try:
-            with blamed_on(place, CURE):
+            with blamed_on(name, CURE):
                 found = load(*arguments, **options)
         except InputError as error:
-            if place in str(error):
+            if name in str(error):
                 raise
-            raise InputError(f"{place}: {error}") from error  # from where the folder is not known
+            raise InputError(f"{name}: {error}") from error  # from where the folder is not known
         if lost := unfilled(found[1]):
-            raise InputError(f"{place}: {lost}; {CURE}")
-        return found if output_loading_info else found[0]
+            raise InputError(f"{name}: {lost}; {CURE}")
+        if not Path(name).is_dir():  # from the hub: now its files are here
+            check(_fetched(name, options), verify=verify, whole=False)
+        model = found[0]
+        for attention in attentions(model):
+            attention.query_block = query_block or attention.query_block
+        for site in model_sites(model):
+            neuron: Any = get_neuron(model, site)
+            neuron.compiled = neuron.compiled if compiled is None else compiled
+        return found if output_loading_info else model
 
-    def save_pretrained(self, save_directory: Any, *arguments: Any, **options: Any) -> None:
-        """Save weights, neurons and the description of both, as transformers' own."""
+    def save_pretrained(self, save_directory: Any, *arguments: Any, push_to_hub: bool = False, **options: Any) -> None:
+        """Save weights, neurons and the description of both, as transformers' own.
+
+        Raises:
+            InputError: push_to_hub, which would send the files before they are whole.
+        """
+        if push_to_hub:
+            raise InputError("save_pretrained(push_to_hub=True) leaves out what is written last: take model.push_to_hub(NAME)")
         known = getattr(self.config, "quantization_config", None)
-        self.config.quantization_config = described(self, rotation=known and known.rotation)
-        super().save_pretrained(save_directory, *arguments, **options)
+        self.config.quantization_config = described(self, provenance=known and known.provenance)
+        super().save_pretrained(save_directory, *arguments, **{"max_shard_size": SHARD} | options)
+        folder = Path(save_directory)
+        write_text(folder / CODE, _code(type(self.config).__name__))
+        for file in folder.glob("*.safetensors"):  # safetensors lets their owner alone read them
+            copymode(folder / CONFIG, file)
+        seal(folder)
+
+
+def _fetched(name: str, options: dict[str, Any]) -> Path:
+    """The folder of the local cache that holds the files of a model of the hub.
+
+    Raises:
+        InputError: it was not saved by this package.
+    """
+    with blamed_on(f"{name}, {MANIFEST}", CURE):
+        found = cached_file(name, MANIFEST, **{key: options[key] for key in HUB if key in options})
+    assert found is not None  # or it has raised
+    return Path(found).parent
+
+
+def _code(config: str) -> str:
+    return f'''"""What trust_remote_code=True runs: it imports spikellm (pip install spikellm), which knows the format of this folder."""
+
+from {__name__} import {config} as Config
+'''
 
 
 def _register(architecture: str) -> type[SpikingModel]:
@@ -298,17 +236,13 @@ def prefix_digest(model: PreTrainedModel) -> str | None:
     return digest(found) if found else None
 
 
-def described(model: PreTrainedModel, *, rotation: dict[str, object] | None = None) -> SpikingModelConfig:
+def described(model: PreTrainedModel, *, provenance: dict[str, object] | None = None) -> SpikingModelConfig:
     """What is recorded of a converted model.
 
     Raises:
         ValueError: a site carries no neuron or one that codes nothing, or layers differ.
     """
-    neurons = {site.name: get_neuron(model, site) for site in model_sites(model)}
-    bare = [name for name, neuron in neurons.items() if type(neuron) is not PhaseNeuron]
-    if bare:
-        raise ValueError(f"{len(bare)} sites carry no neuron, {bare[0]} first: convert the model (outside `stepped`) before saving it")
-    tables: dict[str, Any] = {name: neuron.table for name, neuron in neurons.items()}
+    found = tables(model)
     weight: Any = model.get_submodule(EMBEDDING).weight
     linear: Any = decoder_layers(model)[0].get_submodule(LINEARS[0])
     if linear.weight.dtype is not weight.dtype:
@@ -323,7 +257,7 @@ def described(model: PreTrainedModel, *, rotation: dict[str, object] | None = No
     if len(layers) != 1:
         raise ValueError(f"layers differ in (rotated, normalise_after, prefix length): {sorted(layers)}; install them alike")
     rotated, normalise_after, prefix_length = layers.pop()
-    some: Any = next(iter(neurons.values()))
+    some: Any = get_neuron(model, model_sites(model)[0])
     return SpikingModelConfig(
         rotated=list(rotated),
         normalise_after=normalise_after,
@@ -331,18 +265,21 @@ def described(model: PreTrainedModel, *, rotation: dict[str, object] | None = No
         prefix_length=prefix_length,
         prefix_sha256=prefix_digest(model),
         rotary_dtype=str(next(model.get_submodule(ROTARY).buffers()).dtype).removeprefix("torch."),
-        rotation=rotation,
-        sites={name: SiteRecord.of(name, table) for name, table in tables.items()},
+        provenance=provenance,
+        sites={name: SiteRecord.of(name, table) for name, table in found.items()},
         query_block=attentions(model)[0].query_block,
         compiled=some.compiled,
     )
 
 
-def save(model: PreTrainedModel, folder: Path, *, rotation: dict[str, object] | None = None) -> None:
+def save(
+    model: PreTrainedModel, folder: Path, *, provenance: Provenance | None = None, tokenizer: PreTrainedTokenizerBase | None = None
+) -> None:
     """Write a converted model to `folder`: weights, tables, prefix, config. The model itself stays as it is.
 
     Args:
-        rotation: kind, seed, parts and hash of the rotation, to be recorded.
+        provenance: how it was made, to be recorded.
+        tokenizer: saved beside it, see `behind_prefix`.
 
     Raises:
         ValueError: a site carries no neuron or one that codes nothing, or layers differ.
@@ -352,16 +289,32 @@ def save(model: PreTrainedModel, folder: Path, *, rotation: dict[str, object] | 
     config_class: Any = kind.config_class
     vars(twin).update(vars(model), config=config_class.from_dict(model.config.to_dict()))
     vars(twin).pop("save_pretrained", None)  # its class knows how
-    twin.config.quantization_config = described(model, rotation=rotation)
+    twin.config.quantization_config = described(model, provenance=None if provenance is None else provenance.to_json())
     twin.save_pretrained(folder)
+    if tokenizer is not None:
+        own = behind_prefix(tokenizer, [] if provenance is None else provenance.prefix_tokens)
+        seal(folder, [Path(file).name for file in own.save_pretrained(folder) if Path(file).is_file()])
+
+
+def behind_prefix(tokenizer: PreTrainedTokenizerBase, prefix_tokens: list[int]) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model that has `prefix_tokens` before every sequence by itself: where BOS is among them, none is added to a text.
+
+    A second BOS would pass the neurons with the massive activations that the prefix is there to keep from them.
+    """
+    bos: Any = tokenizer.bos_token_id
+    if bos not in prefix_tokens or bos not in tokenizer("a").input_ids:
+        return tokenizer
+    own: Any = deepcopy(tokenizer)
+    own.add_bos_token = False
+    return own
 
 
 def load(folder: str | Path, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """A saved spiking model, ready to be called, and its tokenizer.
 
     Args:
-        folder: where it was saved.
-        options: of transformers' `from_pretrained`, as `dtype`, `device_map`.
+        folder: where it was saved, or its name on the hub.
+        options: of `SpikingModel.from_pretrained`: transformers' own, as `dtype`, `device_map`; `verify=False` hashes no files.
 
     Returns:
         The model, and the tokenizer; None where the folder has none.
@@ -370,15 +323,16 @@ def load(folder: str | Path, **options: Any) -> tuple[PreTrainedModel, PreTraine
         InputError: there is no such folder, it holds another kind of model, or it was changed since.
     """
     place = Path(folder).expanduser()
-    if not place.is_dir():
-        raise InputError(f"{place}: no such folder; name one that a spiking model was saved in")
-    with blamed_on(str(place), CURE):
-        config = AutoConfig.from_pretrained(place)
+    name = str(place) if place.is_dir() else str(folder)
+    cure = CURE if place.is_dir() else "there is no such folder; name one that a spiking model was saved in, or a model on the hub"
+    asked = {key: options[key] for key in HUB if key in options}
+    with blamed_on(name, cure):
+        config = AutoConfig.from_pretrained(name, **asked)
     if not isinstance(config, SpikingConfig):
-        raise InputError(f"{place}: holds a {config.model_type} model without neurons; spikellm.convert puts them in")
-    model = AutoModelForCausalLM.from_pretrained(place, **options)
-    tokenizer = None
-    if (place / "tokenizer_config.json").is_file():
-        with blamed_on(f"{place}, tokenizer", CURE):
-            tokenizer = AutoTokenizer.from_pretrained(place)
-    return model, tokenizer
+        raise InputError(f"{name}: holds a {config.model_type} model without neurons; spikellm.convert puts them in")
+    model = AutoModelForCausalLM.from_pretrained(name, **options)
+    files = place if place.is_dir() else _fetched(name, options)
+    if TOKENIZER not in sealed(files) and not (files / TOKENIZER).is_file():
+        return model, None
+    with blamed_on(f"{name}, tokenizer", CURE):
+        return model, AutoTokenizer.from_pretrained(name, **asked)

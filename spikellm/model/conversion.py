@@ -196,6 +196,19 @@ def _slot_owner(model: PreTrainedModel, site: Site) -> nn.Module:
     return module
 
 
+def tables(model: PreTrainedModel) -> dict[str, PhaseTable]:
+    """The codes of a converted model by site name, as `fill` takes them.
+
+    Raises:
+        ValueError: a site carries no neuron.
+    """
+    neurons = {site.name: get_neuron(model, site) for site in model_sites(model)}
+    bare = [name for name, neuron in neurons.items() if type(neuron) is not PhaseNeuron]
+    if bare:
+        raise ValueError(f"{len(bare)} sites carry no neuron, {bare[0]} first: convert the model (outside `stepped`) before saving it")
+    return {name: neuron.table for name, neuron in neurons.items() if isinstance(neuron, PhaseNeuron)}
+
+
 def set_neuron(model: PreTrainedModel, site: Site, neuron: Slot) -> None:
     """Put `neuron` into the slot of `site`.
 

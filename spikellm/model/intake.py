@@ -79,7 +79,10 @@ def check_config(config: ModelConfig, content: Mapping[str, object]) -> None:
     kind, quantised = str(content.get("model_type")), content.get("quantization_config") or content.get("compression_config")
     method = quantised.get("quant_method", "unknown method") if isinstance(quantised, Mapping) else quantised
     if kind.endswith(SPIKING_TYPE) or method == "spikellm":
-        raise InputError(f"model.path={config.path}: holds a spiking model already; give the pretrained model that it was made of")
+        raise InputError(
+            f"model.path={config.path}: holds a spiking model already; leave model.source out to measure it, or give the pretrained model "
+            "that it was made of"
+        )
     if quantised:
         raise InputError(
             f"model.path={config.path}: holds quantised weights ({method}); give the model in 16 or 32 bits that it was made of"

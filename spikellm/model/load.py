@@ -21,11 +21,13 @@ from spikellm.config.checks import InputError
 from spikellm.config.choices import Device, ModelSource
 from spikellm.config.model import HardwareConfig, ModelConfig
 from spikellm.config.schema import Config
+from spikellm.model import checkpoint
 from spikellm.model.intake import CURE, check_config, check_finite, check_folder, check_type, check_vocabulary, unfilled
 from spikellm.model.offload import Keep, offload, put
 from spikellm.model.shards import fetched, random_weight, shards, skeleton, tensors_of, written
 from spikellm.model.sites import check_architecture
 from spikellm.model.stored import Stored
+from spikellm.store.saved import TOKENIZER
 from spikellm.store.sources import cached_commit, packaged_file
 
 log = logging.getLogger(__name__)
@@ -122,9 +124,23 @@ def _stored(config: ModelConfig, model: PreTrainedModel, keep: Keep) -> Stored:
     return written(tensors_of(model), tensor, keep)
 
 
+def load_spiking(config: ModelConfig, hardware: HardwareConfig) -> PreTrainedModel:
+    """A saved spiking model, whose files were looked at before.
+
+    Raises:
+        InputError: it does not fit together; absent device.
+    """
+    arguments = {"dtype": getattr(torch, config.dtype.value), "compiled": hardware.compile, "query_block": hardware.query_block}
+    model, _ = checkpoint.load(config.path, verify=False, device_map=_device_map(hardware), **arguments)
+    _check_in_memory(config, hardware, model)
+    return model
+
+
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase | None:
-    """The model's tokenizer; None for random models, whose tokens are the bytes of the text."""
+    """The model's tokenizer; None for random models, whose tokens are the bytes of the text, and spiking ones made of them."""
     if config.source is ModelSource.random:
+        return None
+    if config.source is ModelSource.spiking and not (Path(config.path) / TOKENIZER).is_file():
         return None
     content = _looked_at(config)
     tokenizer = _from_hub(config, AutoTokenizer, **_location(config))
@@ -144,7 +160,9 @@ def vocabulary(config: ModelConfig) -> int | None:
 
 def context_warning(config: Config) -> str | None:
     """What to say where windows are longer than the model's positions; None where they are not."""
-    named = {"dataset.calibration": config.dataset.calibration, "dataset.evaluation": config.dataset.evaluation}
+    named = {"dataset.evaluation": config.dataset.evaluation}
+    if config.model.source is not ModelSource.spiking:
+        named = {"dataset.calibration": config.dataset.calibration} | named
     named |= {f"dataset.extra.{name}": text for name, text in config.dataset.extra.items()}
     longest = max(text.window for text in named.values())
     if config.model.source is ModelSource.gguf and longest <= LEAST_POSITIONS:

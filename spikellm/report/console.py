@@ -60,6 +60,8 @@ def console_table(results: Results, folder: Path) -> str:
             lines.append(f"    {key:<40}{published:>10.4g}   measured {'nothing' if measured is None else f'{measured:.4g}'}")
     if (folder / "report.html").is_file():
         lines.append(f"  report   {folder / 'report.html'}")
+    if results.saved_model is not None:
+        lines.append(f"  model    {results.saved_model}")
     lines.append(f"  results  {folder / RESULTS}")
     return "\n".join(lines)
 

@@ -14,6 +14,7 @@ from spikellm.report.console import console_table
 from spikellm.report.results import objective
 from spikellm.run.command import INPUT_ERRORS, exit_code, explain, quote_values, raise_on_termination
 from spikellm.run.job import Job
+from spikellm.run.saved import completed
 
 log = logging.getLogger("spikellm")
 
@@ -40,8 +41,8 @@ run = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config"
 
 
 def quote() -> None:
-    """The command line as Hydra can read it."""
-    sys.argv[1:] = quote_values(sys.argv[1:])
+    """The command line as Hydra can read it, with what a saved model's folder says."""
+    sys.argv[1:] = completed(quote_values(sys.argv[1:]))
 
 
 def cli(program: str = "spikellm") -> None:

@@ -23,6 +23,7 @@ from spikellm.config.checks import InputError
 from spikellm.config.extras import EXTRA, require
 from spikellm.config.places import CONF
 from spikellm.config.schema import Config, instantiate, register
+from spikellm.run.saved import as_given, completed
 
 NUMERIC_GROUPS = ("grain", "timesteps")
 # What is reported as one line with exit code 2; anything else is a defect and keeps its traceback.
@@ -169,12 +170,12 @@ def compose_config(overrides: list[str]) -> Config:
     """
     register()
     with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
-        return instantiate(compose("config", overrides=quote_values(overrides)))
+        return instantiate(compose("config", overrides=completed(quote_values(overrides))))
 
 
 def command_line(program: str, arguments: list[str]) -> str:
-    """The command that repeats a run, as a person would type it: `quote_values` undone, quoted for the shell."""
-    return " ".join([program, *(shlex.quote(_as_typed(argument)) for argument in arguments)])
+    """The command that repeats a run, as a person would type it: without what a saved model says, `quote_values` undone."""
+    return " ".join([program, *(shlex.quote(_as_typed(argument)) for argument in as_given(arguments))])
 
 
 def _as_typed(argument: str) -> str:

@@ -15,6 +15,7 @@ from spikellm.model import checkpoint, integers
 from spikellm.reconstruction.rounding import round_spiking
 from spikellm.run.compensating import COMPENSATE
 from spikellm.run.fitting import CALIBRATE, SEARCH, check_weights, plain, to_nearest
+from spikellm.run.saving import provenance
 from spikellm.run.stage import KeyedStage, Stage, StageOutcome
 from spikellm.run.tuning import TUNE
 from spikellm.run.workspace import Workspace
@@ -118,11 +119,13 @@ class Convert(KeyedStage):
 
     name = "convert"
     needs = (CALIBRATE, SEARCH, *CHANGES)
-    code = Code(2, ("evaluation.networks", "model.checkpoint"))
+    code = Code(3, ("evaluation.networks", "model.checkpoint"))
 
     def inputs(self, work: Workspace) -> dict[str, object]:
-        """Code, codes, and whether the model is saved."""
+        """Code, codes, and whether the model is saved; then what it is called, which stands in it."""
         found = {"code": self.code.key(), "search": SEARCH.key(work), "save_model": work.config.save_model}
+        if work.config.save_model:
+            found |= {"name": work.config.model.name, "path": work.config.model.path}
         return found | dependence(work)
 
     def compute(self, work: Workspace, folder: Path) -> None:
@@ -132,9 +135,8 @@ class Convert(KeyedStage):
             raise ValueError(f"codes do not fit the model: {len(absent)} sites with a code or statistics alone, {absent[:3]}")
         write_json(folder / "neurons.json", {name: {"groups": len(fit.tau), "T": fit.assignment.shape[-1]} for name, fit in fits.items()})
         if work.config.save_model:
-            checkpoint.save(spiking(work), folder / "model", rotation=work.rotation_record.to_json())
-            if work.tokenizer is not None:
-                work.tokenizer.save_pretrained(folder / "model")
+            made = provenance(work, fits, changed(work).findings)
+            checkpoint.save(spiking(work), folder / "model", provenance=made, tokenizer=work.tokenizer)
 
     def run(self, work: Workspace) -> StageOutcome:
         """Where the saved model lies."""

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from spikellm.config.extras import PICTURES, lack, require
 from spikellm.config.schema import instantiate, tracking_options
+from spikellm.report.card import MODEL, check_place, publish
 from spikellm.report.results import NOT_FINISHED, finished_results, write_failure, write_results
 from spikellm.run.command import command_line
 from spikellm.run.sweep import refresh, report
@@ -45,6 +46,8 @@ class Job:
         if self.sweep and (recorded := self._finished()):
             log.info("finished before, not run again")
             return recorded
+        if self.composed.save_model:
+            check_place(self.folder)
         write_failure(self.folder, NOT_FINISHED, self.record)  # what is found here should this process be killed
         with tracked(*tracking_options(self.composed), folder=self.folder, group=self.sweep.name if self.sweep else None) as tracker:
             config = instantiate(self.composed)  # a job with wrong input is tracked as failed
@@ -59,6 +62,10 @@ class Job:
                 found = run_stages(config, tracker.log_results)
             own, warnings = self.record, None if warning is None else [warning]
             results = replace(found.results, command=own.command, config=own.config, warnings=warnings)
+            if results.saved_model is not None:
+                saved = Path(results.saved_model)
+                results = replace(results, saved_model=str(self.folder / MODEL))
+                publish(saved, self.folder, results)
             write_results(self.folder, results, found.tables, found.plots)
             tracker.log_files(results, found.tables, self.folder)
         if not self.sweep and (config.report.html or "report" in config.stages):

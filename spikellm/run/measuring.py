@@ -5,9 +5,13 @@ diagnose    statistics, codes, evaluation text        -> distance to the Lloyd-M
 """
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from transformers import PreTrainedModel
+
+from spikellm.coding.neuron import PhaseTable
 from spikellm.config.choices import Execution, Groups
 from spikellm.config.extras import require
 from spikellm.config.labels import NetworkName
@@ -32,17 +36,25 @@ class Spikes(KeyedStage):
     """Spikes and energy of the spiking model, the rows of spikes.csv; a part of evaluate."""
 
     name = "spikes"
-    needs = (CALIBRATE, SEARCH, *CHANGES)
+    needs: ClassVar[tuple[Stage, ...]] = (CALIBRATE, SEARCH, *CHANGES)
     code = Code(3, ("evaluation.networks", "spikes.ledger"))
 
     def inputs(self, work: Workspace) -> dict[str, object]:
         """What the folded network is made of, and the windows."""
-        return folded_figures(work) | {"code": self.code.key(), "windows": work.config.spikes.windows}
+        return self.depends(work) | {"code": self.code.key(), "windows": work.config.spikes.windows}
+
+    def depends(self, work: Workspace) -> dict[str, object]:
+        """What figures of the folded network depend on."""
+        return folded_figures(work)
+
+    def network(self, work: Workspace) -> PreTrainedModel:
+        """The spiking model."""
+        return spiking(work)
 
     def compute(self, work: Workspace, folder: Path) -> None:
         """Count spikes and synaptic operations on the windows."""
         windows = work.evaluation_windows[: work.config.spikes.windows]
-        write_json(folder / "ledger.json", ledger.count(spiking(work), windows).to_json())
+        write_json(folder / "ledger.json", ledger.count(self.network(work), windows).to_json())
 
     def run(self, work: Workspace) -> StageOutcome:
         """Spikes and energy for results.json, a row of spikes.csv per site."""
@@ -65,7 +77,8 @@ class Evaluate(Stage):
     """Spikes and energy of the spiking model; perplexities and accuracies of all networks, an artefact each."""
 
     name = "evaluate"
-    needs = (CALIBRATE, SEARCH, *CHANGES)
+    needs: ClassVar[tuple[Stage, ...]] = (CALIBRATE, SEARCH, *CHANGES)
+    spikes: ClassVar[Spikes] = SPIKES
 
     def networks(self, work: Workspace) -> list[figures.Network]:
         """The networks that are to be measured, none loaded yet."""
@@ -93,16 +106,20 @@ class Evaluate(Stage):
 
     def run(self, work: Workspace) -> StageOutcome:
         """Figures of all networks for results.json."""
-        counted = SPIKES.run(work) if work.config.spikes.enabled else StageOutcome(artefacts=[], findings=Findings())
+        counted = self.spikes.run(work) if work.config.spikes.enabled else StageOutcome(artefacts=[], findings=Findings())
         findings, artefacts = figures.evaluate(
             work.config.dataset, lambda: work.tokenizer, work.store, self.networks(work), work.benchmarks
         )
-        behind = changed(work)
+        made = self.conversion(work)
         return StageOutcome(
-            artefacts=artefacts + counted.artefacts + behind.artefacts,
-            findings=findings | counted.findings | behind.findings,
+            artefacts=artefacts + counted.artefacts + made.artefacts,
+            findings=findings | counted.findings | made.findings,
             tables=counted.tables,
         )
+
+    def conversion(self, work: Workspace) -> StageOutcome:
+        """What there is to say of how the spiking model was made."""
+        return changed(work)
 
 
 EVALUATE = Evaluate()
@@ -112,12 +129,16 @@ class Diagnose(KeyedStage):
     """How far each code is above the Lloyd-Max bound, which sites do the damage, levels drawn on densities."""
 
     name = "diagnose"
-    needs = (CALIBRATE, SEARCH, *CHANGES)
+    needs: ClassVar[tuple[Stage, ...]] = (CALIBRATE, SEARCH, *CHANGES)
     code = Code(3, ("evaluation.networks", "evaluation.diagnostics", "evaluation.density_plots"))
 
     def inputs(self, work: Workspace) -> dict[str, object]:
         """What the folded network is made of, and the windows."""
-        return folded_figures(work) | {"code": self.code.key(), "windows": work.config.diagnostics.windows}
+        return self.depends(work) | {"code": self.code.key(), "windows": work.config.diagnostics.windows}
+
+    def depends(self, work: Workspace) -> dict[str, object]:
+        """What figures of the folded network depend on."""
+        return folded_figures(work)
 
     def prepare(self, work: Workspace) -> None:
         """Refuse without matplotlib; read the text, unless the artefact is there."""
@@ -127,16 +148,24 @@ class Diagnose(KeyedStage):
 
     def compute(self, work: Workspace, folder: Path) -> None:
         """Compare the codes with the Lloyd-Max bound, measure the damage, draw levels on densities."""
-        fits, statistics, count = TUNE.fits(work), CALIBRATE.found(work).statistics, work.config.diagnostics.windows
+        fits, statistics = TUNE.fits(work), CALIBRATE.found(work).statistics
         record: dict[str, Any] = {"sites": diagnostics.site_rows(statistics, fits)}
         write_density_plots(folder / "plots", statistics, fits, amplitude=work.config.snn.amplitude)
-        if count:
-            windows, model = work.evaluation_windows[:count], transparent(work)
-            by_kind, by_site = diagnostics.damage(
-                model, fits, windows, amplitude=work.config.snn.amplitude, compiled=work.config.hardware.compile
-            )
-            record["damage"] = {"perplexity_by_kind": by_kind, "perplexity_by_site": by_site}
-        write_json(folder / "diagnostics.json", record)
+        tables, errors = {name: fit.table for name, fit in fits.items()}, {name: fit.relative_error for name, fit in fits.items()}
+        write_json(folder / "diagnostics.json", record | self.damage(work, lambda: transparent(work), tables, errors))
+
+    def damage(
+        self, work: Workspace, network: Callable[[], PreTrainedModel], tables: dict[str, PhaseTable], errors: dict[str, float]
+    ) -> dict[str, Any]:
+        """Perplexities of the network with some of its codes; nothing where no windows are asked for."""
+        config, count = work.config, work.config.diagnostics.windows
+        if not count:
+            return {}
+        windows = work.evaluation_windows[:count]
+        by_kind, by_site = diagnostics.damage(
+            network(), tables, errors, windows, amplitude=config.snn.amplitude, compiled=config.hardware.compile
+        )
+        return {"damage": {"perplexity_by_kind": by_kind, "perplexity_by_site": by_site}}
 
     def run(self, work: Workspace) -> StageOutcome:
         """Damage and median excess over the bound for results.json, a row of diagnostics.csv per site, plots."""
@@ -146,7 +175,8 @@ class Diagnose(KeyedStage):
         above = sorted(row["above_bound"] for row in rows if row["above_bound"] is not None)
         found = DiagnosticsRecord(**record.get("damage", {}), median_above_bound=above[len(above) // 2] if above else None)
         plots = sorted((artefact.folder / "plots").glob("*.png"))
-        return StageOutcome(artefacts=[artefact], findings=Findings(diagnostics=found), tables={"diagnostics.csv": rows}, plots=plots)
+        tables = {"diagnostics.csv": rows} if rows else {}
+        return StageOutcome(artefacts=[artefact], findings=Findings(diagnostics=found), tables=tables, plots=plots)
 
 
 DIAGNOSE = Diagnose()

@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from spikellm.config.choices import Amplitude
+from spikellm.config.checks import InputError
+from spikellm.config.choices import Amplitude, ModelSource
 from spikellm.config.schema import Config
 from spikellm.run.converting import CONVERT
 from spikellm.run.fitting import CALIBRATE, SEARCH
 from spikellm.run.measuring import DIAGNOSE, EVALUATE
+from spikellm.run.remeasuring import SAVED_STAGES
 from spikellm.run.stage import Stage
 from spikellm.run.workspace import Workspace, threads
 from spikellm.store.artifacts import computed_by
@@ -49,7 +51,7 @@ def run_stages(config: Config, progress: Callable[[Results], None] = lambda _: N
 
 def _run(work: Workspace, progress: Callable[[Results], None]) -> Outcome:
     config = work.config
-    asked = [stage for name, stage in STAGES.items() if name in config.stages]
+    asked = [stage for name, stage in registry(config).items() if name in config.stages]
     for stage in with_needed(asked, work):
         stage.prepare(work)
     results = Results(
@@ -82,6 +84,22 @@ def _run(work: Workspace, progress: Callable[[Results], None]) -> Outcome:
         log.info("%s: %.1f s%s", stage.name, seconds, " (cached)" if cached else "")
         progress(results)
     return Outcome(results=results, tables=tables, plots=plots)
+
+
+def registry(config: Config) -> dict[str, Stage]:
+    """The stages by name, of a pretrained model or of a saved one.
+
+    Raises:
+        InputError: a stage is asked for that a saved model is behind already.
+    """
+    if config.model.source is not ModelSource.spiking:
+        return STAGES
+    if behind := [name for name in config.stages if name in STAGES and name not in SAVED_STAGES]:
+        raise InputError(
+            f"stages=[{','.join(config.stages)}]: {config.model.path} is converted already, there is nothing to {behind[0]}; "
+            f"take [{']; ['.join(SAVED_STAGES)}]"
+        )
+    return SAVED_STAGES
 
 
 def with_needed(stages: Iterable[Stage], work: Workspace) -> list[Stage]:

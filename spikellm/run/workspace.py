@@ -12,12 +12,13 @@ from transformers import PreTrainedTokenizerBase
 from spikellm.config.model import ModelConfig
 from spikellm.config.schema import Config
 from spikellm.evaluation import figures, texts
-from spikellm.evaluation.networks import Networks
+from spikellm.evaluation.networks import Networks, SavedNetworks
 from spikellm.model.load import load_tokenizer, pinned, vocabulary
 from spikellm.model.offload import Keep
 from spikellm.search.options import Options
 from spikellm.store.artifacts import ArtifactStore, artifact_key
 from spikellm.store.record import RotationRecord
+from spikellm.store.saved import Provenance, provenance_of
 from spikellm.store.sources import model_source, text_source
 
 
@@ -58,6 +59,16 @@ class Workspace:
             return self.store.load_or_compute("weights_on_disk", inputs, compute).folder
 
         return keep
+
+    @cached_property
+    def saved(self) -> SavedNetworks:
+        """Those of a saved spiking model, where `model.path` is one."""
+        return SavedNetworks(self.config.model, self.config.hardware)
+
+    @cached_property
+    def provenance(self) -> Provenance:
+        """How that one was made."""
+        return provenance_of(Path(self.config.model.path))
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:

@@ -21,6 +21,7 @@ from spikellm.config.model import ModelConfig
 from spikellm.config.schema import Config
 from spikellm.store.artifacts import Digests, artifact_key, file_state, intact_json
 from spikellm.store.provenance import job_code
+from spikellm.store.saved import MANIFEST
 
 # Beside a model and plainly not read by transformers: descriptions, pictures, code, the formats of other libraries.
 UNREAD = {".md", ".pdf", ".png", ".jpg", ".jpeg", ".svg", ".py", ".gguf", ".pth", ".onnx", ".h5", ".msgpack", ".ot", ".lock"}
@@ -30,8 +31,8 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 def model_source(config: ModelConfig, digests: Digests) -> dict[str, object]:
     """What decides which weights and which tokenizer are loaded.
 
-    A folder counts by all its files, a packed file by itself and the files beside it, a model of the hub by its commit as the local cache
-    has it (null before the first download; see `load.pinned`).
+    A folder counts by all its files, a saved spiking model by the list of their sums, a packed file by itself and the files beside it, a
+    model of the hub by its commit as the local cache has it (null before the first download; see `load.pinned`).
 
     Raises:
         InputError: a packed file is not installed.
@@ -42,6 +43,8 @@ def model_source(config: ModelConfig, digests: Digests) -> dict[str, object]:
     if config.source is ModelSource.gguf:
         folder, name = packaged_file(config)
         return found | {"gguf": digests.of(folder / name), "files": _contents(model_files(folder), folder, digests)}
+    if config.source is ModelSource.spiking:
+        return found | {"saved": digests.of(Path(config.path) / MANIFEST)}  # which has those of all its files
     if (folder := Path(config.path)).is_dir():
         return found | {"files": _contents(model_files(folder), folder, digests)}
     return found | {"path": config.path, "commit": cached_commit(config.path, config.revision or "main")}
@@ -97,7 +100,8 @@ def text_source(config: TextConfig, digests: Digests) -> dict[str, object]:
 def job_inputs(config: Config, digests: Digests) -> dict[str, str | None]:
     """A fingerprint of everything that the job reads, by config key, and of the code that computes it; None for what is not there."""
     zero_shot, evaluated = config.dataset.zero_shot, "evaluate" in config.stages
-    texts = {"dataset.calibration": config.dataset.calibration}
+    saved = config.model.source is ModelSource.spiking
+    texts = {} if saved else {"dataset.calibration": config.dataset.calibration}
     if evaluated or "diagnose" in config.stages:
         texts["dataset.evaluation"] = config.dataset.evaluation
     if evaluated:
@@ -113,9 +117,14 @@ def job_inputs(config: Config, digests: Digests) -> dict[str, str | None]:
 
 def _key(content: Callable[[], object]) -> str | None:
     try:
-        return artifact_key({"content": content()})
+        return fingerprint(content())
     except (OSError, InputError):
         return None
+
+
+def fingerprint(content: object) -> str:
+    """Of a model, a text or a file, as it stands in `inputs` of results.json."""
+    return artifact_key({"content": content})
 
 
 def _contents(files: list[Path], folder: Path, digests: Digests) -> dict[str, str]:

@@ -186,7 +186,13 @@ def test_damage_puts_neurons_where_it_says_and_takes_them_away(tmp_path, ids):
 
     statistics = calibrate(model, ids, PrefixConfig(enabled=False)).statistics
     fits = evolution(statistics, asked(4, 2))
-    by_kind, by_site = damage(model, fits, ids, compiled=False)
+    by_kind, by_site = damage(
+        model,
+        {name: fit.table for name, fit in fits.items()},
+        {name: fit.relative_error for name, fit in fits.items()},
+        ids,
+        compiled=False,
+    )
     assert set(by_kind) == {"none", *(kind.name for kind in SiteKind)}
     assert by_kind["none"] == pytest.approx(reference, rel=1e-5)
     assert sum(value != by_kind["none"] for value in by_kind.values()) == len(SiteKind)

@@ -11,6 +11,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCa
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
+import spikellm
 import spikellm.model.checkpoint
 from spikellm.coding.neuron import PhaseNeuron, PhaseTable
 from spikellm.config.choices import Amplitude
@@ -19,8 +20,9 @@ from spikellm.execution.stepped import stepped
 from spikellm.kernels.encode import Digits
 from spikellm.model.conversion import fill, get_neuron, install, model_sites, place, prepare, set_neuron
 from spikellm.model.prefix import attach_prefix
+from spikellm.store.saved import Provenance, provenance_of, seal
 from tests.codes import base2_table, base2_tables
-from tests.models import tiny_model
+from tests.models import BOS, byte_tokenizer, tiny_model
 
 STATIC = Amplitude.static
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -133,7 +135,7 @@ def test_amplitudes_of_tokens_are_saved_and_loaded(tmp_path, ids):
         spikellm.model.checkpoint.save(each, tmp_path / name)
     configs = {name: json.loads((tmp_path / name / "config.json").read_text())["quantization_config"] for name in ("token", "static")}
     assert configs["token"]["amplitude"] == "token"
-    assert "amplitude" not in configs["static"]  # as in files of older versions
+    assert configs["static"]["amplitude"] == "static"
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "token")
     assert torch.equal(again(ids).logits, wanted)
     again.save_pretrained(tmp_path / "again")
@@ -143,15 +145,60 @@ def test_amplitudes_of_tokens_are_saved_and_loaded(tmp_path, ids):
         spikellm.model.checkpoint.save(model, tmp_path / "mixed")
 
 
+@pytest.mark.parametrize("adds_bos", [True, False])
+@pytest.mark.parametrize("prefix", [[BOS], [7], []])
+def test_a_saved_tokenizer_adds_no_second_bos(adds_bos, prefix, tmp_path):
+    """The prefix has it; where it has not, the tokenizer does as it did."""
+    tokenizer = byte_tokenizer(adds_bos=adds_bos)
+    made = Provenance(model="tiny", path="tiny", prefix_tokens=prefix, options={}, relative_error={}, versions={})
+    model = spiking(prefix=prefix, vocab_size=259)
+    spikellm.model.checkpoint.save(model, tmp_path, provenance=made, tokenizer=tokenizer)
+    _, again = spikellm.load(tmp_path)
+    plain = tokenizer("spikes", add_special_tokens=False).input_ids
+    assert again("spikes").input_ids == ([BOS] if adds_bos and prefix != [BOS] else []) + plain
+    assert again.bos_token_id == BOS
+    assert again.decode(plain) == "spikes"
+    assert tokenizer("spikes").input_ids == [BOS] * adds_bos + plain  # the one that was given is as it was
+
+
+def test_it_is_never_sent_before_it_is_whole(tmp_path):
+    spikellm.model.checkpoint.save(spiking(), tmp_path / "0")
+    with pytest.raises(ValueError, match=r"take model\.push_to_hub"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "0").save_pretrained(tmp_path / "1", push_to_hub=True)
+
+
+def test_a_model_of_the_hub_is_checked_where_it_was_fetched_to(tmp_path, ids, monkeypatch):
+    """A local cache as the hub's library keeps it, without a network."""
+    model, made = (
+        spiking(vocab_size=259),
+        Provenance(model="tiny", path="tiny", prefix_tokens=[7, 1], options={}, relative_error={}, versions={}),
+    )
+    commit = "0" * 40
+    folder = tmp_path / "models--someone--spiking" / "snapshots" / commit
+    spikellm.model.checkpoint.save(model, folder, provenance=made, tokenizer=byte_tokenizer())
+    (folder.parents[1] / "refs").mkdir()
+    (folder.parents[1] / "refs" / "main").write_text(commit)
+    again, tokenizer = spikellm.load("someone/spiking", cache_dir=tmp_path)
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    assert tokenizer("a").input_ids == [64]
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"0")
+    with pytest.raises(ValueError, match=r"model\.safetensors: does not match its checksum"):
+        spikellm.load("someone/spiking", cache_dir=tmp_path)
+    with pytest.raises(ValueError, match=r"^someone/other: .*there is no such folder; .*on the hub$"):
+        spikellm.load("someone/other", cache_dir=tmp_path)
+
+
 def test_saved_again_it_is_the_same(tmp_path, ids):
     model = spiking(tables=mixed_tables)
-    spikellm.model.checkpoint.save(model, tmp_path / "0", rotation={"kind": "hadamard", "seed": 0, "hash": "ab"})
+    made = Provenance(model="tiny", path="tiny", prefix_tokens=[7, 1], options={"snn.T": 5}, relative_error={}, versions={})
+    spikellm.model.checkpoint.save(model, tmp_path / "0", provenance=made)
     first = AutoModelForCausalLM.from_pretrained(tmp_path / "0")
-    spikellm.model.checkpoint.save(first, tmp_path / "1", rotation={"kind": "hadamard", "seed": 0, "hash": "ab"})
+    spikellm.model.checkpoint.save(first, tmp_path / "1", provenance=made)
     first.save_pretrained(tmp_path / "2")
     configs = [json.loads((tmp_path / each / "config.json").read_text()) for each in "012"]
     assert configs[0] == configs[1] == configs[2]
-    assert configs[0]["quantization_config"]["rotation"]["seed"] == 0
+    assert provenance_of(tmp_path / "2") == made
     weights = [(tmp_path / each / "model.safetensors").read_bytes() for each in "012"]
     assert weights[0] == weights[1] == weights[2]
     first.save_pretrained(tmp_path / "shards", max_shard_size="200KB")
@@ -192,7 +239,7 @@ def saved(tmp_path_factory):
 
 @pytest.fixture
 def damaged(saved, tmp_path):
-    """A copy of the saved model, its tensors or its description changed by a function."""
+    """A copy of the saved model, its tensors or its description changed by a function, and its files taken for those that were saved."""
 
     def change(*, tensors=None, description=None, config=None):
         for file in saved.iterdir():
@@ -206,6 +253,7 @@ def damaged(saved, tmp_path):
             if function:
                 function(node)
         (tmp_path / "config.json").write_text(json.dumps(content))
+        seal(tmp_path)
         return tmp_path
 
     return change
@@ -291,7 +339,7 @@ def test_a_flag_that_was_changed_is_refused(flag, damaged):
     ("change", "message"),
     [
         (lambda found: found.update(schema=99), "schema=99.*update spikellm"),
-        (lambda found: found.update(schema=3), "schema=3, this version reads 4; convert again"),
+        (lambda found: found.update(schema=3), "schema=3, this version reads 5; convert again"),
         (lambda found: found.pop("schema"), "schema=None.*convert again"),
         (lambda found: found.update(max_spikes=1), "unknown key 'max_spikes'"),
         (lambda found: found.pop("rotated"), "'rotated' is missing"),
@@ -316,17 +364,13 @@ def test_a_config_of_another_size_is_refused(damaged):
         AutoModelForCausalLM.from_pretrained(damaged(config=lambda found: found.update(num_hidden_layers=1)))
 
 
-def test_a_damaged_file_is_one_line(damaged):
-    folder = damaged()
-    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-1])
-    with pytest.raises(ValueError, match=rf"^{folder}: SafetensorError: .*again$"):
-        AutoModelForCausalLM.from_pretrained(folder)
-
-
-def test_how_it_is_computed_may_be_edited(damaged, saved, ids):
-    folder = damaged(description=lambda found: found.update(query_block=7))
-    again, wanted = (AutoModelForCausalLM.from_pretrained(each) for each in (folder, saved))
-    assert again.model.layers[0].self_attn.spiking.query_block == 7
+def test_how_it_is_computed_is_chosen_while_loading(saved, ids):
+    again = AutoModelForCausalLM.from_pretrained(saved, query_block=7, compiled=True)
+    wanted = AutoModelForCausalLM.from_pretrained(saved)
+    for model, block, compiled in ((again, 7, True), (wanted, 16, False)):
+        assert {layer.self_attn.spiking.query_block for layer in model.model.layers} == {block}
+        assert {get_neuron(model, site).compiled for site in model_sites(model)} == {compiled}
+    again = AutoModelForCausalLM.from_pretrained(saved, query_block=7)
     assert (again(ids).logits - wanted(ids).logits).abs().max() < 1e-3
 
 
@@ -340,15 +384,28 @@ def test_another_attention_is_never_silent(chosen, saved, ids):
     assert torch.equal(AutoModelForCausalLM.from_pretrained(saved, attn_implementation=chosen)(ids).logits, wanted)
 
 
-@pytest.mark.parametrize("loader", [AutoModelForCausalLM, LlamaForCausalLM, AutoConfig])
-def test_who_does_not_know_the_format_is_stopped_and_told(loader, saved, monkeypatch):
+@pytest.fixture
+def unknown(monkeypatch):
     """transformers as it is in a process that never imported this package."""
     for mapping in (CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING):
         monkeypatch.setattr(mapping, "_extra_content", {})
     for mapping in (AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING):
         monkeypatch.delitem(mapping, spikellm.model.checkpoint.METHOD)
-    with pytest.raises(ValueError, match=r"pip install spikellm, import spikellm\b"):
-        loader.from_pretrained(saved)
+
+
+@pytest.mark.parametrize(
+    ("loader", "message"),
+    [
+        (AutoModelForCausalLM, "trust_remote_code=True"),
+        (AutoConfig, "trust_remote_code=True"),
+        (LlamaForCausalLM, r"pip install spikellm, import spikellm\b"),
+    ],
+)
+def test_who_does_not_know_the_format_is_stopped_and_told(loader, message, saved, unknown, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda _: pytest.fail("asked"))
+    monkeypatch.setattr("transformers.dynamic_module_utils.TIME_OUT_REMOTE_CODE", 0)
+    with pytest.raises(ValueError, match=message):
+        loader.from_pretrained(saved, **({} if loader is LlamaForCausalLM else {"trust_remote_code": False}))
 
 
 def test_a_plain_class_is_stopped_too(saved):

@@ -7,7 +7,13 @@ import pytest
 from tests.jobs import artefacts, cached, run
 
 CASES = {
-    "signed": ["search.method=evolution", "snn.T=3", "grain=1", "snn.intervals=2", "evaluation.networks=[ann,ann_prefix,base2,snn,int_token]"],
+    "signed": [
+        "search.method=evolution",
+        "snn.T=3",
+        "grain=1",
+        "snn.intervals=2",
+        "evaluation.networks=[ann,ann_prefix,base2,snn,int_token]",
+    ],
     "gptq": ["weights.bits=4", "weights.group_size=16"],
     "nearest": ["weights.bits=8", "weights.rounding=nearest", "model.dtype=bfloat16"],
     "weights": ["tune.epochs=1", "tune.what=all", "compensate.enabled=true", "snn.T=3"],
