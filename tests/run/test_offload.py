@@ -16,8 +16,8 @@ CASES = {
     ],
     "gptq": ["weights.bits=4", "weights.group_size=16"],
     "nearest": ["weights.bits=8", "weights.rounding=nearest", "model.dtype=bfloat16"],
-    "weights": ["tune.epochs=1", "tune.what=all", "compensate.enabled=true", "snn.T=3"],
-    "stepped": ["snn.execution=stepped", "snn.T=3"],
+    "weights": ["tune.epochs=1", "tune.what=all", "compensate.enabled=true", "snn.T=4"],
+    "stepped": ["snn.execution=stepped", "snn.T=4"],
 }
 
 
