@@ -35,7 +35,7 @@ class ModelConfig:
     seed: int = 0
     """of the weights; source=random only"""
     options: dict[str, Any] = field(default_factory=dict)
-    """overrides of the architecture's config; source=random only"""
+    """the architecture's config, with model_type if model.path does not name it; source=random only"""
 
     def __post_init__(self) -> None:
         plain = self.name.isprintable() and not re.search(r"^\.|[/\\]", self.name) and 1 <= len(self.name) <= MAX_NAME

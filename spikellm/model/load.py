@@ -253,15 +253,17 @@ def _check_in_memory(config: ModelConfig, hardware: HardwareConfig, model: PreTr
 
 
 def _random_config(config: ModelConfig) -> PretrainedConfig:
-    check_type(config, config.path)
+    given = dict(config.options)
+    architecture = str(given.pop("model_type", config.path))
+    check_type(config, architecture)
     for key in SIZES:
         if isinstance(size := config.options.get(key, 1), int) and size < 1:
             raise InputError(f"model.options.{key}={size}: must be at least 1")
-    given = ", ".join(f"{key}: {value}" for key, value in config.options.items())
-    what = f"model.options={{{given}}} with model.path={config.path}"
+    spelled = ", ".join(f"{key}: {value}" for key, value in given.items())
+    what = f"model.options={{{spelled}}} with model.path={architecture}"
     cure = "these do not fit each other; conf/model/tiny.yaml has some that do"
     with blamed_on(what, cure), torch.device("meta"):  # without weights: what is wrong is told in milliseconds
-        options = AutoConfig.for_model(config.path, **config.options)
+        options = AutoConfig.for_model(architecture, **given)
         model = AutoModelForCausalLM.from_config(options, attn_implementation="sdpa", trust_remote_code=False)
         model(torch.zeros(1, 2, dtype=torch.long))
     return options
