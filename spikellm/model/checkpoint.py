@@ -41,6 +41,8 @@ from spikellm.model.conversion import common_amplitude, get_neuron, install, mod
 from spikellm.model.description import SiteRecord, SpikingModelConfig, digest
 from spikellm.model.intake import unfilled
 from spikellm.model.modules import OnlineHadamard
+from spikellm.model.offload import is_offloaded
+from spikellm.model.shards import write_shards
 from spikellm.model.sites import ARCHITECTURES, EMBEDDING, GROUP_AXIS, LINEARS, ROTARY, SPIKING_TYPE, decoder_layers
 from spikellm.store.artifacts import write_text
 from spikellm.store.saved import CONFIG, CURE, MANIFEST, METHOD, TOKENIZER, Provenance, check, seal, sealed
@@ -187,8 +189,12 @@ class SpikingModel(PreTrainedModel):
             raise InputError("save_pretrained(push_to_hub=True) leaves out what is written last: take model.push_to_hub(NAME)")
         known = getattr(self.config, "quantization_config", None)
         self.config.quantization_config = described(self, provenance=known and known.provenance)
-        super().save_pretrained(save_directory, *arguments, **{"max_shard_size": SHARD} | options)
         folder = Path(save_directory)
+        if is_offloaded(self):  # transformers would want all weights at once
+            super().save_pretrained(save_directory, *arguments, **options | {"state_dict": {}})
+            write_shards(self, folder)
+        else:
+            super().save_pretrained(save_directory, *arguments, **{"max_shard_size": SHARD} | options)
         write_text(folder / CODE, _code(type(self.config).__name__))
         for file in folder.glob("*.safetensors"):  # safetensors lets their owner alone read them
             copymode(folder / CONFIG, file)

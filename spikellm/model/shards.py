@@ -8,15 +8,16 @@ import torch
 from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
 from jaxtyping import Float
+from safetensors.torch import save
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from spikellm.config.boundary import blamed_on
 from spikellm.config.model import ModelConfig
-from spikellm.model.offload import FILE, Keep
-from spikellm.model.sites import HEAD, LAYERS
+from spikellm.model.offload import FILE, Keep, present
+from spikellm.model.sites import HEAD, LAYERS, decoder_layers
 from spikellm.model.stored import Stored
-from spikellm.store.artifacts import write_tensors
+from spikellm.store.artifacts import write_json, write_tensors
 
 PATTERN = "model*.safetensors"
 REST = "ends"  # name of the part that is no decoder layer
@@ -78,3 +79,26 @@ def random_weight(name: str, model: PreTrainedModel, config: ModelConfig) -> Flo
     seed = int.from_bytes(hashlib.sha256(f"{config.seed} {name}".encode()).digest()[:8]) >> 1
     deviation = model.config.initializer_range
     return torch.empty(like.shape).normal_(std=deviation, generator=torch.Generator().manual_seed(seed)).to(like.dtype)
+
+
+def write_shards(model: PreTrainedModel, folder: Path) -> None:
+    """The weights and buffers of a model as transformers reads them: a file for each decoder layer, one for the rest, and the index."""
+    layers = decoder_layers(model)
+    tied = {f"{HEAD}.weight"} if model.config.tie_word_embeddings else set()
+    rest = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(f"{LAYERS}.") and name not in tied}
+    places: dict[str, str] = {}
+    size = 0
+
+    def write(number: int, tensors: dict[str, Tensor]) -> None:
+        nonlocal size
+        file = f"model-{number:05d}-of-{len(layers) + 1:05d}.safetensors"
+        found = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        (folder / file).write_bytes(save(found, {"format": "pt"}))
+        places.update(dict.fromkeys(tensors, file))
+        size += sum(tensor.nbytes for tensor in tensors.values())
+
+    write(1, rest)
+    for index, layer in enumerate(layers):
+        with present(layer):
+            write(index + 2, {f"{LAYERS}.{index}.{name}": tensor for name, tensor in layer.state_dict().items()})
+    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": places})

@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import pytest
+import torch
 
+import spikellm
 from tests.jobs import artefacts, cached, run
 
 CASES = {
@@ -36,3 +38,13 @@ def test_results_are_those_of_the_model_in_memory(options, tmp_path):
     assert codes[0] == codes[1]
     assert len(artefacts(tmp_path / "there", "weights_on_disk")) == 5, "the ends, two layers, two rotated layers"
     assert all(cached(run(tmp_path / "here", *options, "hardware.offload=true")).values()), "one store serves both"
+
+
+def test_what_is_saved_loads_as_the_same_model(tmp_path):
+    logits = []
+    for offload in ("false", "true"):
+        found = run(tmp_path / offload, "save_model=true", "stages=[convert]", f"hardware.offload={offload}")
+        model, _ = spikellm.load(found["saved_model"])
+        logits.append(model(torch.arange(2, 40)[None]).logits)
+        assert not list(Path(found["saved_model"]).glob("model.safetensors")) or offload == "false"
+    assert torch.equal(*logits)
