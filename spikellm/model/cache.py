@@ -12,11 +12,13 @@ as large would hold spike trains, and where reordering would not find the B rows
 from inspect import signature
 from typing import Any
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from spikellm.model.attention import SpikingAttention
-from spikellm.model.sites import SPIKING_ATTENTION
+from spikellm.model.sites import ATTENTION, SPIKING_ATTENTION, decoder_layers
 
 NAMES = ("cache", "past_key_values")  # what attention calls its cache, from transformers 5.24 on and before
 
@@ -50,3 +52,10 @@ def put_coder(name: str, attention: nn.Module, arguments: tuple[Any, ...], keywo
     """Forward pre-hook of a layer's attention: a `Coder` in the place of its cache, also where it has none."""
     spiking: Any = attention.get_submodule(SPIKING_ATTENTION)
     return arguments, keywords | {name: Coder(spiking, keywords.get(name))}
+
+
+@torch.no_grad()
+def read(model: PreTrainedModel, tokens: Int[Tensor, " L"], cache: Any = None) -> Any:
+    """Take one sequence through a converted model, without its logits: the cache that holds it, behind what `cache` held."""
+    name = cache_name(decoder_layers(model)[0].get_submodule(ATTENTION))
+    return model.base_model(tokens[None].to(model.device), use_cache=True, return_dict=False, **{name: cache})[1]

@@ -13,6 +13,7 @@ from pathlib import Path
 from spikellm.calibration.calibrate import Calibration, calibrate
 from spikellm.config.checks import InputError
 from spikellm.config.choices import Amplitude, Device, ImportV0, Rounding, SearchMethod
+from spikellm.config.generate import GenerateConfig
 from spikellm.config.snn import PrefixConfig, RotationConfig, SearchConfig, TuneConfig, WeightsConfig
 from spikellm.model import integers
 from spikellm.model.load import model_config
@@ -220,6 +221,6 @@ def to_nearest(options: WeightsConfig) -> integers.Rounding | None:
     return integers.Rounding(bits=options.bits, group_size=options.group_size)
 
 
-def plain(node: RotationConfig | PrefixConfig | SearchConfig | WeightsConfig | TuneConfig) -> dict[str, object]:
+def plain(node: RotationConfig | PrefixConfig | SearchConfig | WeightsConfig | TuneConfig | GenerateConfig) -> dict[str, object]:
     """A config node in JSON types."""
     return {key: getattr(value, "value", value) for key, value in asdict(node).items()}

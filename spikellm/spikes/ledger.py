@@ -46,7 +46,7 @@ from spikellm.config.choices import RotationPart
 from spikellm.config.labels import SiteKind
 from spikellm.execution.modules import SteppedNeuron
 from spikellm.model.attention import SpikingAttention, attentions
-from spikellm.model.cache import cache_name
+from spikellm.model.cache import read
 from spikellm.model.conversion import get_neuron, model_sites, online_parts, set_neuron, site_groups
 from spikellm.model.sites import (
     ATTENTION,
@@ -307,12 +307,11 @@ def count_decoded(model: PreTrainedModel, texts: Iterable[tuple[Int[Tensor, " _"
     N tokens go through the model in one forward behind the cache of their prompt: they cause the spikes that they caused alone.
     """
     texts = [(prompt, made) for prompt, made in texts if len(made)]
-    name = cache_name(decoder_layers(model)[0].get_submodule(ATTENTION))
     with counting(model, decoded=True) as (counters, watches):
         for prompt, made in tqdm(texts, desc="count spikes", unit="text", disable=None):
             with _still(counters, watches):
-                _, cache = model.base_model(prompt[None].to(model.device), use_cache=True, return_dict=False)
-            model.base_model(made[None].to(model.device), use_cache=True, **{name: cache})
+                cache = read(model, prompt)
+            read(model, made, cache)
     return _ledger(model, counters, watches, tokens=sum(len(made) for _, made in texts), windows=len(texts))
 
 
