@@ -16,6 +16,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from spikellm.config.checks import check
 from spikellm.config.choices import Amplitude, Coding, DType, SearchMethod, own_coding
 from spikellm.config.dataset import DatasetConfig
+from spikellm.config.generate import GenerateConfig
 from spikellm.config.help import field_help
 from spikellm.config.labels import NetworkName
 from spikellm.config.measures import (
@@ -41,7 +42,7 @@ from spikellm.config.snn import (
     check_tuning,
 )
 
-STAGE_NAMES = ("calibrate", "search", "convert", "evaluate", "diagnose", "report")
+STAGE_NAMES = ("calibrate", "search", "convert", "evaluate", "diagnose", "generate", "report")
 DEFAULT_STAGES = STAGE_NAMES[:4]  # a report is written at the end of a run and of a sweep anyway
 MAX_COUNT, MAX_SEED = 2**31 - 1, 2**63 - 1  # torch takes 64-bit seeds
 
@@ -63,6 +64,7 @@ class Config:
     compensate: CompensateConfig = field(default_factory=CompensateConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     diagnostics: DiagnosticsConfig = field(default_factory=DiagnosticsConfig)
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
     spikes: SpikesConfig = field(default_factory=SpikesConfig)
     energy: EnergyConfig = field(default_factory=EnergyConfig)
     report: ReportConfig = field(default_factory=ReportConfig)

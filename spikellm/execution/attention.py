@@ -5,21 +5,69 @@ q, k and v integrate over T steps and fire together. Scores: the spikes of one s
 by then, too, and its spikes add up rows of them. What o_proj's neuron integrates comes step by step, or, with
 `snn.softmax_norm=after`, at the last one: the quotient of two sums that are complete then.
 
+A cache holds sums, not trains (`model/cache.py`): keys of earlier forwards are complete before a query fires, whose spikes collect rows
+of them. Those of this forward fire beside it.
+
 R3 is linear and acts on the integrated q and k. The prefix is what it is in folded execution: keys among others that fire
 (`before`), or constants beside the spikes (`after`), whose share of each row is dense.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
-from jaxtyping import Float, Int8
+from jaxtyping import Bool, Float, Int8
 from torch import Tensor
 
 from spikellm.execution.modules import SteppedNeuron, neuron_of, unbatch
 from spikellm.kernels.attention import exponentials, per_key_head, prefix_weights, probabilities, visible_blocks
 from spikellm.kernels.temporal import at_last_step, integrate, spike_mixture, spike_pairs, step_weights, weighted
-from spikellm.model.attention import SpikingAttention
+from spikellm.model.attention import SpikingAttention, behind_prefix
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Keys:
+    """The keys of a forward as queries meet them: P of the prefix, then `sums` of earlier forwards, then those of this one.
+
+    The first and the last fire; `fired` holds their trains, in a row.
+    """
+
+    fired: Int8[Tensor, "S B K n E"]
+    sums: Float[Tensor, "B K s E"]
+    prefix: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        key: Float[Tensor, "B K S E"],
+        fired: Int8[Tensor, "W B K L E"],
+        spelled: Float[Tensor, "B K L E"],
+        mask: Bool[Tensor, "B 1 L S"],
+    ) -> Self:
+        """From what has come out of the cache, where this forward's keys are the last that are seen.
+
+        Elsewhere (a mask of the caller's own) nobody can tell which they are, and all are read as sums: the scores are the same.
+        """
+        end = int((mask.flatten(0, 2).any(0) * torch.arange(1, mask.shape[-1] + 1, device=mask.device)).amax())
+        start = end - fired.shape[3]
+        if start < 0 or not torch.equal(key[:, :, start:end], spelled):
+            return cls(fired=fired[:, :, :, :0], sums=key)
+        return cls(fired=fired, sums=key[:, :, :start])
+
+    def behind(self, prefix: Int8[Tensor, "S B K P E"]) -> Self:
+        """With the spikes of a prefix before them."""
+        return replace(self, fired=torch.cat([prefix, self.fired], dim=3), prefix=prefix.shape[3])
+
+    def until(self, stop: int) -> Self:
+        """The first so many keys."""
+        behind = stop - self.prefix
+        own = max(behind - self.sums.shape[2], 0)
+        return replace(self, fired=self.fired[:, :, :, : self.prefix + own], sums=self.sums[:, :, :behind])
+
+    def in_order(self, fired: Float[Tensor, "B K n P_and_L"], complete: Float[Tensor, "B K n s"]) -> Float[Tensor, "B K n S"]:
+        """Scores with both kinds of keys in the order of the mask."""
+        return torch.cat([fired[..., : self.prefix], complete, fired[..., self.prefix :]], dim=-1)
 
 
 class SteppedAttention(SpikingAttention):
@@ -32,6 +80,7 @@ class SteppedAttention(SpikingAttention):
     key: SteppedNeuron
     value: SteppedNeuron
     softmax: SteppedNeuron
+    fired: tuple[Tensor, Tensor] | None = None  # trains of this forward's keys and what they spell, from `code` to `forward`
 
     @classmethod
     def of(cls, attention: SpikingAttention) -> Self:
@@ -50,28 +99,49 @@ class SteppedAttention(SpikingAttention):
         module.prefix_key, module.prefix_value = attention.prefix_key, attention.prefix_value
         return module
 
+    def code(
+        self, key: Float[Tensor, "TB K L E"], value: Float[Tensor, "TB K L E"]
+    ) -> tuple[Float[Tensor, "B K L E"], Float[Tensor, "B K L E"]]:
+        """Sums of the spikes that currents of keys and values cause; the keys' trains wait for the queries, which fire beside them."""
+        key, value = (integrate(unbatch(x, self.key.T)) for x in (key, value))
+        fired = self.key(self.rotate(key))
+        self.fired = fired, self._sums(self.key, fired, key.dtype)
+        return self.fired[1], self._sums(self.value, self.value(value), value.dtype)
+
     def forward(
         self,
         query: Float[Tensor, "TB H L E"],
-        key: Float[Tensor, "TB K S E"],
-        value: Float[Tensor, "TB K S E"],
+        key: Float[Tensor, "B K S E"],
+        value: Float[Tensor, "B K S E"],
         mask: Tensor,
         scaling: float,
     ) -> Float[Tensor, "TB L H E"]:
-        """Currents of the heads' outputs, from currents of queries, keys and values."""
+        """Currents of the heads' outputs, from currents of queries and what `code` made of keys and values."""
         T = self.query.T
-        q, k, v = (integrate(unbatch(x, T)) for x in (query, key, value))
-        q, k, v, mask, prefix = self.operands(q, k, v, mask[: len(q)])
-        q_spikes, k_spikes, v_spikes = self.query(q), self.key(k), self.value(v)
-        v = integrate(weighted(v_spikes, self._weights(self.value, v.shape[1]).to(v.dtype)))
+        q = self.rotate(integrate(unbatch(query, T)))
+        mask, v = mask[: len(q)], value
+        own, self.fired = self.fired, None
+        assert own is not None  # `code` comes before
+        keys, exact = Keys.of(key, *own, mask), None
+        if (prefix := self.prefix) is not None:
+            exact = prefix[0].expand(len(q), -1, -1, -1), prefix[1].expand(len(q), -1, -1, -1)
+            if not self.normalise_after:
+                keys = keys.behind(self.key(exact[0]))
+                v = torch.cat([self._sums(self.value, self.value(exact[1]), v.dtype), v], dim=2)
+                mask = behind_prefix(mask, keys.prefix)
+        q_spikes = self.query(q)
         if self.normalise_after:  # one more column: its accumulator is the row's sum of coded exponentials
             v = torch.cat([v, v.new_ones(*v.shape[:-1], 1)], dim=-1)
         out = query.new_empty(T, *q.shape)
-        for rows, keys in visible_blocks(mask, self.query_block):
-            block = self._block(q_spikes[:, :, :, rows], k_spikes[:, :, :, keys], v[:, :, keys], mask[:, :, rows, keys], prefix, scaling)
+        for rows, seen in visible_blocks(mask, self.query_block):
+            block = self._block(q_spikes[:, :, :, rows], keys.until(seen.stop), v[:, :, seen], mask[:, :, rows, seen], exact, scaling)
             for step, current in zip(out, block, strict=True):
                 step[:, :, rows] = current
         return out.flatten(0, 1).transpose(1, 2)
+
+    def _sums(self, neuron: SteppedNeuron, spikes: Int8[Tensor, "S B heads L E"], dtype: torch.dtype) -> Float[Tensor, "B heads L E"]:
+        """What a train spells."""
+        return integrate(weighted(spikes, self._weights(neuron, spikes.shape[2]).to(dtype)))
 
     @staticmethod
     def _weights(neuron: SteppedNeuron, heads: int) -> Float[Tensor, "S 1 heads 1 1"]:
@@ -80,7 +150,7 @@ class SteppedAttention(SpikingAttention):
     def _block(
         self,
         query: Int8[Tensor, "Q B H l E"],
-        key: Int8[Tensor, "S B K s E"],
+        keys: Keys,
         value: Float[Tensor, "B K s W"],
         mask: Tensor,
         prefix: tuple[Tensor, Tensor] | None,
@@ -88,7 +158,7 @@ class SteppedAttention(SpikingAttention):
     ) -> Iterator[Float[Tensor, "B H l E"]]:
         """Currents of a block of queries, step by step."""
         T, (B, H, L) = self.query.T, query.shape[1:4]
-        K = key.shape[2]
+        K = keys.sums.shape[1]
         dtype = value.dtype
 
         def stacked(neuron: SteppedNeuron, spikes: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,8 +170,9 @@ class SteppedAttention(SpikingAttention):
         q_spikes, q_weights = stacked(self.query, query)
         k_weights = self._weights(self.key, K).to(dtype)
         populations = self.query.populations, self.key.populations
-        pairs = spike_pairs(q_spikes, key, q_weights * scaling, k_weights, populations=populations)
-        scores = integrate(pairs).view(B, H, L, -1)
+        pairs = integrate(spike_pairs(q_spikes, keys.fired, q_weights * scaling, k_weights, populations=populations))
+        rows = spike_mixture(q_spikes, keys.sums.mT, q_weights * scaling, populations=self.query.populations)
+        scores = keys.in_order(pairs, integrate(rows)).view(B, H, L, -1)
         activations, top = exponentials(scores, mask) if self.normalise_after else (probabilities(scores, mask), None)
         spikes, weights = stacked(self.softmax, self.softmax(activations))
         mixed = spike_mixture(spikes, value, weights, populations=self.softmax.populations)
@@ -111,8 +182,8 @@ class SteppedAttention(SpikingAttention):
         parts = integrate(mixtures)
         if prefix is not None:
             q = integrate(weighted(query, self._weights(self.query, H).to(dtype) * scaling))
-            exact, share = prefix_weights(per_key_head(q, prefix[0].mT), top)
-            parts = parts * share + torch.cat([per_key_head(exact, prefix[1]), exact.sum(-1, keepdim=True)], dim=-1)
+            sink, share = prefix_weights(per_key_head(q, prefix[0].mT), top)
+            parts = parts * share + torch.cat([per_key_head(sink, prefix[1]), sink.sum(-1, keepdim=True)], dim=-1)
         total = parts[..., -1:]
         # nothing is mixed where no spike was sent
         return iter(at_last_step(parts[..., :-1] / torch.where(total == 0, 1, total), T))

@@ -112,7 +112,7 @@ def _repeat(value: object, T: int) -> object:
 
 @contextmanager
 def stepped(model: PreTrainedModel, *, chunk: int | None = None) -> Iterator[PreTrainedModel]:
-    """Within: `model` runs step by step, called like the folded one (also by `generate`; a cache then holds T steps).
+    """Within: `model` runs step by step, called like the folded one, also by `generate`; a cache holds sums, as there.
 
     Its sites' slots hold `SteppedNeuron`s; lm_head is a `SteppedHead`. Afterwards it is folded again.
 

@@ -16,6 +16,9 @@ Where the softmax is normalised (`snn.softmax_norm`), with scores s_j, the prefi
   sink's share of the mass) does not press real keys below the code's smallest step. Its P columns stay dense:
   P (E + 1) multiply-adds a query and head, beside the S E of the real keys.
 
+A key and a value are coded once, when they are made: what attention gets, and a cache holds, are the sums that their spikes have
+spelled (`cache.py`). Only queries and the softmax are coded here.
+
 Queries are taken in blocks, and keys that no query of a block may see are left out: half of the work and a fraction of
 the memory of the full [H, L, S] matrix. Scores, exponentials and sums are float32 at least, whatever the model's dtype: transformers'
 eager attention rounds scores to bfloat16, by 0.06 at a score of 20.
@@ -105,6 +108,17 @@ class SpikingAttention(nn.Module):
         """Take the prefix away."""
         self.prefix_key = self.prefix_value = None
 
+    def code(
+        self, key: Float[Tensor, "B K L E"], value: Float[Tensor, "B K L E"]
+    ) -> tuple[Float[Tensor, "B K L E"], Float[Tensor, "B K L E"]]:
+        """Keys (after RoPE; R3 comes here) and values of the tokens of this forward, as attention reads them from now on."""
+        return self.key(self.rotate(key)), self.value(value.to(wide(value.dtype)))
+
+    def rotate(self, x: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch E"]:
+        """R3, if it is there."""
+        x = x.to(wide(x.dtype))
+        return x if self.rotation is None else self.rotation(x)
+
     def forward(
         self,
         query: Float[Tensor, "B H L E"],
@@ -113,9 +127,12 @@ class SpikingAttention(nn.Module):
         mask: Bool[Tensor, "B 1 L S"],
         scaling: float,
     ) -> Float[Tensor, "B L H E"]:
-        """Heads' outputs: each of query, key, softmax and value passes its neuron, in blocks of queries."""
-        query, key, value, mask, prefix = self.operands(query, key, value, mask)
-        query, key, value = self.query(query), self.key(key), self.value(value)
+        """Heads' outputs from queries and what `code` made of keys and values, in blocks of queries; query and softmax pass neurons."""
+        query, prefix = self.query(self.rotate(query)), self.prefix
+        if prefix is not None and not self.normalise_after:
+            own = (each.expand(len(key), -1, -1, -1) for each in (self.key(prefix[0]), self.value(prefix[1])))
+            key, value = (torch.cat(each, dim=2) for each in zip(own, (key, value), strict=True))
+            mask = behind_prefix(mask, prefix[0].shape[2])
         mix = self._mix_then_normalise if self.normalise_after else self._normalise_then_mix
         blocks = [
             mix(query[:, :, rows] * scaling, key[:, :, keys], value[:, :, keys], mask[:, :, rows, keys], prefix)
@@ -123,21 +140,12 @@ class SpikingAttention(nn.Module):
         ]
         return torch.cat(blocks, dim=2).transpose(1, 2)
 
-    def operands(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None]:
-        """What the neurons of q, k and v read, after R3, and the mask; the prefix among the keys, or apart from them."""
-        query, key, value = (x.to(wide(x.dtype)) for x in (query, key, value))
-        prefix = None
-        if self.prefix_key is not None and self.prefix_value is not None:
-            prefix = (self.prefix_key.expand(len(key), -1, -1, -1), self.prefix_value.expand(len(key), -1, -1, -1))
-            if not self.normalise_after:
-                key, value = torch.cat([prefix[0], key], dim=2), torch.cat([prefix[1], value], dim=2)
-                mask = torch.cat([mask.new_ones(*mask.shape[:-1], prefix[0].shape[2]), mask], dim=-1)
-        if self.rotation is not None:
-            query, key = self.rotation(query), self.rotation(key)
-            prefix = prefix and (self.rotation(prefix[0]), prefix[1])
-        return query, key, value, mask, prefix
+    @property
+    def prefix(self) -> tuple[Float[Tensor, "1 K P E"], Float[Tensor, "1 K P E"]] | None:
+        """Keys, after R3, and values of the prefix, not coded; None: there is none."""
+        if self.prefix_key is None or self.prefix_value is None:
+            return None
+        return self.rotate(self.prefix_key[None]), self.prefix_value[None].to(wide(self.prefix_value.dtype))
 
     def _normalise_then_mix(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, _: object) -> Float[Tensor, "B H l E"]:
         weights = self.softmax(probabilities(per_key_head(query, key.mT), mask))
@@ -150,8 +158,9 @@ class SpikingAttention(nn.Module):
         weights, total, top = self._coded_exponentials(per_key_head(query, key.mT), mask)
         mixed, share = per_key_head(weights, value), torch.ones_like(top)
         if prefix is not None:
-            sink, share = prefix_weights(per_key_head(query, prefix[0].mT), top)
-            mixed = share * mixed + per_key_head(sink, prefix[1])
+            sink_key, sink_value = (each.expand(len(query), -1, -1, -1) for each in prefix)
+            sink, share = prefix_weights(per_key_head(query, sink_key.mT), top)
+            mixed = share * mixed + per_key_head(sink, sink_value)
             total = share * total + sink.sum(-1, keepdim=True)
         total = torch.where(total == 0, 1, total)  # no spike was sent, and there is no prefix: nothing is mixed
         output = mixed / total
@@ -167,6 +176,11 @@ class SpikingAttention(nn.Module):
         weights, top = exponentials(scores, mask)
         weights = self.softmax(weights)
         return weights, weights.sum(-1, keepdim=True), top
+
+
+def behind_prefix(mask: Bool[Tensor, "B 1 L S"], prefix: int) -> Bool[Tensor, "B 1 L S_and_P"]:
+    """A mask of so many keys more, before all others, which every query sees."""
+    return torch.cat([mask.new_ones(*mask.shape[:-1], prefix), mask], dim=-1)
 
 
 def attentions(model: nn.Module) -> list[SpikingAttention]:
@@ -210,7 +224,7 @@ def spiking_attention(
     return spiking(query, key, value, visible(attention_mask, query, key), scaling), None
 
 
-def visible(mask: Tensor, query: Float[Tensor, "B H L E"], key: Float[Tensor, "B K S E"]) -> Bool[Tensor, "B 1 L S"]:
+def visible(mask: Tensor, query: Float[Tensor, "B H L E"], key: Float[Tensor, "_ K S E"]) -> Bool[Tensor, "B 1 L S"]:
     """A caller's mask as booleans.
 
     Raises:

@@ -11,6 +11,7 @@ occupy     puts anything else there
 
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from spikellm.coding.neuron import PhaseNeuron, PhaseTable, Slot
 from spikellm.config.choices import Amplitude, RotationPart
 from spikellm.config.labels import SiteKind
 from spikellm.model.attention import IMPLEMENTATION, SpikingAttention, refuse_other_implementation
+from spikellm.model.cache import cache_name, put_coder
 from spikellm.model.modules import SpikingActivation, SpikingLinear, SpikingRMSNorm, WideEmbedding, WideLinear, wide
 from spikellm.model.offload import hook_of, present
 from spikellm.model.rotation import PARTS, rotate
@@ -118,6 +120,7 @@ def install_block(layer: nn.Module, head_width: int, *, rotated: Collection[Rota
     )
     attention = layer.get_submodule(ATTENTION)
     attention.add_module(SPIKING_ATTENTION, spiking)
+    attention.register_forward_pre_hook(partial(put_coder, cache_name(attention)), with_kwargs=True)
     attention.register_forward_hook(refuse_other_implementation)
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from spikellm.config.labels import NETWORKS
 from spikellm.report.results import RESULTS, extent, value_at
-from spikellm.store.record import AccuracyRecord, DiagnosticsRecord, EnergyRecord, PerplexityRecord, Results, SpikesRecord
+from spikellm.store.record import AccuracyRecord, DiagnosticsRecord, EnergyRecord, GenerateRecord, PerplexityRecord, Results, SpikesRecord
 
 WIDTH = 1 + max(len(label.short) for label in NETWORKS.values())
 
@@ -53,6 +53,8 @@ def console_table(results: Results, folder: Path) -> str:
         lines += _energy_lines(results.energy)
     if diagnosed := results.diagnostics:
         lines += _damage(diagnosed)
+    if written := results.generate:
+        lines.append(_written(written))
     if reference := results.reference:
         lines.append(f"  published in {reference.source}")
         for key, published in reference.figures.items():
@@ -95,6 +97,16 @@ def _energy_lines(energy: EnergyRecord) -> list[str]:
 
 def _energy_line(title: str, pj: float, reference: float) -> str:
     return f"    {title}{pj / 1e6:>{34 - len(title)}.4g}   x {pj / reference:.4f}"
+
+
+def _written(written: GenerateRecord) -> str:
+    number, tokens = len(written.texts), sum(text.tokens for text in written.texts)
+    line = f"  generated, {number} text{'s' * (number != 1)}, {tokens} tokens   first {written.seconds_prompt:.3g} s"
+    if written.seconds_per_token is not None:
+        line += f", then {written.seconds_per_token:.3g} s a token"
+    if written.sops_per_token is not None and written.firing_rate is not None:
+        line += f"   firing rate {written.firing_rate:.3f}   SOPs per token {written.sops_per_token:.4g}"
+    return line
 
 
 def _damage(diagnosed: DiagnosticsRecord) -> list[str]:

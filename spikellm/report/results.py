@@ -26,6 +26,7 @@ from spikellm.store.record import JobRecord, PerplexityRecord, Record, Results, 
 log = logging.getLogger(__name__)
 
 RESULTS, SITES, SPIKES, FAILURE, SWEEP = "results.json", "sites.csv", "spikes.csv", "error.json", "sweep.json"
+RASTER = "raster.csv"
 # column of summary.csv -> key of results.json, and the column's heading in summary.md
 FIGURES = {network: (f"perplexity.{network}", f"ppl {label.short}") for network, label in NETWORKS.items()} | {
     "wino": ("zero_shot.snn.winogrande.acc", "Wino"),
@@ -80,6 +81,10 @@ def write_results(folder: Path, results: Results, tables: dict[str, list[Row]], 
         from spikellm.report.spike_plots import draw_spikes  # a second to import: not before every run
 
         draw_spikes(folder, tables[SPIKES])
+    if RASTER in tables and not lack(*PICTURES):
+        from spikellm.report.spike_plots import draw_raster
+
+        draw_raster(folder, tables[RASTER])
     for plot in plots:
         (folder / "plots").mkdir(exist_ok=True)
         shutil.copyfile(plot, folder / "plots" / plot.name)

@@ -1,4 +1,4 @@
-"""Heat maps of a run's spikes: layers x sites, and sites over time steps. From the rows of spikes.csv; no torch."""
+"""A run's spikes: heat maps of layers x sites and of sites over time steps, from spikes.csv; a raster, from raster.csv. No torch."""
 
 from pathlib import Path
 
@@ -9,6 +9,7 @@ from spikellm.config.labels import SiteKind
 from spikellm.store.record import Row
 
 FOLDER = "plots"
+SIGNS = {1: "#1f4e79", -1: "#d58a5a"}  # of a spike -> colour
 
 
 def draw_spikes(folder: Path, rows: list[Row]) -> None:
@@ -16,6 +17,30 @@ def draw_spikes(folder: Path, rows: list[Row]) -> None:
     (folder / FOLDER).mkdir(parents=True, exist_ok=True)
     for name, figure in (("firing_rate_by_layer", _by_layer(rows)), ("firing_rate_by_step", _by_step(rows))):
         figure.savefig(folder / FOLDER / f"{name}.png", dpi=140)
+
+
+def draw_raster(folder: Path, rows: list[Row]) -> None:
+    """Write plots/raster.png below `folder`: each spike at its token and time step, a row of dots a neuron, signs told apart."""
+    (folder / FOLDER).mkdir(parents=True, exist_ok=True)
+    steps, tokens = 1 + max(row["step"] for row in rows), 1 + max(row["token"] for row in rows)
+    kinds = [kind.name for kind in SiteKind if any(row["kind"] == kind.name for row in rows)]
+    figure = Figure(figsize=(min(3 + 0.12 * tokens * steps, 16), 0.9 + 1.1 * len(kinds)), layout="constrained")
+    for axes, kind in zip(figure.subplots(len(kinds), 1, sharex=True, squeeze=False).flatten(), kinds, strict=True):
+        own = [row for row in rows if row["kind"] == kind]
+        place = {neuron: index for index, neuron in enumerate(sorted({row["neuron"] for row in own}))}
+        for sign, colour in SIGNS.items():
+            chosen = [row for row in own if row["spike"] == sign]
+            x, y = [row["token"] + row["step"] / steps for row in chosen], [place[row["neuron"]] for row in chosen]
+            axes.scatter(x, y, s=4, marker="|", linewidths=0.8, color=colour)
+        for token in range(tokens + 1):
+            axes.axvline(token - 0.5 / steps, color="#b8c4d0", linewidth=0.3)
+        axes.set_ylabel(SiteKind[kind].value, fontsize=7, rotation=0, ha="right", va="center")
+        axes.set_yticks([])
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel(f"new token, {steps} time steps each")
+    layer = rows[0]["name"].rpartition(".")[0]
+    figure.suptitle(f"{layer}: spikes of some neurons of each site, +1 blue, -1 orange", fontsize=9)
+    figure.savefig(folder / FOLDER / "raster.png", dpi=140)
 
 
 def _by_layer(rows: list[Row]) -> Figure:

@@ -14,6 +14,7 @@ from typing import Any
 from spikellm.calibration.calibrate import Calibration, calibrate
 from spikellm.config.checks import InputError
 from spikellm.config.choices import Amplitude, Device, ImportV0, Rounding, SearchMethod
+from spikellm.config.generate import GenerateConfig
 from spikellm.config.snn import CompensateConfig, PrefixConfig, RotationConfig, SearchConfig, TuneConfig, WeightsConfig
 from spikellm.model import integers
 from spikellm.model.load import model_config
@@ -214,6 +215,8 @@ def to_nearest(options: WeightsConfig) -> integers.Rounding | None:
     return integers.Rounding(bits=options.bits, group_size=options.group_size)
 
 
-def plain(node: RotationConfig | PrefixConfig | SearchConfig | WeightsConfig | TuneConfig | CompensateConfig) -> dict[str, Any]:
+def plain(
+    node: RotationConfig | PrefixConfig | SearchConfig | WeightsConfig | TuneConfig | CompensateConfig | GenerateConfig,
+) -> dict[str, Any]:
     """A config node in JSON types."""
     return {key: getattr(value, "value", value) for key, value in asdict(node).items()}

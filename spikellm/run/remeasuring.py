@@ -13,6 +13,7 @@ from spikellm.config.checks import InputError
 from spikellm.config.labels import NetworkName
 from spikellm.evaluation.figures import Network
 from spikellm.evaluation.measured import saved_networks
+from spikellm.run.generating import Generate
 from spikellm.run.measuring import Diagnose, Evaluate, Spikes
 from spikellm.run.stage import Stage, StageOutcome
 from spikellm.run.workspace import Workspace
@@ -97,7 +98,30 @@ class SavedDiagnose(Diagnose):
         write_json(folder / "diagnostics.json", record | found)
 
 
-SAVED_STAGES: dict[str, Stage] = {stage.name: stage for stage in (SavedEvaluate(), SavedDiagnose())}
+class SavedGenerate(Generate):
+    """Texts that the saved model writes behind prompts."""
+
+    needs: ClassVar[tuple[Stage, ...]] = ()
+
+    def depends(self, work: Workspace) -> dict[str, object]:
+        """The model."""
+        return {"model": work.model_source, "device": work.device}
+
+    def network(self, work: Workspace) -> PreTrainedModel:
+        """The model as it was saved."""
+        return work.saved.spiking()
+
+    def prefix_tokens(self, work: Workspace) -> list[int]:
+        """Those that were saved with it."""
+        return work.provenance.prefix_tokens
+
+    def prepare(self, work: Workspace) -> None:
+        """Refuse a folder that was changed, and what the stage refuses of any model."""
+        check_saved(work)
+        super().prepare(work)
+
+
+SAVED_STAGES: dict[str, Stage] = {stage.name: stage for stage in (SavedEvaluate(), SavedDiagnose(), SavedGenerate())}
 
 
 def saved_figures(work: Workspace) -> dict[str, object]:

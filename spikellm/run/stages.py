@@ -15,6 +15,7 @@ from spikellm.config.choices import Amplitude, ModelSource
 from spikellm.config.schema import Config
 from spikellm.run.converting import CONVERT
 from spikellm.run.fitting import CALIBRATE, SEARCH
+from spikellm.run.generating import GENERATE
 from spikellm.run.measuring import DIAGNOSE, EVALUATE
 from spikellm.run.remeasuring import SAVED_STAGES
 from spikellm.run.stage import Stage
@@ -27,7 +28,7 @@ from spikellm.store.sources import job_inputs
 log = logging.getLogger(__name__)
 
 RESULTS_SCHEMA = 1
-STAGES: dict[str, Stage] = {stage.name: stage for stage in (CALIBRATE, SEARCH, CONVERT, EVALUATE, DIAGNOSE)}
+STAGES: dict[str, Stage] = {stage.name: stage for stage in (CALIBRATE, SEARCH, CONVERT, EVALUATE, DIAGNOSE, GENERATE)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

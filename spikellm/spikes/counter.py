@@ -37,6 +37,7 @@ class SpikeCounter(Slot):
         super().__init__()
         self.neuron, self.axis, self.columns = neuron, axis, columns
         self.fan_out: int | Tensor = fan_out
+        self.counts = True  # False: what passes is passed on alone
         self.whole = True  # False: `add_neurons` is told from outside (the softmax, where masked pairs are no neurons)
         self.spikes = torch.zeros(neuron.table.T, columns, dtype=torch.int64)
         self.sops = torch.zeros_like(self.spikes)
@@ -45,7 +46,8 @@ class SpikeCounter(Slot):
 
     def forward(self, x: Tensor) -> Tensor:
         """The neuron's values of x, after its spikes are counted."""
-        self.add_values(x)
+        if self.counts:
+            self.add_values(x)
         return self.neuron(x)
 
     def add_values(self, x: Tensor) -> None:
@@ -57,7 +59,8 @@ class SpikeCounter(Slot):
 
     def look(self, _module: nn.Module, _inputs: tuple[Tensor, ...], train: Tensor) -> None:
         """`add_train` as a forward hook of a `SteppedNeuron`."""
-        self.add_train(train)
+        if self.counts:
+            self.add_train(train)
 
     def add_train(self, train: Int[Tensor, " S *x"]) -> None:
         """Count a spike train on all its wires, in time-stepped execution."""

@@ -19,6 +19,9 @@ operand's row, whether or not something has been summed there yet; the 1 is its 
 `up` have been integrated: their spikes meet complete operands, and a value's spike only builds its sum. Pairs that the mask hides
 count nowhere. Counting each pair of spikes that meet (T^2 a product) would count work that nobody does.
 
+A token that is decoded with a cache comes in a forward of its own: its key fires beside its own query alone, which is then the key's
+whole fan-out, and queries to come collect rows of its sum. What a pair costs a query's spikes and the softmax's is the same.
+
 Populations of a neuron (ON and OFF, intervals of |x|) send on wires of their own in the same T steps. An input is one population's, so that
 spikes and fan-outs are counted as those of one neuron; what there is more of with each population, comparisons and scaled sums of the
 receivers, is in `accounts.py`.
@@ -27,7 +30,7 @@ Counters (`counter.py`) sit around neurons only while `count` runs. What stays d
 results.json.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Self
@@ -43,6 +46,7 @@ from spikellm.config.choices import RotationPart
 from spikellm.config.labels import SiteKind
 from spikellm.execution.modules import SteppedNeuron
 from spikellm.model.attention import SpikingAttention, attentions
+from spikellm.model.cache import read
 from spikellm.model.conversion import get_neuron, model_sites, online_parts, set_neuron, site_groups
 from spikellm.model.sites import (
     ATTENTION,
@@ -185,31 +189,55 @@ def site_fan_out(model: PreTrainedModel, site: Site) -> int:
 
 
 class AttentionWatch:
-    """Before each forward of one attention, tells its counters what the mask lets see."""
+    """Before each forward of one attention, tells its counters what the mask lets see.
 
-    def __init__(self, attention: SpikingAttention, counters: dict[SiteKind, SpikeCounter]) -> None:
-        self.counters, self.pairs = counters, 0
-        self.steps = attention.query.T if isinstance(attention.query, SteppedNeuron) else 1  # in the batch axis
+    Args:
+        attention: the layer's, of transformers.
+        decoded: each token as in a forward of its own, behind a cache; a coded prefix has fired before.
+    """
+
+    def __init__(self, attention: nn.Module, counters: dict[SiteKind, SpikeCounter], *, decoded: bool) -> None:
+        spiking: Any = attention.get_submodule(SPIKING_ATTENTION)
+        self.counters, self.decoded, self.pairs, self.counts = counters, decoded, 0, True
+        self.spiking: SpikingAttention = spiking
+        self.steps = spiking.query.T if isinstance(spiking.query, SteppedNeuron) else 1  # in the batch axis
         counters[SiteKind.softmax].whole = False
-        self.handle = attention.register_forward_pre_hook(self._look)
+        self.handles = [attention.register_forward_pre_hook(self._look, with_kwargs=True), spiking.register_forward_pre_hook(self._coded)]
 
-    def _look(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        query, key, _, mask, _ = inputs
-        assert isinstance(module, SpikingAttention)
-        prefix = 0 if module.prefix_key is None else module.prefix_key.shape[1]
+    def _look(self, _: nn.Module, _arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        """Keys are coded inside this forward, before attention."""
+        if not self.counts:
+            return
+        prefix = 0 if self.spiking.prefix_key is None else self.spiking.prefix_key.shape[1]
+        mask = keywords["attention_mask"]
         keys, queries = visibility(mask[: len(mask) // self.steps])
-        heads, pairs = query.shape[1], int(keys.sum())
+        pairs = int(keys.sum())
         self.pairs += pairs
-        coded = 0 if module.normalise_after else prefix
-        if coded:  # they pass the key neurons, before all others, and every query sees them
-            queries = torch.cat([queries.new_full((len(queries), coded), query.shape[2]), queries], -1)
-            pairs += coded * keys.numel()
-        self.counters[SiteKind.query].fan_out = keys.flatten() + prefix + 1
-        self.counters[SiteKind.key].fan_out = queries.flatten() * (heads // key.shape[1]) + 1
+        if not self.spiking.normalise_after:  # the prefix is among the keys, and every query sees it
+            pairs += prefix * keys.numel()
         softmax = self.counters[SiteKind.softmax]
+        self.counters[SiteKind.query].fan_out = keys.flatten() + prefix + 1
+        self._keys(torch.ones_like(keys) if self.decoded else queries)
         assert isinstance(softmax.fan_out, int)
-        share = pairs * heads // softmax.columns
+        share = pairs * self.counters[SiteKind.query].columns // softmax.columns
         softmax.add_neurons(share, share * softmax.fan_out)
+        for kind in (SiteKind.key, SiteKind.value):
+            self.counters[kind].counts = True
+
+    def _coded(self, spiking: nn.Module, inputs: tuple[Any, ...]) -> None:
+        """What keys and values code from here on are those of a prefix, which every query sees."""
+        if not self.counts:
+            return
+        assert isinstance(spiking, SpikingAttention)
+        queries = inputs[3].shape[2]
+        prefix = 0 if spiking.prefix_key is None else spiking.prefix_key.shape[1]
+        self._keys(torch.full((len(inputs[0]) // self.steps, prefix), queries))
+        for kind in (SiteKind.key, SiteKind.value):
+            self.counters[kind].counts = not self.decoded
+
+    def _keys(self, queries: Int64[Tensor, "B S"]) -> None:
+        heads, key = self.counters[SiteKind.query].columns, self.counters[SiteKind.key]
+        key.fan_out = queries.flatten() * (heads // key.columns) + 1
 
 
 def visibility(mask: Bool[Tensor, "B 1 L S"]) -> tuple[Int64[Tensor, "B L"], Int64[Tensor, "B S"]]:
@@ -225,8 +253,11 @@ def visibility(mask: Bool[Tensor, "B 1 L S"]) -> tuple[Int64[Tensor, "B L"], Int
 
 
 @contextmanager
-def counting(model: PreTrainedModel) -> Iterator[tuple[dict[Site, SpikeCounter], list[AttentionWatch]]]:
+def counting(model: PreTrainedModel, *, decoded: bool = False) -> Iterator[tuple[dict[Site, SpikeCounter], list[AttentionWatch]]]:
     """Within: counters around the neurons of a converted model, or fed by the trains of one that runs in steps (`execution/stepped.py`).
+
+    Args:
+        decoded: see `AttentionWatch`.
 
     Raises:
         ValueError: a site carries no neuron.
@@ -240,9 +271,9 @@ def counting(model: PreTrainedModel) -> Iterator[tuple[dict[Site, SpikeCounter],
             neuron, axis=GROUP_AXIS[site.kind], columns=site_groups(model.config, site.kind), fan_out=site_fan_out(model, site)
         )
     watches = []
-    for index, attention in enumerate(attentions(model)):
+    for index, layer in enumerate(decoder_layers(model)):
         own = {site.kind: counter for site, counter in counters.items() if site.layer == index}
-        watches.append(AttentionWatch(attention, own))
+        watches.append(AttentionWatch(layer.get_submodule(ATTENTION), own, decoded=decoded))
     for site, counter in counters.items():
         if isinstance(counter.neuron, SteppedNeuron):
             handles.append(counter.neuron.register_forward_hook(counter.look))
@@ -251,7 +282,7 @@ def counting(model: PreTrainedModel) -> Iterator[tuple[dict[Site, SpikeCounter],
     try:
         yield counters, watches
     finally:
-        for handle in (*handles, *(watch.handle for watch in watches)):
+        for handle in (*handles, *(handle for watch in watches for handle in watch.handles)):
             handle.remove()
         for site, counter in counters.items():
             set_neuron(model, site, counter.neuron)
@@ -266,18 +297,49 @@ def count(model: PreTrainedModel, windows: Int[Tensor, "W L"]) -> Ledger:
     with counting(model) as (counters, watches):
         for window in tqdm(windows, desc="count spikes", unit="window", disable=None):
             model.base_model(window[None].to(model.device), use_cache=False)
-    layer: Any = decoder_layers(model)[0]
+    return _ledger(model, counters, watches, tokens=windows.numel(), windows=len(windows))
+
+
+@torch.no_grad()
+def count_decoded(model: PreTrainedModel, texts: Iterable[tuple[Int[Tensor, " _"], Int[Tensor, " _"]]]) -> Ledger:
+    """The ledger of the tokens N that followed the prompts P, as they are decoded one by one; the prompts themselves are not in it.
+
+    N tokens go through the model in one forward behind the cache of their prompt: they cause the spikes that they caused alone.
+    """
+    texts = [(prompt, made) for prompt, made in texts if len(made)]
+    with counting(model, decoded=True) as (counters, watches):
+        for prompt, made in tqdm(texts, desc="count spikes", unit="text", disable=None):
+            with _still(counters, watches):
+                cache = read(model, prompt)
+            read(model, made, cache)
+    return _ledger(model, counters, watches, tokens=sum(len(made) for _, made in texts), windows=len(texts))
+
+
+@contextmanager
+def _still(counters: dict[Site, SpikeCounter], watches: list[AttentionWatch]) -> Iterator[None]:
+    """Within: nothing is counted."""
+    watching: list[Any] = [*counters.values(), *watches]
+    for each in watching:
+        each.counts = False
+    yield
+    for each in watching:
+        each.counts = True
+
+
+def _ledger(
+    model: PreTrainedModel, counters: dict[Site, SpikeCounter], watches: list[AttentionWatch], *, tokens: int, windows: int
+) -> Ledger:
     attention = attentions(model)[0]
     prefix = 0 if attention.prefix_key is None else attention.prefix_key.shape[1]
     return Ledger(
         sites=[site_spikes(site, counter) for site, counter in counters.items()],
-        tokens=windows.numel(),
-        windows=len(windows),
+        tokens=tokens,
+        windows=windows,
         pairs=sum(watch.pairs for watch in watches),
         coded_prefix=0 if attention.normalise_after else prefix,
         exact_prefix=prefix if attention.normalise_after else 0,
         normalise_after=attention.normalise_after,
-        rotated=online_parts(layer),
+        rotated=online_parts(decoder_layers(model)[0]),
         shape=decoder_shape(model),
     )
 

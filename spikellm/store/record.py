@@ -265,6 +265,29 @@ class DiagnosticsRecord(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TextRecord(Record):
+    """A text that the spiking model continued."""
+
+    prompt: str
+    text: str  # what follows
+    prompt_tokens: int
+    tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateRecord(Record):
+    """What stage generate has written; spikes and operations are those of the new tokens that were read again, each in its forward."""
+
+    texts: list[TextRecord]
+    seconds: float
+    seconds_prompt: float  # from a batch of prompts to its first token, median
+    seconds_per_token: float | None = None  # a forward of one token for each text of a batch, median; None: there was none
+    firing_rate: float | None = None
+    spikes_per_token: float | None = None
+    sops_per_token: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Header(Record):
     """What a job was and how it went."""
 
@@ -304,6 +327,7 @@ class Findings(Record):
     spikes: SpikesRecord | None = None
     energy: EnergyRecord | None = None
     diagnostics: DiagnosticsRecord | None = None
+    generate: GenerateRecord | None = None
 
     def __or__(self, other: "Findings") -> Self:
         """With what `other` has found."""

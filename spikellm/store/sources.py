@@ -107,6 +107,8 @@ def job_inputs(config: Config, digests: Digests) -> dict[str, str | None]:
     if evaluated:
         texts |= {f"dataset.extra.{name}": text for name, text in config.dataset.extra.items()}
     files = {} if config.search.import_file is None else {"search.import_file": Path(config.search.import_file)}
+    if "generate" in config.stages and config.generate.prompts_file is not None:
+        files["generate.prompts_file"] = Path(os.path.expanduser(config.generate.prompts_file))
     if evaluated and zero_shot.path is not None:
         files |= {f"dataset.zero_shot {task}": Path(os.path.expanduser(zero_shot.path)) / f"{task}.jsonl" for task in zero_shot.tasks}
     wanted: dict[str, Callable[[], object]] = {"model": partial(model_source, config.model, digests)}

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -10,10 +11,12 @@ import torch
 from spikellm.coding.neuron import PhaseNeuron, PhaseTable, Slot, count_spikes, fire
 from spikellm.config.choices import Amplitude
 from spikellm.config.labels import SiteKind
+from spikellm.execution.stepped import stepped
 from spikellm.kernels.encode import Digits
 from spikellm.kernels.temporal import spike_mixture, spike_pairs, step_weights
 from spikellm.model.conversion import fill, get_neuron, install, model_sites, prepare, set_neuron, site_groups
 from spikellm.model.prefix import attach_prefix
+from spikellm.model.sites import GROUP_AXIS
 from spikellm.spikes import accounts, ledger
 from spikellm.spikes.counter import SpikeCounter, train_counts
 from tests.codes import PARTITIONS, base2_table, base2_tables, partitioned_table, partitioned_tables
@@ -117,6 +120,8 @@ def trains_of(model, ids) -> dict[SiteKind, torch.Tensor]:
     model.base_model(ids, use_cache=False)
     for hook in hooks:
         hook.remove()
+    for kind in (SiteKind.key, SiteKind.value):
+        found[kind].reverse()  # those of a prefix are coded last and stand first
     # a block of queries ends with the last key that any of them sees
     keys = found[SiteKind.softmax][-1].shape[-1]
     found[SiteKind.softmax] = [torch.nn.functional.pad(block, (0, keys - block.shape[-1])) for block in found[SiteKind.softmax]]
@@ -387,11 +392,69 @@ def test_firing_rate_of_hand_traces():
 def test_observing_changes_nothing_and_leaves_nothing_behind(ids):
     model = converted(after=True, prefix=(1,))
     neurons = [get_neuron(model, site) for site in model_sites(model)]
-    before = model(ids).logits
+    before, hooks = model(ids).logits, [list(module._forward_pre_hooks.values()) for module in model.modules()]
     with ledger.counting(model):
         assert torch.equal(model(ids).logits, before)
     assert [get_neuron(model, site) for site in model_sites(model)] == neurons
-    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert [list(module._forward_pre_hooks.values()) for module in model.modules()] == hooks
+
+
+def by_steps(model, prompt, made):
+    """Spikes of every site in a decoding loop with a cache, a forward a token, as a counter of trains finds them."""
+    found = {site.name: Counter() for site in model_sites(model)}
+    _, cache = model.base_model(prompt[None], use_cache=True, return_dict=False)
+
+    def keep(neuron, inputs, _, site):
+        x, axis = inputs[0], GROUP_AXIS[site.kind]
+        train = fire(neuron.grouped(neuron.coded(x)), neuron.table).view(T, -1, *x.shape).abs().sum(1)
+        for column, part in enumerate(train.chunk(site_groups(model.config, site.kind), dim=axis if axis < 0 else axis + 1)):
+            found[site.name].update({(t, column): spikes for t, spikes in enumerate(part.flatten(1).sum(1).tolist()) if spikes})
+
+    hooks = [get_neuron(model, site).register_forward_hook(partial(keep, site=site)) for site in model_sites(model)]
+    for token in made:
+        model.base_model(token[None, None], None, None, cache, use_cache=True)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("llama", {"after": True, "prefix": (7, 1)}), ("mistral", {"after": True, "sliding_window": 5}), ("llama", {"after": False})],
+)
+def test_decoded_tokens_count_what_a_loop_with_a_cache_fires(name, options, ids):
+    model = converted(name, dtype=torch.float64, **options)
+    prompt, made = ids[0, :9], ids[0, 9:16]
+    found = ledger.count_decoded(model, [(prompt, made)])
+    wanted = by_steps(model, prompt, made)
+    for site in found.sites:
+        assert as_counter(site.spikes) == wanted[site.name], site.name
+    assert found.tokens == 7
+    window, prefix = options.get("sliding_window", 99), len(options.get("prefix", ()))
+    pairs = sum(min(9 + step + 1, window) for step in range(7))
+    assert found.pairs == 2 * pairs
+    for site in found.sites:
+        spikes, sops = sum(map(sum, site.spikes)), sum(map(sum, site.sops))
+        match SiteKind[site.kind]:
+            case SiteKind.key:  # its own query in both heads of the group, and its sum
+                assert sops == 3 * spikes
+            case SiteKind.value:
+                assert sops == spikes
+            case SiteKind.query:
+                assert sum(site.synapses) == 4 * 16 * (pairs + 7 * (prefix + 1))
+            case SiteKind.softmax:
+                assert sops == spikes * (16 + options["after"])
+    with stepped(model):
+        assert ledger.count_decoded(model, [(prompt, made)]) == found
+    assert ledger.count_decoded(model, [(prompt, made[:0]), (prompt, made)]) == found
+
+
+def test_a_coded_prefix_fires_once_and_not_with_every_token(ids):
+    model = converted(after=False, prefix=(7, 1), dtype=torch.float64)
+    found = ledger.count_decoded(model, [(ids[0, :9], ids[0, 9:16])])
+    for site in found.sites:
+        if site.kind in ("key", "value"):
+            assert sum(site.neurons) == 7 * 2 * 16
 
 
 def test_padding_is_refused(ids):
