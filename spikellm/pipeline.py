@@ -38,6 +38,7 @@ from spikellm.config.choices import (
 from spikellm.config.dataset import TextConfig
 from spikellm.config.model import HardwareConfig
 from spikellm.config.snn import PrefixConfig, SearchConfig, SpikingConfig, TuneConfig, WeightsConfig, check_tuning
+from spikellm.cores import threads
 from spikellm.evaluation.texts import cut, read_text, tokenise
 from spikellm.model import checkpoint
 from spikellm.model.attention import SpikingAttention
@@ -99,6 +100,7 @@ class Conversion:
         )
 
 
+@threads(None)
 def convert(
     model: PreTrainedModel,
     tokenizer_or_windows: PreTrainedTokenizerBase | Tensor,

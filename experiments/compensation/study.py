@@ -26,6 +26,7 @@ from torch.nn.functional import kl_div, log_softmax, nll_loss
 from transformers import PreTrainedModel
 
 from spikellm.config.labels import SiteKind
+from spikellm.cores import threads
 from spikellm.evaluation.texts import token_windows
 from spikellm.execution.memory import LOGIT_ROWS
 from spikellm.model.blocks import Block, enter, output_error, walk
@@ -35,7 +36,7 @@ from spikellm.model.sites import DOWN, GATE, HEAD, KEY, MLP_NORM, OUTPUT, QUERY,
 from spikellm.reconstruction.tuning import without_neurons
 from spikellm.run.command import compose_config
 from spikellm.run.fitting import CALIBRATE, SEARCH
-from spikellm.run.workspace import Workspace, threads
+from spikellm.run.workspace import Workspace
 
 log = logging.getLogger("compensation")
 

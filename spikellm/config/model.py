@@ -53,7 +53,7 @@ class HardwareConfig:
     query_block: int = 256
     """queries per block of attention; bounds memory [tokens]"""
     threads: int | None = None
-    """CPU threads; null: torch's choice"""
+    """CPU threads; null: torch's choice, or fewer where the container has a share of fewer cores"""
 
     def __post_init__(self) -> None:
         check(self.query_block >= 1, "hardware.query_block", self.query_block, "must be at least 1")

@@ -12,11 +12,12 @@ from pathlib import Path
 
 from spikellm.config.choices import Amplitude
 from spikellm.config.schema import Config
+from spikellm.cores import threads
 from spikellm.run.converting import CONVERT
 from spikellm.run.fitting import CALIBRATE, SEARCH
 from spikellm.run.measuring import DIAGNOSE, EVALUATE
 from spikellm.run.stage import Stage
-from spikellm.run.workspace import Workspace, threads
+from spikellm.run.workspace import Workspace
 from spikellm.store.artifacts import computed_by
 from spikellm.store.provenance import versions
 from spikellm.store.record import ReferenceRecord, Results, Row, StageRecord
