@@ -12,11 +12,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test m
 # Threads that share out matrices of 64 columns wait for each other: on busy cores a forward takes 40 times as long.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-from jaxtyping import install_import_hook
+import jaxtyping
 
-from tests.typecheck import check
+from tests.typecheck import check, jaxtyped
 
-install_import_hook("spikellm", f"{check.__module__}.{check.__name__}")  # which imports `tests` alone
+jaxtyping.jaxtyped = jaxtyped  # by which the hook decorates
+jaxtyping.install_import_hook("spikellm", f"{check.__module__}.{check.__name__}")  # which imports `tests` alone
 
 
 import pytest
@@ -24,6 +25,11 @@ import torch
 
 from tests.models import TINY, tiny_model
 from tests.places import SHARED_DATA
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test of minutes that starts last is waited for on one core."""
+    items.sort(key=lambda item: item.get_closest_marker("first") is None)
 
 
 @pytest.fixture(scope="session")

@@ -190,6 +190,7 @@ def test_a_sweep_goes_on_after_an_infeasible_job_and_calibrates_once(tmp_path):
     assert cached == [False, True, True]
 
 
+@pytest.mark.first
 def test_the_main_job_on_the_real_model(smollm2, tmp_path):
     """Everything at once, the neurons fused, in a fresh interpreter: embedded model and text."""
     done = plain(
