@@ -6,6 +6,7 @@ Reading order of the code: README.md.
 from importlib import import_module
 from typing import Any
 
+from spikellm.cores import sleep_while_waiting
 from spikellm.registration import teach_transformers
 
 __version__ = "0.1.0"
@@ -30,4 +31,5 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
 
 
+sleep_while_waiting()  # first: what comes next may import torch
 teach_transformers()

@@ -50,6 +50,7 @@ from spikellm.config.snn import (
     check_compensation,
     check_tuning,
 )
+from spikellm.cores import threads
 from spikellm.evaluation.texts import cut, read_text, tokenise
 from spikellm.model import checkpoint
 from spikellm.model.attention import SpikingAttention
@@ -118,6 +119,7 @@ class Conversion:
         )
 
 
+@threads(None)
 def convert(
     model: PreTrainedModel,
     tokenizer_or_windows: PreTrainedTokenizerBase | Tensor,

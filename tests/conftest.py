@@ -4,6 +4,7 @@ The import hook below makes the annotations of the package checks: a tensor of a
 """
 
 # ruff: noqa: E402 (what follows the hook must be imported after it)
+import gc
 import os
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,12 +12,14 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may reach for the hub
 # Threads that share out matrices of 64 columns wait for each other: on busy cores a forward takes 40 times as long.
 os.environ["OMP_NUM_THREADS"] = "1"
+os.fsync = lambda descriptor: None  # no test pulls the plug: what is written is read through the same kernel
 
-from jaxtyping import install_import_hook
+import jaxtyping
 
-from tests.typecheck import check
+from tests.typecheck import check, jaxtyped
 
-install_import_hook("spikellm", f"{check.__module__}.{check.__name__}")  # which imports `tests` alone
+jaxtyping.jaxtyped = jaxtyped  # by which the hook decorates
+jaxtyping.install_import_hook("spikellm", f"{check.__module__}.{check.__name__}")  # which imports `tests` alone
 
 
 import pytest
@@ -24,6 +27,17 @@ import torch
 
 from tests.models import TINY, tiny_model
 from tests.places import SHARED_DATA
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test of minutes that starts last is waited for on one core."""
+    items.sort(key=lambda item: item.get_closest_marker("first") is None)
+
+
+def pytest_collection_finish() -> None:
+    """Everything is imported by now: a million objects that the collections between two networks of a job need not look at."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ A server process imports them once and forks for every launch (multiprocessing's
 process: own command line, output, exit code, and can be killed. `plain` starts an interpreter afresh.
 """
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -83,6 +84,7 @@ def _main(arguments: tuple[str, ...], out: str, err: str, before: Callable[..., 
     for descriptor, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     os.chdir("/")
+    gc.freeze()  # what the server has imported
     if before is not None:
         before(*values)
     sys.argv = [str(MAIN), *arguments]

@@ -1,7 +1,9 @@
 """Random tiny models of every supported architecture, and what they are compared by."""
 
+from itertools import product
 from pathlib import Path
 
+import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -41,6 +43,9 @@ PUBLISHED_MODELS = {
         "num_key_value_heads": 8, "vocab_size": 128256, "rope_theta": 500000.0,
     },
 }  # fmt: skip
+# A dtype is no matter of the architecture: every one in those that models come in, one in float64.
+NAMES_AND_DTYPES = [*product(TINY, (torch.float32, torch.bfloat16)), ("llama", torch.float64)]
+names_and_dtypes = pytest.mark.parametrize(("name", "dtype"), NAMES_AND_DTYPES, ids=str)
 BOS = 256  # bytes are 0 to 255
 
 

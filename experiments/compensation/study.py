@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from spikellm.config.choices import CompensatedLinear
 from spikellm.config.labels import SiteKind
+from spikellm.cores import threads
 from spikellm.evaluation.texts import token_windows
 from spikellm.model.blocks import Block, enter
 from spikellm.model.replaced import replace_weights
@@ -33,7 +34,7 @@ from spikellm.reconstruction.tuned import Weights
 from spikellm.run.command import compose_config
 from spikellm.run.fitting import CALIBRATE, SEARCH
 from spikellm.run.stages import run_stages
-from spikellm.run.workspace import Workspace, threads
+from spikellm.run.workspace import Workspace
 
 log = logging.getLogger("compensation")
 

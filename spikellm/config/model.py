@@ -53,7 +53,7 @@ class HardwareConfig:
     query_block: int = 256
     """queries per block of attention; bounds memory [tokens]"""
     threads: int | None = None
-    """CPU threads; null: torch's choice"""
+    """CPU threads; null: torch's choice, or fewer where the container has a share of fewer cores"""
     offload: bool | None = None
     """decoder layers stay on disk, one at a time is in memory; null: where the model does not fit"""
     max_memory_gib: float | None = None

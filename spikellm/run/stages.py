@@ -13,13 +13,14 @@ from pathlib import Path
 from spikellm.config.checks import InputError
 from spikellm.config.choices import Amplitude, ModelSource
 from spikellm.config.schema import Config
+from spikellm.cores import threads
 from spikellm.run.converting import CONVERT
 from spikellm.run.fitting import CALIBRATE, SEARCH
 from spikellm.run.generating import GENERATE
 from spikellm.run.measuring import DIAGNOSE, EVALUATE
 from spikellm.run.remeasuring import SAVED_STAGES
 from spikellm.run.stage import Stage
-from spikellm.run.workspace import Workspace, threads
+from spikellm.run.workspace import Workspace
 from spikellm.store.artifacts import computed_by
 from spikellm.store.provenance import versions
 from spikellm.store.record import ReferenceRecord, Results, Row, StageRecord

@@ -1,7 +1,6 @@
 """What the stages share: the configuration, the artefact store, the model, its texts, loaded no earlier than needed."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 
@@ -117,14 +116,3 @@ class Workspace:
         kind, seed, parts = rotation.kind.value, rotation.seed, list(rotation.acting)
         found = artifact_key({"kind": kind, "seed": seed, "parts": parts, "model": self.model_source})
         return RotationRecord(kind=kind, seed=seed, parts=[str(part) for part in parts], hash=found)
-
-
-@contextmanager
-def threads(count: int | None) -> Iterator[None]:
-    """Within: torch computes with `count` CPU threads; None: with its own choice."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(before if count is None else count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -158,7 +158,8 @@ def test_every_input_is_one_populations(seed, digits):
             assert torch.equal(train[:, p, 0, group], sent * mine)
 
 
-@pytest.mark.parametrize("digits", KINDS[1:], ids=str)
+# of KINDS those that leave no branch of the kernel out: a kernel takes seconds to compile
+@pytest.mark.parametrize("digits", [KINDS[1], KINDS[4], KINDS[5], KINDS[7]], ids=str)
 def test_the_fused_pass_equals_the_plain_one(digits):
     table = random_table(digits, 2, 3, torch.Generator().manual_seed(0))
     x = torch.randn(3, table.groups, 50, generator=torch.Generator().manual_seed(1))

@@ -12,7 +12,7 @@ from spikellm.execution.stepped import stepped
 from spikellm.model.conversion import fill, install, prepare
 from spikellm.model.prefix import attach_prefix
 from tests.codes import base2_tables
-from tests.models import TINY, tiny_model, watch
+from tests.models import names_and_dtypes, tiny_model, watch
 
 
 def perplexity_by_transformers(model, windows) -> float:
@@ -49,10 +49,6 @@ def test_perplexity_of_the_real_model_on_real_text(real_model, real_tokenizer, s
     assert 10 < found.value < 80
 
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16)
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-
-
 @torch.no_grad()
 def perplexity_of_whole_forwards(model, windows) -> float:
     """The model's own forwards, and logits in the same slices: sums over other slices would be rounded otherwise."""
@@ -73,8 +69,7 @@ def spiking(name: str, dtype: torch.dtype, *, prefix=(7, 1)):
     return model
 
 
-@dtypes
-@pytest.mark.parametrize("name", list(TINY))
+@names_and_dtypes
 def test_perplexity_block_by_block_is_that_of_whole_forwards_to_the_last_bit(name, dtype):
     windows = torch.randint(2, 256, (5, LOGIT_ROWS + 4), generator=torch.Generator().manual_seed(2))  # two slices of rows
     for model in (tiny_model(name, dtype=dtype), spiking(name, dtype)):
@@ -82,7 +77,7 @@ def test_perplexity_block_by_block_is_that_of_whole_forwards_to_the_last_bit(nam
         assert [perplexity(model, windows, in_flight=count).value for count in (1, 2, 5, 9)] == [wanted] * 4
 
 
-@dtypes
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_a_stepped_run_block_by_block_is_that_of_whole_forwards_to_the_last_bit(dtype, ids):
     with stepped(spiking("qwen3", dtype)) as model:
         wanted = perplexity_of_whole_forwards(model, ids)

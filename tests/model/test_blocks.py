@@ -15,14 +15,13 @@ from spikellm.model.prefix import attach_prefix
 from spikellm.model.rotation import PARTS, rotate
 from spikellm.model.sites import sites
 from tests.codes import base2_tables
-from tests.models import TINY, tiny_model, watch
+from tests.models import TINY, names_and_dtypes, tiny_model, watch
 
 # Windows of 64 tokens are longer than these; of Qwen2's two layers one slides.
 SLIDING = {
     "mistral": {"sliding_window": 16},
     "qwen2": {"use_sliding_window": True, "sliding_window": 16, "layer_types": ["full_attention", "sliding_attention"]},
 }
-dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=["float32", "float64", "bfloat16"])
 names = pytest.mark.parametrize("name", list(TINY))
 
 
@@ -49,8 +48,7 @@ def assert_walked(model, windows):
         assert torch.equal(found, whole)
 
 
-@names
-@dtypes
+@names_and_dtypes
 def test_block_after_block_is_the_models_own_forward(name, dtype, windows):
     assert_walked(model_of(name, dtype), windows)  # the ANN, in transformers' own attention
     model = installed(name, dtype)
@@ -80,8 +78,7 @@ def test_layers_of_different_attention_get_their_own_masks(windows):
     assert visible == [64 * 65 / 2, 64 * 16 - 16 * 15 / 2]
 
 
-@names
-@dtypes
+@names_and_dtypes
 @pytest.mark.parametrize("after", [True, False], ids=["after", "before"])
 def test_calibration_sees_what_whole_forwards_show(name, dtype, after, windows):
     model = installed(name, dtype, normalise_after=after)

@@ -2,13 +2,16 @@
 
 import csv
 import json
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from spikellm.cores import DECIDED
 from tests.jobs import WITH_REPORT
 from tests.launch import launch, one_line, plain
 from tests.places import MAIN
@@ -111,10 +114,15 @@ def test_output_that_cannot_be_written(tmp_path):
     assert "artifacts" in one_line(launch(*WITH_REPORT, f"output_root={tmp_path}"))
 
 
-def test_one_refusal_in_a_fresh_interpreter(tmp_path):
-    """The same without the fork server: nothing hangs on modules that it has imported before."""
-    line = one_line(plain(*WITH_REPORT, f"output_root={tmp_path}", "dataset=text", "dataset.calibration.path=/no/such.txt"))
-    assert "/no/such.txt" in line
+def test_one_refusal_in_a_fresh_interpreter(tmp_path, monkeypatch):
+    """The same without the fork server: nothing hangs on modules that it has imported before. The threads of its torch wait asleep."""
+    for name in DECIDED:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OMP_DISPLAY_ENV", "VERBOSE")
+    done = plain(*WITH_REPORT, f"output_root={tmp_path}", "dataset=text", "dataset.calibration.path=/no/such.txt")
+    settings, end, rest = done.err.rpartition("OPENMP DISPLAY ENVIRONMENT END\n")
+    assert re.search(r"GOMP_SPINCOUNT = '0'|KMP_BLOCKTIME ?= ?'?0", settings + end)
+    assert "/no/such.txt" in one_line(replace(done, err=rest))
 
 
 def test_a_small_run_writes_what_the_contract_says(tmp_path):
@@ -182,6 +190,7 @@ def test_a_sweep_goes_on_after_an_infeasible_job_and_calibrates_once(tmp_path):
     assert cached == [False, True, True]
 
 
+@pytest.mark.first
 def test_the_main_job_on_the_real_model(smollm2, tmp_path):
     """Everything at once, the neurons fused, in a fresh interpreter: embedded model and text."""
     done = plain(

@@ -154,7 +154,7 @@ def test_a_run_imports_and_knows_the_file_by_its_content(tmp_path, caplog):
         found = run_stages(configure(*SMALL, f"output_root={tmp_path}", "snn.coding=phase", "snn.T=4", "grain='2'", *arguments))
         return found.results.to_json(), found.tables["sites.csv"]
 
-    _, rows = run()
+    _, rows = run("search.method=base2")  # names of sites
     first, second = ({authors_name(row["name"]): entry(tau=tau, v0=0.2) for row in rows} for tau in (3.0, 4.0))
     path = write(tmp_path / "first.pth", first)
     results, imported = run(f"search.import_file={path}")
