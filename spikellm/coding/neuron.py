@@ -27,7 +27,7 @@ Ours:
 
 from collections.abc import Callable
 from dataclasses import KW_ONLY, InitVar, dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 from jaxtyping import Bool, Float, Int8, Int64
@@ -159,6 +159,38 @@ def count_spikes(x: Float[Tensor, "C I J"], table: PhaseTable, *, compiled: bool
     return kernel(x, table.rows, table.digits, table.cuts)
 
 
+def apply_wide(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """`Module._apply`, by which casts and moves go, for buffers that a cast makes no narrower than float32.
+
+    A code's levels, a prefix, the frequencies of RoPE are no weights: `model.half()` is the network with rounded weights.
+    """
+    before = dict(module.named_buffers(recurse=False))
+    nn.Module._apply(module, change, recurse)
+    for name, buffer in before.items():
+        cast = module.get_buffer(name)
+        if cast.is_floating_point() and cast.itemsize < torch.float32.itemsize <= buffer.itemsize:
+            setattr(module, name, buffer.to(cast.device, torch.float32))
+    return module
+
+
+class NoGradient(torch.autograd.Function):
+    """What a neuron sends, where somebody may ask for its gradient: a spike has none."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
+        """The values y of a neuron's input x."""
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        """Refuse: zero, which the derivative is almost everywhere, teaches nothing.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("spiking neurons have no gradient: tune.epochs=1 tunes blocks with surrogate ones; torch.no_grad() for all else")
+
+
 class Slot(nn.Module):
     """A neuron's place in the module around it, empty: what comes passes, as in the ANN.
 
@@ -167,6 +199,8 @@ class Slot(nn.Module):
     """
 
     held = False  # whether what has passed waits for `weigh`: only then is an importance worth computing
+
+    _apply = apply_wide
 
     @property
     def transparent(self) -> bool:
@@ -242,8 +276,14 @@ class PhaseNeuron(Slot):
 
     def forward(self, x: Tensor) -> Tensor:
         """Decoded values of the spikes that x [..] causes, same shape."""
-        m = self.amplitude(x)
-        y = encode(self.grouped(x if m is None else x / m), self.table, compiled=self.compiled).reshape(x.shape)
+        if torch.is_grad_enabled() and x.requires_grad:
+            return NoGradient.apply(x, self.values(x.detach()))
+        return self.values(x)
+
+    def values(self, x: Tensor) -> Tensor:
+        """The same, of which nobody asks for a gradient."""
+        m, table = self.amplitude(x), self.table
+        y = encode(grouped(x if m is None else x / m, table.groups, self.axis), table, compiled=self.compiled).reshape(x.shape)
         return y if m is None else m * y
 
     def extra_repr(self) -> str:

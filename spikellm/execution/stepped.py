@@ -30,6 +30,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -114,7 +115,7 @@ def _repeat(value: object, T: int) -> object:
 def stepped(model: PreTrainedModel, *, chunk: int | None = None) -> Iterator[PreTrainedModel]:
     """Within: `model` runs step by step, called like the folded one, also by `generate`; a cache holds sums, as there.
 
-    Its sites' slots hold `SteppedNeuron`s; lm_head is a `SteppedHead`. Afterwards it is folded again.
+    Nothing has a gradient there. Its sites' slots hold `SteppedNeuron`s; lm_head is a `SteppedHead`. Afterwards it is folded again.
 
     Args:
         model: converted (`spikellm.convert`), one T at all sites.
@@ -135,6 +136,8 @@ def stepped(model: PreTrainedModel, *, chunk: int | None = None) -> Iterator[Pre
     def repeat_masks(_: nn.Module, arguments: tuple, keywords: dict[str, object]) -> tuple[tuple, dict[str, object]]:
         if keywords.get("inputs_embeds") is not None:
             raise ValueError("stepped execution takes input_ids: the embedding decides at which step a token's current comes")
+        if keywords.get("output_hidden_states") or getattr(model.config, "output_hidden_states", False):
+            raise ValueError("output_hidden_states: stepped execution has currents of every step there; ask for them outside of it")
         keywords = dict(keywords)
         keywords["attention_mask"] = _repeat(keywords.get("attention_mask"), T)
         positions = keywords.get("position_ids")
@@ -148,7 +151,8 @@ def stepped(model: PreTrainedModel, *, chunk: int | None = None) -> Iterator[Pre
         replace(model, path, sibling)
     handle = model.base_model.register_forward_pre_hook(repeat_masks, with_kwargs=True)
     try:
-        yield model.eval()
+        with torch.no_grad():  # trains are int8: a gradient would end there without a word
+            yield model.eval()
     finally:
         handle.remove()
         for path, module in folded.items():

@@ -32,8 +32,11 @@ def fused(function: Callable, device_type: str) -> Callable:
 
     @wraps(function)
     def run(*arguments: object) -> object:
-        # sizes that happen to be equal need not be so in the next call
-        with _config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
+        # sizes that happen to be equal need not be so in the next call; by hand: `_config.patch` makes a class at every one
+        before, _config.use_duck_shape = _config.use_duck_shape, False
+        try:
             return kernel(*arguments)
+        finally:
+            _config.use_duck_shape = before
 
     return run

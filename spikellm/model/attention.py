@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from spikellm.coding.neuron import PhaseNeuron, Slot
+from spikellm.coding.neuron import PhaseNeuron, Slot, apply_wide
 from spikellm.kernels.attention import (
     coded_exponentials,
     exponentials,
@@ -82,6 +82,7 @@ class SpikingAttention(nn.Module):
     rotation: OnlineHadamard | None
     prefix_key: Tensor | None
     prefix_value: Tensor | None
+    _apply = apply_wide
 
     def __init__(
         self,

@@ -19,7 +19,7 @@ from accelerate.hooks import add_hook_to_module
 from torch import nn
 from transformers import PreTrainedModel
 
-from spikellm.coding.neuron import PhaseNeuron, PhaseTable, Slot
+from spikellm.coding.neuron import PhaseNeuron, PhaseTable, Slot, apply_wide
 from spikellm.config.choices import Amplitude, RotationPart
 from spikellm.config.labels import SiteKind
 from spikellm.model.attention import IMPLEMENTATION, SpikingAttention, refuse_other_implementation
@@ -39,9 +39,11 @@ from spikellm.model.sites import (
     HEAD,
     KEY,
     LAYERS,
+    LINEARS,
     MLP_NORM,
     OUTPUT,
     QUERY,
+    ROTARY,
     SPIKING_ATTENTION,
     UP,
     VALUE,
@@ -118,6 +120,7 @@ def install_block(layer: nn.Module, head_width: int, *, rotated: Collection[Rota
         dtype=wide(weight.dtype),
         device=weight.device,
     )
+    layer.register_forward_pre_hook(_refuse_adapters)
     attention = layer.get_submodule(ATTENTION)
     attention.add_module(SPIKING_ATTENTION, spiking)
     attention.register_forward_pre_hook(partial(put_coder, cache_name(attention)), with_kwargs=True)
@@ -130,6 +133,28 @@ def install_ends(model: PreTrainedModel) -> None:
     replace(model, EMBEDDING, WideEmbedding.adopt(part(EMBEDDING)))
     replace(model, FINAL_NORM, SpikingRMSNorm.adopt(part(FINAL_NORM)))
     replace(model, HEAD, WideLinear.adopt(part(HEAD)))
+    rotary = model.get_submodule(ROTARY)
+    vars(rotary)["_apply"] = partial(apply_wide, rotary)
+    model.base_model.register_forward_pre_hook(_widen_embeds, with_kwargs=True)
+
+
+def _widen_embeds(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Forward pre-hook: a caller's embeddings become currents as `WideEmbedding` gives them."""
+    embeds = keywords.get("inputs_embeds")
+    return arguments, keywords if embeds is None else keywords | {"inputs_embeds": embeds.to(wide(embeds.dtype))}
+
+
+def _refuse_adapters(layer: nn.Module, _: tuple[Any, ...]) -> None:
+    """Forward pre-hook of a decoder layer: an adapter (PEFT wraps a Linear and keeps it as `base_layer`) would read around the neurons.
+
+    Raises:
+        ValueError: there is one.
+    """
+    for name in LINEARS:
+        if hasattr(layer.get_submodule(name), "base_layer"):
+            raise ValueError(
+                f"{name} carries an adapter, whose product passes no neuron: merge it into the pretrained model and convert that"
+            )
 
 
 def online_parts(layer: nn.Module) -> list[RotationPart]:

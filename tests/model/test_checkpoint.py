@@ -225,9 +225,13 @@ def test_a_model_that_is_not_wholly_spiking_is_not_saved(tmp_path):
     silent = {name: replace(table, d=0 * table.d) for name, table in base2_tables(model).items()}
     with pytest.raises(ValueError, match="d is 0 everywhere"):
         spikellm.model.checkpoint.save(spiking(tables=lambda _: silent), tmp_path)
-    with pytest.raises(ValueError, match=r"rounded to torch\.bfloat16"):
-        spikellm.model.checkpoint.save(spiking().to(torch.bfloat16), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_was_cast_is_saved_with_its_tables_as_they_were(tmp_path, ids):
+    model = spiking().to(torch.bfloat16)
+    spikellm.model.checkpoint.save(model, tmp_path)
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)(ids).logits, model(ids).logits)
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,9 @@ from spikellm.spikes import ledger
 from tests.codes import base2_tables
 from tests.models import PUBLISHED_MODELS, TINY, norm_ratio, tiny_model
 
+# keys and values are coded on their way into a cache, before attention codes its queries
 PER_LAYER = [
-    "attention_input", "query", "key", "value", "softmax", "attention_output", "mlp_input", "activation", "mlp_product",
+    "attention_input", "key", "value", "query", "softmax", "attention_output", "mlp_input", "activation", "mlp_product",
 ]  # fmt: skip
 
 
