@@ -140,7 +140,7 @@ class TuneConfig:
     """passes over the fitting part of the text at each block; 0: no tuning"""
     what: TunedPart = TunedPart.neurons
     """what is tuned"""
-    rate: float = 0.05
+    rate: float = 0.005
     """Adam's first learning rate of the neurons, in units of a table's smallest threshold"""
     weight_rate: float = 1e-5
     """the weights'; what=all only"""
