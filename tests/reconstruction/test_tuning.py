@@ -38,7 +38,7 @@ def losses(model, reference, windows) -> list[float]:
     """Relative squared errors of the layers' outputs on the choosing part, mean over tokens."""
     assert CHOOSE == 1
     chosen = windows[1::4]
-    found, wanted = layer_outputs(model, chosen), layer_outputs(reference, chosen)
+    found, wanted = (torch.stack(layer_outputs(each, chosen)) for each in (model, reference))
     return ((found - wanted).square().sum(-1) / wanted.square().sum(-1)).mean((1, 2)).tolist()
 
 

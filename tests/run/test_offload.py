@@ -16,10 +16,8 @@ CASES = {
         "snn.intervals=2",
         "evaluation.networks=[ann,ann_prefix,base2,snn,int_token]",
     ],
-    "gptq": ["weights.bits=4", "weights.group_size=16"],
-    "nearest": ["weights.bits=8", "weights.rounding=nearest", "model.dtype=bfloat16"],
-    "weights": ["tune.epochs=1", "tune.what=all", "compensate.enabled=true", "snn.T=4"],
-    "stepped": ["snn.execution=stepped", "snn.T=4"],
+    "weights": ["tune.epochs=1", "tune.what=all", "compensate.enabled=true", "snn.T=4", "weights.bits=4", "weights.group_size=16"],
+    "stepped": ["snn.execution=stepped", "snn.T=4", "weights.bits=8", "weights.rounding=nearest", "model.dtype=bfloat16"],
 }
 
 

@@ -77,11 +77,12 @@ def test_every_stage_has_an_object():
 
 def test_what_a_stage_needs_is_prepared_unless_its_result_is_there(tmp_path):
     work = Workspace(configure(*SMALL, f"output_root={tmp_path}"))
-    assert [stage.name for stage in with_needed([EVALUATE], work)] == ["calibrate", "search", "tune", "weights", "evaluate"]
+    assert [stage.name for stage in with_needed([EVALUATE], work)] == ["calibrate", "search", "tune", "compensate", "weights", "evaluate"]
     assert [stage.name for stage in with_needed([DIAGNOSE, EVALUATE], work)] == [
         "calibrate",
         "search",
         "tune",
+        "compensate",
         "weights",
         "diagnose",
         "evaluate",

@@ -114,7 +114,19 @@ def test_shards_are_asked_for_once(folder):
 
 def test_every_node_of_the_configuration_decides_the_network_or_does_not():
     """A new node must be put on one side."""
-    measuring = {"model", "dataset", "hardware", "tracking", "evaluation", "diagnostics", "spikes", "energy", "report", "reference"}
+    measuring = {
+        "model",
+        "dataset",
+        "hardware",
+        "tracking",
+        "evaluation",
+        "diagnostics",
+        "spikes",
+        "energy",
+        "generate",
+        "report",
+        "reference",
+    }
     plain = {"stages", "seed", "output_root", "objective", "save_model"}
     assert set(Config.__dataclass_fields__) == set(CONVERTING) | measuring | plain
 
