@@ -27,7 +27,7 @@ from spikellm.coding.neuron import BEYOND, PhaseNeuron, PhaseTable, Slot, encode
 from spikellm.kernels.compiled import chosen
 from spikellm.kernels.encode import Digits, Rows, emit, own, owners, respond
 
-WIDTH = 0.5  # w in units of a row's smallest threshold
+WIDTH = 0.5  # w in units of a row's smallest threshold: kernels of neighbouring levels touch
 
 
 def widths(theta: Float[Tensor, "R T"]) -> Float[Tensor, " R"]:
