@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from spikellm.config.boundary import blamed_on
 from spikellm.config.model import ModelConfig
-from spikellm.model.offload import FILE, Keep, present
+from spikellm.model.offload import ENDS, FILE, Keep, present
 from spikellm.model.sites import HEAD, LAYERS, decoder_layers
 from spikellm.model.stored import Stored
 from spikellm.store.artifacts import write_json, write_tensors
@@ -82,23 +82,30 @@ def random_weight(name: str, model: PreTrainedModel, config: ModelConfig) -> Flo
 
 
 def write_shards(model: PreTrainedModel, folder: Path) -> None:
-    """The weights and buffers of a model as transformers reads them: a file for each decoder layer, one for the rest, and the index."""
+    """The weights and buffers of a model as transformers reads them: a file for each decoder layer and for each of its ends, and the index.
+
+    A file is in memory twice while it is written.
+    """
     layers = decoder_layers(model)
     tied = {f"{HEAD}.weight"} if model.config.tie_word_embeddings else set()
     rest = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(f"{LAYERS}.") and name not in tied}
+    ends: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in rest.items():
+        ends.setdefault(next((end for end in ENDS if name.startswith(end)), REST), {})[name] = tensor
     places: dict[str, str] = {}
     size = 0
 
     def write(number: int, tensors: dict[str, Tensor]) -> None:
         nonlocal size
-        file = f"model-{number:05d}-of-{len(layers) + 1:05d}.safetensors"
+        file = f"model-{number:05d}-of-{len(layers) + len(ends):05d}.safetensors"
         found = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         (folder / file).write_bytes(save(found, {"format": "pt"}))
         places.update(dict.fromkeys(tensors, file))
         size += sum(tensor.nbytes for tensor in tensors.values())
 
-    write(1, rest)
+    for number, tensors in enumerate(ends.values(), 1):
+        write(number, tensors)
     for index, layer in enumerate(layers):
         with present(layer):
-            write(index + 2, {f"{LAYERS}.{index}.{name}": tensor for name, tensor in layer.state_dict().items()})
+            write(len(ends) + index + 1, {f"{LAYERS}.{index}.{name}": tensor for name, tensor in layer.state_dict().items()})
     write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": places})
