@@ -29,7 +29,7 @@ from spikellm.calibration.statistics import CHOOSE, FIT, REPORT, Observer, SiteS
 from spikellm.config.choices import Amplitude
 from spikellm.config.labels import SiteKind
 from spikellm.config.snn import PrefixConfig
-from spikellm.model.attention import attentions
+from spikellm.model.attention import attending, attentions
 from spikellm.model.blocks import Block, enter
 from spikellm.model.conversion import get_neuron, set_neuron, site_groups
 from spikellm.model.prefix import attach_prefix, find_prefix_tokens, keep_what_helps
@@ -97,7 +97,7 @@ def calibrate(
         ValueError: too little text for all parts, or a site saw NaN or infinite activations.
     """
     pieces = enough_pieces(windows)
-    with query_blocks(model, QUERY_BLOCK):
+    with attending(model, query_block=QUERY_BLOCK):
         tokens = _prefix_tokens(model, windows[:PREFIX_WINDOWS], prefix) if prefix.enabled else []
         attach_prefix(model, tokens)
         states, blocks = enter(model, pieces)
@@ -146,19 +146,6 @@ def _prefix_tokens(model: PreTrainedModel, text: Int[Tensor, "W L"], prefix: Pre
     tokens = keep_what_helps(model, starts, tokens, eta=prefix.eta, text=text)
     log.info("calibrate: prefix tokens %s", tokens)
     return tokens
-
-
-@contextmanager
-def query_blocks(model: PreTrainedModel, size: int) -> Iterator[None]:
-    """Within: attention takes its queries in blocks of `size`."""
-    before = [attention.query_block for attention in attentions(model)]
-    try:
-        for attention in attentions(model):
-            attention.query_block = size
-        yield
-    finally:
-        for attention, own in zip(attentions(model), before, strict=True):
-            attention.query_block = own
 
 
 @contextmanager

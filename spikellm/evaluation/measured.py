@@ -72,7 +72,7 @@ def measured_networks(
     taught = {key: value for key, value in keys.items() if key in ("tune", "compensate")}
     device = {"device": models.hardware.device.value}
     snn = options.snn
-    is_stepped = snn.execution is Execution.stepped
+    execution, measure = executed(snn)
 
     def prefix() -> list[int]:
         return calibration().prefix_tokens
@@ -92,13 +92,10 @@ def measured_networks(
     known = [
         Network(
             name=NetworkName.snn,
-            inputs=device
-            | taught
-            | weights
-            | {"code": (STEPPED if is_stepped else FOLDED).key(), "search": keys["search"], "execution": snn.execution.value},
+            inputs=device | taught | weights | execution | {"search": keys["search"]},
             build=partial(spiking, fits, replaced),
             prefix_tokens=prefix,
-            measure=partial(stepped_perplexity, chunk=snn.step_chunk, max_gib=snn.max_memory_gib) if is_stepped else folded_perplexity,
+            measure=measure,
         ),
         Network(
             name=NetworkName.base2,
@@ -143,14 +140,14 @@ def saved_networks(
         prefix_tokens: stand before every sequence by themselves.
     """
     keys = {"device": models.hardware.device.value, "model": source}
-    is_stepped = snn.execution is Execution.stepped
+    execution, measure = executed(snn)
     known = [
         Network(
             name=NetworkName.snn,
-            inputs=keys | {"code": (STEPPED if is_stepped else FOLDED).key(), "execution": snn.execution.value},
+            inputs=keys | execution,
             build=models.spiking,
             prefix_tokens=lambda: prefix_tokens,
-            measure=partial(stepped_perplexity, chunk=snn.step_chunk, max_gib=snn.max_memory_gib) if is_stepped else folded_perplexity,
+            measure=measure,
         ),
         Network(
             name=NetworkName.ann_prefix,
@@ -160,6 +157,13 @@ def saved_networks(
         ),
     ]
     return [network for network in known if network.name in names]
+
+
+def executed(snn: SpikingConfig) -> tuple[dict[str, object], Callable[..., Measurement]]:
+    """How figures of a spiking network are taken, folded or step by step: what their keys hold of it, and the perplexity."""
+    is_stepped = snn.execution is Execution.stepped
+    measure = partial(stepped_perplexity, chunk=snn.step_chunk, max_gib=snn.max_memory_gib) if is_stepped else folded_perplexity
+    return {"code": (STEPPED if is_stepped else FOLDED).key(), "execution": snn.execution.value}, measure
 
 
 def stepped_perplexity(

@@ -24,6 +24,8 @@ the memory of the full [H, L, S] matrix. Scores, exponentials and sums are float
 eager attention rounds scores to bfloat16, by 0.06 at a score of 20.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -188,6 +190,21 @@ def attentions(model: nn.Module) -> list[SpikingAttention]:
     """The spiking attentions of an installed model, layer by layer."""
     found: list[Any] = [layer.get_submodule(f"{ATTENTION}.{SPIKING_ATTENTION}") for layer in decoder_layers(model)]
     return found
+
+
+@contextmanager
+def attending(model: nn.Module, **attributes: Any) -> Iterator[None]:
+    """Within: the attentions of an installed model have other attributes; afterwards their own."""
+    before = [(attention, {name: getattr(attention, name) for name in attributes}) for attention in attentions(model)]
+    try:
+        for attention, _ in before:
+            for name, value in attributes.items():
+                setattr(attention, name, value)
+        yield
+    finally:
+        for attention, own in before:
+            for name, value in own.items():
+                setattr(attention, name, value)
 
 
 def spiking_attention(

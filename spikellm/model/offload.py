@@ -140,7 +140,6 @@ def offload(model: PreTrainedModel, stored: Stored, device: torch.device) -> Non
     if tied:
         model.tie_weights()
     for index, layer in enumerate(decoder_layers(model)):
-        layer.to_empty(device="meta")
         add_hook_to_module(layer, OnDisk(stored.below(f"{LAYERS}.{index}"), device))
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from spikellm.model.attention import attentions
+from spikellm.model.attention import attending, attentions
 from spikellm.model.blocks import Block, enter, walk
 from spikellm.model.sites import DOWN, HEAD, decoder_layers, sites
 
@@ -142,21 +142,8 @@ def attach_prefix(model: PreTrainedModel, tokens: list[int]) -> None:
         return
     ids = torch.tensor([tokens], device=model.device)
     positions = torch.arange(-len(tokens), 0, device=model.device)[None]
-    with _unrotated(model):
+    with attending(model, rotation=None):  # the cache then holds keys as RoPE leaves them; scores are the same
         # as a tuple: transformers 5.24 renamed the output's field
         _, cache = model.base_model(ids, position_ids=positions, use_cache=True, return_dict=False)
     for attention, entry in zip(attentions(model), cache.layers, strict=True):
         attention.set_prefix(entry.keys[0], entry.values[0])
-
-
-@contextmanager
-def _unrotated(model: PreTrainedModel) -> Iterator[None]:
-    """Within: no R3, so that the cache holds keys as RoPE leaves them; scores are the same."""
-    rotations = [attention.rotation for attention in attentions(model)]
-    try:
-        for attention in attentions(model):
-            attention.rotation = None
-        yield
-    finally:
-        for attention, rotation in zip(attentions(model), rotations, strict=True):
-            attention.rotation = rotation

@@ -32,6 +32,9 @@ class Stored(Mapping[str, Tensor]):
         with safe_open(self.files[name], "pt") as tensors:
             return tensors.get_tensor(name)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.files  # a mapping's own would map the tensor
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.files)
 

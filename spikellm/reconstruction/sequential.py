@@ -19,7 +19,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from spikellm.calibration.calibrate import QUERY_BLOCK, calibrate_block, enough_pieces, query_blocks
+from spikellm.calibration.calibrate import QUERY_BLOCK, calibrate_block, enough_pieces
+from spikellm.model.attention import attending
 from spikellm.model.blocks import Block, enter
 from spikellm.model.conversion import place
 from spikellm.reconstruction.amplitudes import choose_amplitudes
@@ -45,7 +46,7 @@ def fit_sequentially(model: PreTrainedModel, windows: Int[Tensor, "W L"], option
         ValueError: too little text for all parts, or a site saw NaN or infinite activations.
     """
     fits: Fits = {}
-    with query_blocks(model, QUERY_BLOCK):
+    with attending(model, query_block=QUERY_BLOCK):
         states, blocks = enter(model, enough_pieces(windows))
         for block in tqdm(blocks, desc="sequential", unit="block", disable=None):
             fits |= keep(block_name(block), partial(fit_block, model, block, states, options))
