@@ -26,7 +26,7 @@ from spikellm.config.model import HardwareConfig, ModelConfig
 from spikellm.config.snn import RotationConfig
 from spikellm.kernels.hadamard import HAS_CUDA_KERNEL
 from spikellm.model import conversion
-from spikellm.model.load import is_offloaded, load_model, load_offloaded, load_spiking
+from spikellm.model.load import load_model, load_offloaded, load_spiking, stays_on_disk
 from spikellm.model.offload import Keep, change_layers, rotate
 from spikellm.model.prefix import attach_prefix
 from spikellm.model.replaced import ReplacedWeights, WeightChange
@@ -65,7 +65,7 @@ class Networks:
     @cached_property
     def offloaded(self) -> bool:
         """Whether decoder layers stay on disk."""
-        return self.keeping is not None and is_offloaded(self.model, self.hardware)
+        return self.keeping is not None and stays_on_disk(self.model, self.hardware)
 
     def transparent(self, prefix_tokens: list[int], change: WeightChange | None = None) -> PreTrainedModel:
         """The converted model with empty slots and the prefix of `prefix_tokens`, its weights as they are or as a `change` has them.

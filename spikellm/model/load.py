@@ -94,7 +94,7 @@ def load_offloaded(config: ModelConfig, hardware: HardwareConfig, keep: Keep) ->
     return model.eval().requires_grad_(False)
 
 
-def is_offloaded(config: ModelConfig, hardware: HardwareConfig) -> bool:
+def stays_on_disk(config: ModelConfig, hardware: HardwareConfig) -> bool:
     """Whether a model's layers stay on disk: as `hardware.offload` says, or where its weights do not fit into the memory that is free."""
     if hardware.offload is not None or config.source is ModelSource.gguf or hardware.device is Device.auto:
         return bool(hardware.offload)

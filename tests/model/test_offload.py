@@ -15,7 +15,7 @@ from spikellm.evaluation.perplexity import perplexity
 from spikellm.execution.stepped import stepped
 from spikellm.model import conversion, offload
 from spikellm.model.blocks import enter
-from spikellm.model.load import is_offloaded, load_model, load_offloaded
+from spikellm.model.load import load_model, load_offloaded, stays_on_disk
 from spikellm.model.prefix import attach_prefix
 from spikellm.model.rotation import PARTS
 from tests.codes import partitioned_tables
@@ -135,12 +135,12 @@ def test_pickled_checkpoints_are_rewritten_once(windows, tmp_path):
     assert not computed
 
 
-def test_what_does_not_fit_is_offloaded_by_itself(tmp_path):
+def test_what_does_not_fit_stays_on_disk_by_itself(tmp_path):
     config = saved("llama", tmp_path)
-    assert not is_offloaded(config, CPU)
-    assert is_offloaded(config, HardwareConfig(device=Device.cpu, max_memory_gib=1e-3))
-    assert not is_offloaded(config, HardwareConfig(device=Device.cpu, max_memory_gib=1e-3, offload=False))
-    assert is_offloaded(config, HardwareConfig(device=Device.cpu, offload=True))
+    assert not stays_on_disk(config, CPU)
+    assert stays_on_disk(config, HardwareConfig(device=Device.cpu, max_memory_gib=1e-3))
+    assert not stays_on_disk(config, HardwareConfig(device=Device.cpu, max_memory_gib=1e-3, offload=False))
+    assert stays_on_disk(config, HardwareConfig(device=Device.cpu, offload=True))
 
 
 def test_damaged_checkpoints_are_refused_by_name(tmp_path):
