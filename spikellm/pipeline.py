@@ -57,8 +57,9 @@ from spikellm.model.attention import SpikingAttention
 from spikellm.model.conversion import clear, fill, prepare
 from spikellm.model.intake import not_finite
 from spikellm.model.integers import check_groups, round_model
-from spikellm.model.prefix import attach_prefix
+from spikellm.model.prefix import attach_prefix, why_no_prefix
 from spikellm.model.replaced import replace_weights
+from spikellm.model.rotation import orders
 from spikellm.model.sites import LAYERS, LINEARS, check_architecture, decoder_layers
 from spikellm.reconstruction.compensation import compensate_spiking
 from spikellm.reconstruction.rounding import round_spiking
@@ -69,10 +70,8 @@ from spikellm.report.card import model_card, write_card
 from spikellm.search.fit import CodeFit
 from spikellm.search.methods import find_codes, search_summary
 from spikellm.search.options import Options
-from spikellm.store.artifacts import artifact_key
 from spikellm.store.provenance import versions
-from spikellm.store.record import RotationRecord
-from spikellm.store.saved import Provenance, conversion_options
+from spikellm.store.saved import Provenance, conversion_options, rotation_record
 from spikellm.store.sources import fingerprint
 
 Choice = TypeVar("Choice", bound=Enum)
@@ -220,6 +219,8 @@ def convert(
     check_tuning(tuning, options.snn.coding, weights)
     check_compensation(compensation, weights)
     _check_model(model)
+    if prefix and (reason := why_no_prefix(model.config)):
+        raise InputError(f"prefix=True with {reason}; take prefix=False")
     if weights.bits is not None:
         try:
             check_groups(model.config, weight_group)
@@ -274,8 +275,7 @@ def _provenance(
 ) -> Provenance:
     """What is known of a model that was given: its name, and the commit where it came from the hub."""
     path, revision, rotation = str(model.config.name_or_path or ""), getattr(model.config, "_commit_hash", None), nodes["rotation"]
-    name, parts = Path(path).name or type(model).__name__, [str(part) for part in rotation.acting]
-    rotated = {"kind": rotation.kind.value, "seed": rotation.seed, "parts": parts}
+    name = Path(path).name or type(model).__name__
     return Provenance(
         model=name,
         path=name if Path(path).is_dir() else path or name,
@@ -283,7 +283,7 @@ def _provenance(
         calibration=fingerprint(windows.tolist()),
         prefix_tokens=prefix_tokens,
         options=conversion_options(nodes, seed),
-        rotation=RotationRecord(hash=artifact_key(rotated | {"model": path, "commit": revision}), **rotated),
+        rotation=rotation_record(rotation, orders(model.config, rotation.acting), {"model": path, "commit": revision}),
         search=search_summary(fits),
         relative_error={name: fit.relative_error for name, fit in fits.items()},
         versions=versions(),

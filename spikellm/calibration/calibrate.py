@@ -32,7 +32,7 @@ from spikellm.config.snn import PrefixConfig
 from spikellm.model.attention import attending, attentions
 from spikellm.model.blocks import Block, enter
 from spikellm.model.conversion import get_neuron, set_neuron, site_groups
-from spikellm.model.prefix import attach_prefix, find_prefix_tokens, keep_what_helps
+from spikellm.model.prefix import attach_prefix, find_prefix_tokens, keep_what_helps, why_no_prefix
 from spikellm.model.sites import (
     ACTIVATION,
     DOWN,
@@ -94,7 +94,8 @@ def calibrate(
     neurons that are to come, see `conversion.fill`.
 
     Raises:
-        ValueError: too little text for all parts, or a site saw NaN or infinite activations.
+        ValueError: too little text for all parts, a prefix is asked for that the model cannot have, or a site saw NaN or infinite
+            activations.
     """
     pieces = enough_pieces(windows)
     with attending(model, query_block=QUERY_BLOCK):
@@ -141,6 +142,8 @@ def enough_pieces(windows: Int[Tensor, "W L"], *, option: str = "dataset.calibra
 
 
 def _prefix_tokens(model: PreTrainedModel, text: Int[Tensor, "W L"], prefix: PrefixConfig) -> list[int]:
+    if reason := why_no_prefix(model.config):  # before the search for it
+        raise ValueError(f"{reason}; take prefix.enabled=false")
     bos, starts = model.config.bos_token_id, text[:, :PREFIX_LENGTH]
     tokens = find_prefix_tokens(model, starts, eta=prefix.eta, max_tokens=prefix.max_tokens, bos=bos)
     tokens = keep_what_helps(model, starts, tokens, eta=prefix.eta, text=text)

@@ -30,6 +30,7 @@ from spikellm.model.load import load_model, load_offloaded, load_spiking, stays_
 from spikellm.model.offload import Keep, change_layers, rotate
 from spikellm.model.prefix import attach_prefix
 from spikellm.model.replaced import ReplacedWeights, WeightChange
+from spikellm.model.rotation import orders
 from spikellm.store.provenance import Code
 
 log = logging.getLogger(__name__)
@@ -119,10 +120,11 @@ class Networks:
             else:
                 conversion.prepare(model, rotation_seed=seed, parts=parts, normalise_after=after, query_block=self.hardware.query_block)
         except ValueError as error:
-            cure = "parts of this width can be left out of rotation.parts"
-            raise InputError(f"rotation.kind={kind.value} with model={self.model.name}: {error}; {cure}") from error
+            raise InputError(f"model={self.model.name}, model.path={self.model.path}: {error}") from error
         if seed is not None:
-            log.info("rotation: online transforms by %s", "fast-hadamard-transform" if HAS_CUDA_KERNEL else "matrix products")
+            taken = ", ".join(f"{part} {' + '.join(map(str, found))}" for part, found in orders(model.config, parts).items())
+            way = "fast-hadamard-transform" if HAS_CUDA_KERNEL else "matrix products"
+            log.info("rotation: Hadamard matrices of order %s; online transforms by %s", taken or "none", way)
         return model
 
 

@@ -14,12 +14,18 @@ Constructions, for n = K * 2^k with K the smallest order that one of them reache
 The transform never forms H_n: with n = P * R and H_n = H_P (x) H_R it is two matrix products on a [.., P, R] view,
 n (P + R) multiply-adds a row instead of n^2. Factors hold the signs alone, which every dtype represents exactly, and the scale
 multiplies the float32 sum: 1 / sqrt(n) rounded to bfloat16 is off by up to 0.4 %, and would scale what every layer writes.
+
+Where none of them reaches n (head width 100 of OpenLLaMA-3B, odd MLP widths) two transforms of order b = 2^k > n / 2 act, one on the first
+b channels and then one on the last b: orthogonal, fast, without a dense factor, and no channel meets fewer than b. Between the two stand
+signs, a quadratic character: without them the second transform undoes much of the first, and the closed form is the same in every saved
+model. What else was measured: `experiments/rotations`.
 """
 
 from functools import cache
 from importlib.util import find_spec
-from itertools import product
+from itertools import count, product
 from math import isqrt
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -30,6 +36,14 @@ HAS_CUDA_KERNEL = find_spec("fast_hadamard_transform") is not None
 
 # Up to this width (head widths: 64, 128) one dense product is faster on CPU than two products of tiny factors.
 DENSE = 128
+
+
+class Factors(NamedTuple):
+    """What a transform of width n is made of: H_P and H_R, entries +-1, and signs where P R is not n."""
+
+    left: Float[Tensor, "P P"]
+    right: Float[Tensor, "R R"]
+    signs: Float[Tensor, " PR"] | None  # between two overlapping transforms of order P R; None: one of order n
 
 
 @cache
@@ -83,21 +97,42 @@ def split(n: int) -> tuple[int, int]:
         except ValueError:
             continue
         return left, right
-    raise ValueError(f"no Hadamard matrix of order {n}: use rotation.kind=none for a model of this width")
+    raise ValueError(f"no Hadamard matrix of order {n}: Sylvester, Paley and Williamson constructions do not reach it")
 
 
-def hadamard_factors(
-    n: int, *, dtype: torch.dtype, device: torch.device | str | None = None
-) -> tuple[Float[Tensor, "P P"], Float[Tensor, "R R"]]:
-    """H_P and H_R, entries +-1, whose Kronecker product is H_n."""
-    left, right = (hadamard_matrix(size).to(device=device, dtype=dtype) for size in split(n))
-    return left, right
+@cache
+def order(n: int) -> int:
+    """Of the Hadamard matrix that transforms vectors of width n >= 1: n where one is constructed, else the largest power of two below."""
+    try:
+        split(n)
+    except ValueError:
+        return 1 << (n.bit_length() - 1)
+    return n
 
 
-def hadamard_transform(x: Float[Tensor, "*rows n"], factors: tuple[Float[Tensor, "P P"], Float[Tensor, "R R"]]) -> Float[Tensor, "*rows n"]:
-    """x H_n / sqrt(n) along the last axis, in float32 at least; `factors` from `hadamard_factors`, of any dtype, on x's device."""
+def hadamard_factors(n: int, *, dtype: torch.dtype, device: torch.device | str | None = None) -> Factors:
+    """What `hadamard_transform` multiplies vectors of width n with."""
+    size = order(n)
+    left, right = (hadamard_matrix(each).to(device=device, dtype=dtype) for each in split(size))
+    return Factors(left, right, None if size == n else _scrambling_signs(size).to(device=device, dtype=dtype))
+
+
+def hadamard_transform(x: Float[Tensor, "*rows n"], factors: Factors) -> Float[Tensor, "*rows n"]:
+    """x Q along the last axis, in float32 at least; `factors` from `hadamard_factors`, of any dtype, on x's device.
+
+    Q = H_n / sqrt(n), or the two overlapping transforms of the module's text.
+    """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    left, right = (factor.to(x.dtype) for factor in factors)
+    left, right = (factor.to(x.dtype) for factor in factors[:2])
+    if factors.signs is None:
+        return _whole(x, left, right)
+    size = len(factors.signs)
+    x = torch.cat([_whole(x[..., :size], left, right), x[..., size:]], -1)
+    passed, last = x.split([x.shape[-1] - size, size], -1)
+    return torch.cat([passed, _whole(last * factors.signs.to(x.dtype), left, right)], -1)
+
+
+def _whole(x: Float[Tensor, "*rows PR"], left: Float[Tensor, "P P"], right: Float[Tensor, "R R"]) -> Float[Tensor, "*rows PR"]:
     p, r = left.shape[0], right.shape[0]
     if p == 1:
         return _rows_times(x, right, r**-0.5)
@@ -114,17 +149,28 @@ def _rows_times(x: Float[Tensor, "*rows R"], signs: Float[Tensor, "R R"], scale:
     return (x @ signs).mul_(scale)
 
 
+def _scrambling_signs(n: int) -> Float[Tensor, " n"]:
+    """chi(1) .. chi(n) of the smallest prime above n: signs that no Walsh function resembles (float64, CPU)."""
+    with torch.device("cpu"):
+        return _quadratic_character(next(q for q in count(n + 1) if _is_prime(q)))[1 : n + 1]
+
+
 def _is_prime(q: int) -> bool:
     return q > 1 and all(q % p for p in range(2, isqrt(q) + 1))
 
 
-def _jacobsthal(q: int) -> Float[Tensor, "q q"]:
-    """Q[i, j] = chi(i - j), the quadratic character of Z_q."""
+def _quadratic_character(q: int) -> Float[Tensor, " q"]:
+    """chi(0) .. chi(q - 1) for a prime q: 1 at squares, -1 at other numbers, 0 at 0."""
     chi = torch.full((q,), -1.0, dtype=torch.float64)
     chi[[(x * x) % q for x in range(1, q)]] = 1.0
     chi[0] = 0.0
+    return chi
+
+
+def _jacobsthal(q: int) -> Float[Tensor, "q q"]:
+    """Q[i, j] = chi(i - j)."""
     index = torch.arange(q)
-    return chi[(index[:, None] - index[None, :]) % q]
+    return _quadratic_character(q)[(index[:, None] - index[None, :]) % q]
 
 
 def _bordered(q: int, corner: float, column: float) -> Float[Tensor, "n n"]:

@@ -72,7 +72,7 @@ def prepare(
         normalise_after, query_block: as for `install`.
 
     Raises:
-        ValueError: unsupported architecture, or a width of the model has no Hadamard matrix; the model is as it was.
+        ValueError: unsupported architecture; the model is as it was.
     """
     check_architecture(model)
     if rotation_seed is not None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear as matrix_product
 
 from spikellm.coding.neuron import Slot
-from spikellm.kernels.hadamard import hadamard_factors, hadamard_transform, split
+from spikellm.kernels.hadamard import Factors, hadamard_factors, hadamard_transform, order, split
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -112,28 +112,38 @@ class SpikingActivation(nn.Module):
 
 
 class OnlineHadamard(nn.Module):
-    """x -> x H / sqrt(n) along the last axis: R3 and R4. Signs alone are stored, which no cast to another dtype changes."""
+    """`hadamard_transform` along the last axis: R3 and R4. Signs alone are stored, which no cast to another dtype changes."""
 
     left: Tensor
     right: Tensor
+    signs: Tensor | None
 
     def __init__(self, width: int, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.width = width
-        for name, size in zip(("left", "right"), split(width), strict=True):
+        size = order(width)
+        shapes = dict(zip(("left", "right"), ((each, each) for each in split(size)), strict=True)) | {"signs": (size,)}
+        for name, shape in shapes.items():
+            absent = name == "signs" and size == width
             # not in the state dict: the width determines them
-            self.register_buffer(name, torch.empty(size, size, dtype=dtype, device=device), persistent=False)
+            self.register_buffer(name, None if absent else torch.empty(shape, dtype=dtype, device=device), persistent=False)
         self.reset()
+
+    @property
+    def factors(self) -> Factors:
+        """What the transform multiplies with."""
+        return Factors(self.left, self.right, self.signs)
 
     def reset(self) -> None:
         """Fill the factors (again: they are not in checkpoints)."""
         if not self.left.is_meta:
-            for buffer, factor in zip((self.left, self.right), hadamard_factors(self.width, dtype=torch.float64), strict=True):
-                buffer.copy_(factor)
+            for buffer, factor in zip(self.factors, hadamard_factors(self.width, dtype=torch.float64), strict=True):
+                if buffer is not None and factor is not None:
+                    buffer.copy_(factor)
 
     def forward(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
-        """x H / sqrt(n)."""
-        return hadamard_transform(x, (self.left, self.right))
+        """x Q, with Q = H / sqrt(n) where there is such a matrix."""
+        return hadamard_transform(x, self.factors)
 
 
 class SpikingLinear(WideLinear):

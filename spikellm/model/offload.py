@@ -151,7 +151,7 @@ def rotate(model: PreTrainedModel, *, seed: int, parts: Collection[RotationPart]
         keep: where rotated layers are kept; of a run that was stopped those are there.
 
     Raises:
-        ValueError: a width has no Hadamard matrix; a weight is NaN or infinite.
+        ValueError: a weight is NaN or infinite.
     """
     signs = begin(model, seed=seed, parts=parts)
     for index, layer in enumerate(tqdm(decoder_layers(model), desc="rotate", unit="layer", disable=None)):

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import ceil
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -119,6 +120,14 @@ def _peaks(block: Block) -> Iterator[list[Tensor]]:
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
+def why_no_prefix(config: Any) -> str | None:
+    """What keeps a model of this configuration from having a prefix; None: nothing."""
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
+    if rope not in LENGTH_DEPENDENT_ROPE:
+        return None
+    return f"rope_parameters.rope_type={rope!r}: RoPE turns keys by the length of the sequence, and a prefix has none"
+
+
 @torch.no_grad()
 def attach_prefix(model: PreTrainedModel, tokens: list[int]) -> None:
     """Compute keys and values of `tokens` and put them before every sequence.
@@ -133,9 +142,8 @@ def attach_prefix(model: PreTrainedModel, tokens: list[int]) -> None:
         owner, attribute = site.slot
         if not getattr(model.get_submodule(owner), attribute).transparent:
             raise ValueError(f"a prefix is computed without neurons, and there is one at {site.name}: clear the model first")
-    rope = (getattr(model.config, "rope_parameters", None) or {}).get("rope_type")
-    if tokens and rope in LENGTH_DEPENDENT_ROPE:
-        raise ValueError(f"RoPE of type {rope!r} turns keys by the length of the sequence, a prefix has none; take prefix.enabled=false")
+    if tokens and why_no_prefix(model.config):
+        raise ValueError(f"{why_no_prefix(model.config)}; take prefix.enabled=false")
     for attention in attentions(model):
         attention.clear_prefix()
     if not tokens:

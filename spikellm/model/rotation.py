@@ -7,7 +7,8 @@ Each RMSNorm weight is folded into the Linears that it feeds (an RMSNorm without
 * R3  online H on q and k after RoPE (`attention.py`);
 * R4  online H before down_proj (`modules.py`), its inverse in the weight here.
 
-Each can be left out (`rotation.parts`). Norms are folded even without R1, which alone needs it: with and without a part, everything
+H is the Hadamard transform of the width, or where no matrix of that order is constructed two overlapping ones (`kernels/hadamard.py`).
+Each part can be left out (`rotation.parts`). Norms are folded even without R1, which alone needs it: with and without a part, everything
 else is alike.
 
 Sources: QuaRot (Ashkboos et al. 2024), SpinQuant (Liu et al., arXiv:2405.16406). Unlike QuaRot's code the embedding's mean is
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from spikellm.config.choices import RotationPart
-from spikellm.kernels.hadamard import hadamard_factors, hadamard_transform, split
+from spikellm.kernels.hadamard import hadamard_factors, hadamard_transform, order
 from spikellm.model.sites import (
     ATTENTION_NORM,
     DOWN,
@@ -58,9 +59,6 @@ def rotate(model: PreTrainedModel, *, seed: int, parts: Collection[RotationPart]
     Args:
         seed: of R1's signs.
         parts: those that are applied.
-
-    Raises:
-        ValueError: a width that a part transforms has no Hadamard matrix.
     """
     signs = begin(model, seed=seed, parts=parts)
     for layer in decoder_layers(model):
@@ -69,19 +67,22 @@ def rotate(model: PreTrainedModel, *, seed: int, parts: Collection[RotationPart]
 
 @torch.no_grad()
 def begin(model: PreTrainedModel, *, seed: int, parts: Collection[RotationPart]) -> Float[Tensor, " D"] | None:
-    """The ends of a model rotated; what `rotate_block` needs for each layer then. Arguments and errors as in `rotate`.
+    """The ends of a model rotated; what `rotate_block` needs for each layer then. Arguments as in `rotate`.
 
     Returns:
         R1's signs; None: without it.
     """
-    head = head_width(model.config)
-    widths = {R1: model.config.hidden_size, R2: head, R3: head, R4: model.config.intermediate_size}
-    for part in parts:
-        split(widths[part])  # refuses before anything is changed
     untie(model)
     signs = random_signs(model.config.hidden_size, seed=seed) if R1 in parts else None
     rotate_ends(model, signs)
     return signs
+
+
+def orders(config: Any, parts: Collection[RotationPart]) -> dict[str, list[int]]:
+    """Orders of the Hadamard matrices of each part, for a model of this configuration: one of the part's width, or two that overlap."""
+    head = head_width(config)
+    widths = {R1: config.hidden_size, R2: head, R3: head, R4: config.intermediate_size}
+    return {str(part): [order(widths[part])] * (1 + (order(widths[part]) < widths[part])) for part in parts}
 
 
 @torch.no_grad()

@@ -14,6 +14,8 @@ from spikellm.config.choices import Amplitude
 from spikellm.config.labels import SiteKind
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+# Of these, those whose layers may differ in their windows (layer_types); all of Mistral's layers have the same one.
+MIXED_WINDOWS = ("qwen2", "qwen3")
 # After an architecture: the model type of a saved spiking model. transformers repeats it to who opens one without this package.
 SPIKING_TYPE = ", spiking: pip install spikellm, import spikellm"
 
@@ -131,13 +133,27 @@ def check_architecture(model: nn.Module) -> None:
     """Refuse a model that this vocabulary does not fit.
 
     Raises:
-        ValueError: unsupported model type, or a module of the vocabulary is missing.
+        ValueError: unsupported model type, windows of attention that it does not have, or a module of the vocabulary is missing.
     """
     kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__).removesuffix(SPIKING_TYPE)
     if kind not in ARCHITECTURES:
         raise ValueError(f"architecture {kind!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
+    _check_windows(kind, getattr(model, "config", None))
     modules = dict(model.named_modules())
     wanted = [EMBEDDING, FINAL_NORM, HEAD, *(f"{LAYERS}.0.{part}" for part in LAYER_PARTS)]
     missing = [name for name in wanted if name not in modules]
     if missing:
         raise ValueError(f"architecture {kind!r} lacks the modules {', '.join(missing)}")
+
+
+def _check_windows(kind: str, config: Any) -> None:
+    """Refuse windows of attention of which an architecture's masks know nothing, while transformers' caches follow them."""
+    window, types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    if kind in MIXED_WINDOWS:
+        known = {"full_attention", "sliding_attention"}
+    else:
+        known = {"sliding_attention" if kind == "mistral" and window is not None else "full_attention"}
+    if types is not None and not set(types) <= known:
+        raise ValueError(f"config.json, layer_types={types}: {kind} attends by {' and '.join(sorted(known))} alone; take it out")
+    if kind == "llama" and window is not None:
+        raise ValueError(f"config.json, sliding_window={window}: llama has no windows; take it out, or model_type: mistral, which has")

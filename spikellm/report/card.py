@@ -14,7 +14,7 @@ from spikellm.config.checks import InputError
 from spikellm.config.labels import NETWORKS
 from spikellm.report.results import RESULTS, extent
 from spikellm.store.artifacts import write_json, write_text
-from spikellm.store.record import AccuracyRecord, EnergyRecord, PerplexityRecord, Results, SpikesRecord
+from spikellm.store.record import AccuracyRecord, EnergyRecord, PerplexityRecord, Results, RotationRecord, SpikesRecord
 from spikellm.store.saved import CARD, Provenance, is_saved, provenance_of
 
 MODEL = "model"  # of a run's folder
@@ -179,13 +179,18 @@ def _energy(found: EnergyRecord | None) -> list[tuple[str, str]]:
     return [(f"energy a token, {name}, table {found.table} [uJ]", f"{value / 1e6:.4g}") for name, value in networks.items()]
 
 
+def _rotation(made: RotationRecord) -> str:
+    matrices = "; ".join(f"{part}: {' + '.join(map(str, orders))}" for part, orders in (made.orders or {}).items())
+    return f"{made.kind}, seed {made.seed}, hash {made.hash}{f', orders {matrices}' if matrices else ''}"
+
+
 def _facts(made: Provenance, results: Results | None) -> list[tuple[str, str]]:
     search, versions = made.search, ", ".join(f"{name} {version}" for name, version in made.versions.items())
     facts: dict[str, Any] = {
         "pretrained model": f"{made.path}{f', commit {made.revision}' if made.revision else ''}",
         "fingerprint of its files": made.source,
         "fingerprint of the calibration text": made.calibration,
-        "rotation": made.rotation and f"{made.rotation.kind}, seed {made.rotation.seed}, hash {made.rotation.hash}",
+        "rotation": made.rotation and _rotation(made.rotation),
         "relative error of the codes": search and f"{search.relative_mse:.3g} (base 2: {search.relative_mse_base2:.3g})",
         "weights": made.weights and f"{made.weights.bits} bits ({made.weights.rounding})",
         "tuned": made.tune and f"{made.tune.what}, {made.tune.epochs} passes",

@@ -21,6 +21,9 @@ def console_table(results: Results, folder: Path) -> str:
     if results.weights is not None:
         code += f"  weights.bits={results.weights.bits}"
     lines = [code]
+    if results.rotation is not None and (smaller := results.rotation.overlapping):
+        matrices = ", ".join(f"{part} two overlapping of order {order}" for part, order in smaller.items())
+        lines.append(f"  rotation, Hadamard matrices where none of the width is known: {matrices}")
     if search := results.search:
         lines.append(
             f"  relative error  base 2 {search.relative_mse_base2:.3g}   fitted {search.relative_mse:.3g}"

@@ -18,6 +18,7 @@ from spikellm.config.generate import GenerateConfig
 from spikellm.config.snn import CompensateConfig, PrefixConfig, RotationConfig, SearchConfig, TuneConfig, WeightsConfig
 from spikellm.model import integers
 from spikellm.model.load import model_config
+from spikellm.model.rotation import orders
 from spikellm.reconstruction.sequential import fit_sequentially
 from spikellm.reconstruction.streams import Keep
 from spikellm.run.stage import KeyedStage, StageOutcome
@@ -28,16 +29,19 @@ from spikellm.search.options import Options
 from spikellm.search.published import configured_neurons, file_hash
 from spikellm.store.artifacts import read_json, write_json
 from spikellm.store.provenance import Code
-from spikellm.store.record import Findings, SearchRecord
+from spikellm.store.record import Findings, RotationRecord, SearchRecord
+from spikellm.store.saved import rotation_record
 
 log = logging.getLogger(__name__)
+
+ROTATION = "rotation.json"
 
 
 class Calibrate(KeyedStage):
     """Statistics of every site, prefix tokens."""
 
     name = "calibrate"
-    code = Code(2, ("evaluation.networks", "calibration.calibrate", "evaluation.texts"))
+    code = Code(3, ("evaluation.networks", "calibration.calibrate", "evaluation.texts"))
 
     def inputs(self, work: Workspace) -> dict[str, object]:
         """Code, model, rotation, prefix options and text."""
@@ -68,6 +72,11 @@ class Calibrate(KeyedStage):
         except ValueError as error:
             raise InputError(f"calibrate with model={config.model.name}, dataset={config.dataset.name}: {error}") from error
         found.save(folder)
+        write_json(folder / ROTATION, orders(model.config, config.rotation.acting))
+
+    def rotation(self, work: Workspace) -> RotationRecord:
+        """Which rotation, by which matrices: without the model, whose configuration can take seconds to read."""
+        return rotation_record(work.config.rotation, read_json(self.artefact(work).folder / ROTATION), {"model": work.model_source})
 
     def found(self, work: Workspace) -> Calibration:
         """Statistics and prefix tokens."""
@@ -77,7 +86,7 @@ class Calibrate(KeyedStage):
         """Prefix tokens and rotation, for results.json."""
         artefact = self.artefact(work)
         found = Calibration.load(artefact.folder)
-        findings = Findings(sites=len(found.statistics), prefix_tokens=found.prefix_tokens, rotation=work.rotation_record)
+        findings = Findings(sites=len(found.statistics), prefix_tokens=found.prefix_tokens, rotation=self.rotation(work))
         return StageOutcome(artefacts=[artefact], findings=findings)
 
 

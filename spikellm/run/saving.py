@@ -28,7 +28,7 @@ def provenance(work: Workspace, fits: dict[str, CodeFit], findings: Findings) ->
         calibration=fingerprint(work.calibration_source),
         prefix_tokens=CALIBRATE.found(work).prefix_tokens,
         options=conversion_options({name: getattr(config, name) for name in CONVERTING}, config.seed),
-        rotation=work.rotation_record,
+        rotation=CALIBRATE.rotation(work),
         search=SEARCH.run(work).findings.search,
         relative_error={name: fit.relative_error for name, fit in fits.items()},
         tune=findings.tune,

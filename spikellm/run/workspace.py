@@ -15,8 +15,7 @@ from spikellm.evaluation.networks import Networks, SavedNetworks
 from spikellm.model.load import load_tokenizer, pinned, vocabulary
 from spikellm.model.offload import Keep
 from spikellm.search.options import Options
-from spikellm.store.artifacts import ArtifactStore, artifact_key
-from spikellm.store.record import RotationRecord
+from spikellm.store.artifacts import ArtifactStore
 from spikellm.store.saved import Provenance, provenance_of
 from spikellm.store.sources import model_source, text_source
 
@@ -108,11 +107,3 @@ class Workspace:
     def evaluation_source(self) -> dict[str, object]:
         """Fingerprint of the main evaluation text."""
         return text_source(self.config.dataset.evaluation, self.store.digests)
-
-    @property
-    def rotation_record(self) -> RotationRecord:
-        """`rotation` of results.json: kind, seed, parts, and a hash of these with the model."""
-        rotation = self.config.rotation
-        kind, seed, parts = rotation.kind.value, rotation.seed, list(rotation.acting)
-        found = artifact_key({"kind": kind, "seed": seed, "parts": parts, "model": self.model_source})
-        return RotationRecord(kind=kind, seed=seed, parts=[str(part) for part in parts], hash=found)

@@ -28,6 +28,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from spikellm.config.choices import RotationPart
+from spikellm.kernels.hadamard import order
 from spikellm.model.sites import SiteKind
 
 HOROWITZ = "Horowitz, ISSCC 2014, 45 nm"
@@ -143,15 +144,18 @@ def softmax_quotients(shape: DecoderShape, *, tokens: int, pairs: int, after: bo
     return Operation(name="softmax quotient", mac=pairs * shape.H, ac=pairs * shape.H)
 
 
-def fast_hadamard_additions(width: int) -> int:
+def fast_hadamard_additions(width: int) -> float:
     """Additions of one element of an online transform of `width` = odd part x 2^k: k butterflies, and the odd part times 4 densely.
 
     Hadamard matrices of orders that are no power of two exist from 4 on (12, 20, 28, ..), so that an odd part above 1 takes two
-    of the factors of two with it.
+    of the factors of two with it. Where none of the width is constructed two of a smaller order act (`kernels/hadamard.py`).
     """
+    size = order(width)
+    if size < width:
+        return 2 * size / width * fast_hadamard_additions(size)
     power = (width & -width).bit_length() - 1
     odd = width >> power
-    return power if odd == 1 else 4 * odd + power - 2
+    return float(power if odd == 1 else 4 * odd + power - 2)
 
 
 def linear_products(shape: DecoderShape) -> dict[str, tuple[int, int]]:
@@ -195,7 +199,7 @@ def online_rotations(shape: DecoderShape, *, tokens: int, rotated: Collection[Ro
         return []
     # additions alone, counted as dearly as MACs: what stays dense must not look cheap
     vectors = {RotationPart.R3: (shape.H + shape.K, shape.E), RotationPart.R4: (1, shape.F)}  # how many a token, how long
-    additions = sum(number * width * fast_hadamard_additions(width) for number, width in (vectors[part] for part in rotated))
+    additions = round(sum(number * width * fast_hadamard_additions(width) for number, width in (vectors[part] for part in rotated)))
     return [Operation(name=f"online Hadamard {', '.join(rotated)}", mac=tokens * shape.layers * additions)]
 
 

@@ -84,7 +84,13 @@ class RotationRecord(Record):
     kind: str
     seed: int
     parts: list[str] | None = None  # that act
+    orders: dict[str, list[int]] | None = None  # of a part's Hadamard matrices: one of its width, or two that overlap
     hash: str
+
+    @property
+    def overlapping(self) -> dict[str, int]:
+        """Parts whose width no constructed Hadamard matrix has, and the order of the two that act there."""
+        return {part: orders[0] for part, orders in (self.orders or {}).items() if len(orders) > 1}
 
 
 @dataclass(frozen=True, kw_only=True)

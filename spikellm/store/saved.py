@@ -16,7 +16,8 @@ from typing import Any
 
 from spikellm.config.boundary import blamed_on
 from spikellm.config.checks import InputError
-from spikellm.store.artifacts import file_digest, intact_json, write_json
+from spikellm.config.snn import RotationConfig
+from spikellm.store.artifacts import artifact_key, file_digest, intact_json, write_json
 from spikellm.store.record import CompensateRecord, Record, RotationRecord, SearchRecord, TuneRecord, WeightsRecord
 
 METHOD = "spikellm"  # quant_method in config.json
@@ -62,6 +63,18 @@ def conversion_options(nodes: Mapping[str, Any], seed: int) -> dict[str, object]
     """`Provenance.options` of the nodes of `CONVERTING`."""
     found = {f"{name}.{key}": _plain(value) for name in CONVERTING for key, value in asdict(nodes[name]).items()}
     return {key: value for key, value in found.items() if key not in RUNNING} | {"seed": seed}
+
+
+def rotation_record(rotation: RotationConfig, orders: Mapping[str, list[int]], model: Mapping[str, object]) -> RotationRecord:
+    """Which rotation, for results.json and `Provenance`; the hash is of it and of what `model` says of the pretrained model.
+
+    Args:
+        orders: of each acting part's Hadamard matrices (`model.rotation.orders`).
+    """
+    known: dict[str, Any] = {"kind": rotation.kind.value, "seed": rotation.seed, "parts": [str(part) for part in rotation.acting]}
+    smaller = {part: found for part, found in orders.items() if len(found) > 1}  # what a plain Hadamard matrix is, the width says
+    found = artifact_key(known | dict(model) | ({"orders": smaller} if smaller else {}))
+    return RotationRecord(**known, orders=dict(orders), hash=found)
 
 
 def _plain(value: Any) -> Any:

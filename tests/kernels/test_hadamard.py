@@ -1,10 +1,12 @@
-"""Hadamard matrices and the fast transform, against the definition and against scipy."""
+"""Hadamard matrices and the fast transforms, against the definition and against scipy."""
+
+import math
 
 import pytest
 import torch
 from scipy.linalg import hadamard as scipy_hadamard
 
-from spikellm.kernels.hadamard import hadamard_factors, hadamard_matrix, hadamard_transform, split
+from spikellm.kernels.hadamard import Factors, hadamard_factors, hadamard_matrix, hadamard_transform, order, split
 
 ORDERS = [1, 2, 4, 12, 20, 28, 36, 44, 52, 60, 76, 108, 172]
 # head, hidden and MLP widths of the models in conf/model
@@ -44,7 +46,8 @@ def test_powers_of_two_equal_sylvester_up_to_signs_of_rows(n):
 @pytest.mark.parametrize("n", MODEL_WIDTHS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_factors_of_every_model_width_are_orthogonal_in_every_dtype(n, dtype):
-    left, right = hadamard_factors(n, dtype=dtype)
+    left, right, signs = hadamard_factors(n, dtype=dtype)
+    assert signs is None
     assert left.shape[0] * right.shape[0] == n
     for factor in (left.double(), right.double()):
         assert torch.equal(factor @ factor.T, len(factor) * torch.eye(len(factor), dtype=torch.float64))
@@ -63,9 +66,9 @@ def test_transform_is_the_product_with_the_dense_matrix(n):
 @pytest.mark.parametrize("n", MODEL_WIDTHS)
 def test_the_transposed_factors_undo_the_transform_and_norms_stay(n):
     x = torch.randn(4, n, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
-    left, right = factors = hadamard_factors(n, dtype=torch.float64)
+    left, right, _ = factors = hadamard_factors(n, dtype=torch.float64)
     y = hadamard_transform(x, factors)
-    assert torch.allclose(hadamard_transform(y, (left.T, right.T)), x, rtol=0, atol=1e-11)
+    assert torch.allclose(hadamard_transform(y, Factors(left.T, right.T, None)), x, rtol=0, atol=1e-11)
     assert torch.allclose(y.norm(dim=-1), x.norm(dim=-1), rtol=1e-12)
 
 
@@ -80,3 +83,38 @@ def test_unreachable_orders_are_refused_by_number(n):
 def test_orders_below_one_are_refused(n):
     with pytest.raises(ValueError, match="order"):
         hadamard_matrix(n)
+
+
+# Without a matrix of their order: head width 100 is OpenLLaMA-3B's, 2730 is 8/3 of 1024; width -> order of the two that overlap
+SMALLER = {3: 2, 5: 4, 6: 4, 18: 16, 35: 32, 63: 32, 92: 64, 100: 64, 118: 64, 575: 512, 1535: 1024, 2730: 2048, 3776: 2048}
+
+
+@pytest.mark.parametrize("n", SMALLER)
+def test_without_a_matrix_two_smaller_ones_overlap(n):
+    """Q by hand: a matrix on the first b channels, signs, a matrix on the last b."""
+    b = order(n)
+    assert b == SMALLER[n]
+    left, right, signs = factors = hadamard_factors(n, dtype=torch.float64)
+    dense = torch.kron(left, right) / b**0.5
+    prime = next(q for q in range(b + 1, 2 * b + 2) if all(q % p for p in range(2, q)))
+    euler = [pow(index, (prime - 1) // 2, prime) for index in range(1, b + 1)] if prime > 2 else [1] * b
+    assert signs.tolist() == [1.0 if power == 1 else -1.0 for power in euler]
+    first, last = torch.eye(n, dtype=torch.float64), torch.eye(n, dtype=torch.float64)
+    first[:b, :b], last[n - b :, n - b :] = dense, signs[:, None] * dense
+    x = torch.randn(3, n, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+    y = hadamard_transform(x, factors)
+    assert torch.allclose(y, x @ first @ last, rtol=0, atol=1e-11)
+    assert torch.allclose(y.norm(dim=-1), x.norm(dim=-1), rtol=1e-12)
+    assert torch.allclose(hadamard_transform(x.float(), hadamard_factors(n, dtype=torch.bfloat16)).double(), y, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("n", [n for n in SMALLER if n >= 18])
+def test_overlapping_transforms_leave_no_channel_by_itself(n):
+    """An outlier in any one channel: a Hadamard matrix leaves magnitudes of 1, a rotation at random about sqrt(2 log n)."""
+    spread = hadamard_transform(torch.eye(n, dtype=torch.float64), hadamard_factors(n, dtype=torch.float64)).abs().amax(-1) * n**0.5
+    assert spread.max() <= 1.3 * (2 * math.log(n)) ** 0.5
+
+
+@pytest.mark.parametrize("n", MODEL_WIDTHS)
+def test_a_matrix_of_the_width_is_taken_where_there_is_one(n):
+    assert order(n) == n

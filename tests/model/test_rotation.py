@@ -15,9 +15,12 @@ from spikellm.config.labels import SiteKind
 from spikellm.config.model import HardwareConfig, ModelConfig
 from spikellm.config.snn import RotationConfig
 from spikellm.evaluation.networks import Networks
+from spikellm.execution.stepped import stepped
 from spikellm.model.checkpoint import save
-from spikellm.model.conversion import fill, get_neuron, install, model_sites, online_parts, set_neuron
-from spikellm.model.rotation import PARTS, R1, R2, R3, R4, rotate
+from spikellm.model.conversion import fill, get_neuron, install, model_sites, online_parts, prepare, set_neuron
+from spikellm.model.rotation import PARTS, R1, R2, R3, R4, orders, rotate
+from spikellm.report.console import console_table
+from spikellm.store.record import Results
 from tests.codes import base2_tables
 from tests.jobs import cached, run
 from tests.models import TINY, norm_ratio, tiny_model
@@ -223,8 +226,49 @@ def test_r3_changes_queries_and_keys_but_no_scores(name, ids):
     assert norm_ratio(scores(q_rotated, k_rotated), scores(q, k)) <= 1e-4
 
 
-def test_a_width_without_hadamard_matrix_is_an_error():
-    model = tiny_model(intermediate_size=92)
-    with pytest.raises(ValueError, match="92"):
-        rotate(model, seed=0)
-    rotate(model, seed=0, parts=[R1, R2, R3])
+# Hidden, head and MLP widths, each without a Hadamard matrix of its order
+UNREACHED = {"hidden_size": 57, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 22, "intermediate_size": 141}
+
+
+@pytest.mark.parametrize("name", ["llama-biases", "qwen3"])
+@pytest.mark.parametrize("parts", [PARTS, (R1,), (R2, R3), (R4,)], ids="+".join)
+def test_logits_stay_at_widths_without_a_hadamard_matrix(name, parts, ids):
+    wanted = tiny_model(name, **UNREACHED)(ids).logits
+    model = tiny_model(name, **UNREACHED)
+    rotate(model, seed=3, parts=parts)
+    install(model, rotated=parts, query_block=16)
+    assert norm_ratio(model(ids).logits, wanted) <= 1e-4
+    assert orders(model.config, parts) == {part: found for part, found in ORDERS.items() if part in parts}
+
+
+ORDERS = {R1: [32, 32], R2: [16, 16], R3: [16, 16], R4: [128, 128]}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_overlapping_transforms_are_the_same_folded_stepped_saved_and_cast(dtype, tmp_path, ids):
+    model = tiny_model("qwen3", dtype=dtype, **UNREACHED)
+    prepare(model, rotation_seed=0, query_block=16)
+    fill(model, base2_tables(model), compiled=False)
+    wanted = model(ids).logits
+    with stepped(model):
+        assert norm_ratio(model(ids).logits, wanted) <= (1e-9 if dtype is torch.float64 else 0.02)  # rounding moves a few spikes
+    save(model, tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(again(ids).logits, wanted)
+    before = {name: buffer.double() for name, buffer in model.named_buffers() if "rotation" in name}
+    assert any("signs" in name for name in before)
+    model = model.half()
+    assert all(torch.equal(buffer.double(), before[name]) for name, buffer in model.named_buffers() if name in before)
+
+
+def test_where_no_matrix_is_known_results_console_and_card_say_what_acts(tmp_path):
+    results = run(tmp_path, "model.options.intermediate_size=141", "save_model=true", "snn.execution=stepped")
+    assert results["rotation"]["orders"] == {"R1": [64], "R2": [16], "R3": [16], "R4": [128, 128]}
+    text = console_table(Results.from_json(results), tmp_path)
+    assert "R4 two overlapping of order 128" in text
+    costs = {each["name"]: each["mac_per_token"] for each in results["spikes"]["dense_operations"]}
+    # of 128: 7 butterflies; twice; q of four heads and k of two, of width 16: 4 butterflies; two layers
+    assert costs["online Hadamard R3, R4"] == 2 * (2 * 128 * 7 + (4 + 2) * 16 * 4)
+    plain = run(tmp_path)
+    assert plain["rotation"]["orders"] == {"R1": [64], "R2": [16], "R3": [16], "R4": [96]}
+    assert "overlapping" not in console_table(Results.from_json(plain), tmp_path)
