@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, QuantizedCache
 
 from spikellm.model.attention import SpikingAttention
 from spikellm.model.sites import ATTENTION, SPIKING_ATTENTION, decoder_layers
@@ -49,8 +49,16 @@ def cache_name(attention: nn.Module) -> str:
 
 
 def put_coder(name: str, attention: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[tuple[Any, ...], dict]:
-    """Forward pre-hook of a layer's attention: a `Coder` in the place of its cache, also where it has none."""
+    """Forward pre-hook of a layer's attention: a `Coder` in the place of its cache, also where it has none.
+
+    Raises:
+        ValueError: the cache is a quantized one.
+    """
     spiking: Any = attention.get_submodule(SPIKING_ATTENTION)
+    if isinstance(keywords.get(name), QuantizedCache):
+        raise ValueError(
+            "cache_implementation='quantized' would round what keys' and values' spikes have spelled: leave it out, or take 'static'"
+        )
     return arguments, keywords | {name: Coder(spiking, keywords.get(name))}
 
 

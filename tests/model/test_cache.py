@@ -1,8 +1,11 @@
 """Keys and values coded once: what generation with a cache gives is what the whole forward gives, whatever the cache."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache
+from transformers import Cache, DynamicCache, QuantizedCache, StaticCache
+from transformers.cache_utils import DynamicLayer
 
 from spikellm.config.choices import Amplitude
 from spikellm.config.labels import SiteKind
@@ -95,6 +98,20 @@ def test_a_cache_of_fixed_size_and_beams(name, run, ids):
     else:
         with stepped(model):
             check()
+
+
+class Quantized(QuantizedCache):
+    """As transformers makes one, without the package that rounds."""
+
+    def __init__(self) -> None:
+        Cache.__init__(self, layer_class_to_replicate=DynamicLayer)
+
+
+@pytest.mark.parametrize("run", ["folded", "stepped"])
+def test_a_quantized_cache_is_refused(run, ids):
+    model = spiking()
+    with stepped(model) if run == "stepped" else nullcontext(), pytest.raises(ValueError, match=r"^cache_implementation='quantized' "):
+        made(model, ids[:, :9], past_key_values=Quantized())
 
 
 @pytest.mark.parametrize("run", ["folded", "stepped"])
