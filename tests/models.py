@@ -110,9 +110,9 @@ def byte_tokenizer(*, adds_bos: bool = False, special: tuple[str, ...] = ("bos",
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named)
 
 
-def byte_model(folder: Path, *, rows: int = 258) -> list[str]:
-    """A local model with a tokenizer of 258 tokens, as arguments; rows: of its embedding."""
-    tiny_model(vocab_size=rows, bos_token_id=BOS).save_pretrained(folder)
+def byte_model(folder: Path, **options) -> list[str]:
+    """A local model with a tokenizer of 258 tokens, as arguments."""
+    tiny_model(**{"vocab_size": 258, "bos_token_id": BOS} | options).save_pretrained(folder)
     byte_tokenizer(adds_bos=True).save_pretrained(folder)
     return ["model.source=hub", f"model.path={folder}"]
 

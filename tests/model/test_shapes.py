@@ -124,6 +124,12 @@ def test_a_prefix_before_a_rope_that_depends_on_length_is_refused_before_a_weigh
     assert convert(model, ids, T=4, method="base2", compiled=False, prefix=False).prefix_tokens == []
 
 
+def test_so_it_is_by_the_command(tmp_path):
+    model = byte_model(tmp_path / "model", **SHAPES["dynamic"][1])
+    with pytest.raises(InputError, match=r"^calibrate with .* rope_parameters\.rope_type='dynamic': .*; take prefix\.enabled=false$"):
+        run(tmp_path, *model)
+
+
 @pytest.mark.parametrize(
     ("name", "options", "told"),
     [
@@ -144,7 +150,7 @@ def test_windows_that_the_architecture_does_not_have_are_refused_by_key(name, op
 
 def test_rows_of_the_embedding_beyond_the_tokenizer(tmp_path):
     """As Qwen2.5's 151936 rows for 151665 tokens: measured, saved, and written with."""
-    model = byte_model(tmp_path / "model", rows=300)
+    model = byte_model(tmp_path / "model", vocab_size=300)
     results = run(tmp_path, *model, "stages=[evaluate,generate]", "generate.prompt=hello", "generate.max_new_tokens=24")
     assert results["perplexity"]["snn"] > 0
     assert results["generate"]["texts"][0]["tokens"] == 24

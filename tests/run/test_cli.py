@@ -83,10 +83,6 @@ REFUSED_BY_STAGES = [
     (["model.path=phi3"], ["model.path=phi3"]),
     (["model=llama2_7b"], ["model.path=meta-llama/Llama-2-7b-hf"]),
     (["model=llama2_7b", "model.path=/no/such/folder"], ["model.path=/no/such/folder"]),
-    (
-        ["++model.options.rope_parameters={rope_type: dynamic, factor: 2.0, rope_theta: 10000.0}"],
-        ["rope_parameters.rope_type='dynamic'", "prefix.enabled=false"],
-    ),
     (["snn.coding=rate", "search.import_file=A.pth"], ["search.import_file=A.pth", "snn.coding=rate"]),
 ]
 
