@@ -200,7 +200,7 @@ def first_layers(work: Workspace) -> list[list[Row]]:
     """`compare` in the first layers, the stream itself never corrected."""
     windows, parts = study_windows(work)
     model = spiking(work)
-    states, blocks = enter(model, windows)
+    states, blocks = enter(model, windows.split(1))
     wanted, found = list(states), []
     for block in islice(blocks.layers, LAYERS_SHOWN):
         layer = observe(model, block, states, wanted, parts)

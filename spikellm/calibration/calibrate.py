@@ -100,7 +100,7 @@ def calibrate(
     with attending(model, query_block=QUERY_BLOCK):
         tokens = _prefix_tokens(model, windows[:PREFIX_WINDOWS], prefix) if prefix.enabled else []
         attach_prefix(model, tokens)
-        states, blocks = enter(model, pieces)
+        states, blocks = enter(model, pieces.split(1))
         statistics: dict[str, SiteStatistics] = {}
         for block in tqdm(blocks, desc="calibrate", unit="block", disable=None):
             statistics |= calibrate_block(model, block, states, amplitude=amplitude)

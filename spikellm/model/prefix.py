@@ -78,7 +78,7 @@ def keep_what_helps(
     losses = []
     for candidate in (tokens[-1:], tokens):
         attach_prefix(model, candidate)
-        losses.append(sum(_loss(model, window, state) for window, state in zip(text, walk(model, text), strict=True)))
+        losses.append(sum(_loss(model, window, state) for window, state in zip(text, walk(model, text.split(1)), strict=True)))
     return tokens if losses[1] <= losses[0] else tokens[-1:]
 
 
@@ -91,7 +91,7 @@ def _loss(model: PreTrainedModel, window: Int[Tensor, " L"], state: Float[Tensor
 @torch.no_grad()
 def _outliers(model: PreTrainedModel, windows: Int[Tensor, "W L"], eta: float) -> Bool[Tensor, "layers W L"]:
     """Which tokens are outliers, at every layer."""
-    states, blocks = enter(model, windows)
+    states, blocks = enter(model, windows.split(1))
     found = []
     for block in tqdm(blocks.layers, desc="prefix tokens", unit="block", leave=False, disable=None):
         with _peaks(block) as peaks:

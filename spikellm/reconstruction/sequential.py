@@ -47,7 +47,7 @@ def fit_sequentially(model: PreTrainedModel, windows: Int[Tensor, "W L"], option
     """
     fits: Fits = {}
     with attending(model, query_block=QUERY_BLOCK):
-        states, blocks = enter(model, enough_pieces(windows))
+        states, blocks = enter(model, enough_pieces(windows).split(1))
         for block in tqdm(blocks, desc="sequential", unit="block", disable=None):
             fits |= keep(block_name(block), partial(fit_block, model, block, states, options))
             for site in block.sites:

@@ -61,7 +61,7 @@ def two_streams(model: PreTrainedModel, windows: Int[Tensor, "W L"]) -> Iterator
     pieces = enough_pieces(windows)
     used = sorted((index, part) for part in (FIT, CHOOSE) for index in part_windows(len(pieces), part))
     fit, choose = ([index for index, (_, own) in enumerate(used) if own == part] for part in (FIT, CHOOSE))
-    states, blocks = enter(model, pieces[[index for index, _ in used]])
+    states, blocks = enter(model, pieces[[index for index, _ in used]].split(1))
     wanted = list(states)
     for block in blocks.layers:
         assert block.layer is not None

@@ -19,29 +19,9 @@ from spikellm.model.load import load_model, load_offloaded, stays_on_disk
 from spikellm.model.prefix import attach_prefix
 from spikellm.model.rotation import PARTS
 from tests.codes import partitioned_tables
-from tests.models import SIZES, tiny_model
+from tests.models import SIZES, keeping, reads, saved, tiny_model
 
 CPU = HardwareConfig(device=Device.cpu)
-
-
-def keeping(folder):
-    """Parts in a folder, and the names of those that were computed."""
-    computed = []
-
-    def keep(part, compute):
-        place = folder / part
-        if not place.exists():
-            place.mkdir(parents=True)
-            compute(place)
-            computed.append(part)
-        return place
-
-    return keep, computed
-
-
-def saved(name: str, folder, dtype: DType = DType.float32, **options) -> ModelConfig:
-    tiny_model(name, dtype=getattr(torch, dtype.value), **options).save_pretrained(folder, max_shard_size="100KB")
-    return ModelConfig(name=name, source=ModelSource.hub, path=str(folder), dtype=dtype)
 
 
 def resident(model) -> list[int]:
@@ -82,9 +62,8 @@ def test_every_network_is_the_same_to_the_last_bit(name, dtype, windows, tmp_pat
 def test_one_layer_is_in_memory_and_each_is_read_once_for_all_windows(windows, tmp_path, monkeypatch):
     config = saved("llama", tmp_path, num_hidden_layers=3)
     model = load_offloaded(config, CPU, keeping(tmp_path / "kept")[0])
-    read = []
-    monkeypatch.setattr(offload.Stored, "__getitem__", lambda self, key, get=offload.Stored.__getitem__: read.append(key) or get(self, key))
-    states, blocks = enter(model, windows)
+    read = reads(monkeypatch)
+    states, blocks = enter(model, windows.split(1))
     for block in blocks:
         assert resident(model) == ([] if block.layer is None else [block.layer])
         block.advance(states)
