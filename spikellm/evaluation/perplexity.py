@@ -10,6 +10,7 @@ many hidden states as in the model's own forward. More of them pay where a block
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from jaxtyping import Int, Shaped
@@ -23,6 +24,7 @@ from spikellm.model.blocks import Occupy, as_it_is, flights, walk_side_by_side
 from spikellm.model.offload import is_offloaded
 from spikellm.model.sites import HEAD
 
+Name = TypeVar("Name", bound=str)
 Readouts = Callable[[Tensor], Iterable[Tensor]]  # rows of the last hidden state to logits
 
 # What may hold activations that a dtype cannot; weights are known to be finite.
@@ -80,8 +82,8 @@ def readout_perplexities(
 
 
 def network_perplexities(
-    model: PreTrainedModel, windows: Int[Tensor, "W L"], networks: Mapping[str, Occupy], *, label: str, in_flight: int | None = None
-) -> Iterator[tuple[str, Perplexity]]:
+    model: PreTrainedModel, windows: Int[Tensor, "W L"], networks: Mapping[Name, Occupy], *, label: str, in_flight: int | None = None
+) -> Iterator[tuple[Name, Perplexity]]:
     """Perplexities of several networks of one model by their names, from one reading of its layers; arguments as in `perplexity`.
 
     Args:
@@ -96,7 +98,8 @@ def network_perplexities(
     )
     found = dict(zip(networks, every, strict=True))
     for name in sorted(found, key=lambda name: not _are_finite(found[name])):
-        yield name, *_perplexities(found[name], windows, f"{name} {label}", model.dtype)
+        (only,) = _perplexities(found[name], windows, f"{name} {label}", model.dtype)
+        yield name, only
 
 
 @torch.no_grad()

@@ -230,7 +230,8 @@ def accuracy(
         class Scorer(HFLM):
             """Progress bars only where somebody looks on; no short sequences; layers on disk are read for all requests together."""
 
-            answer = None  # to a batch, if not the model's forward
+            asked: list[Tensor] | None = None  # batches, while lm-eval only shows them
+            ahead: Iterator[Tensor] | None = None  # logits of the batches to come
 
             def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
                 with blamed_on(f"dataset.zero_shot.tasks=[{task.task_name}]: lm-eval cannot score it", "take other rows or another model"):
@@ -239,22 +240,18 @@ def accuracy(
             def _loglikelihood_tokens(self, requests: list[Any], *arguments: Any, **options: Any) -> list[tuple[float, bool]]:
                 if not is_offloaded(model):
                     return super()._loglikelihood_tokens(requests, *arguments, **options)
-                asked: list[Tensor] = []
-
-                def show(batch: Tensor) -> Tensor:
-                    asked.append(batch)
-                    return batch.new_zeros((), dtype=float32).expand(*batch.shape, model.config.vocab_size)
-
-                self.answer = show
+                self.asked = []
                 super()._loglikelihood_tokens(requests, disable_tqdm=True)
-                found = logits(model, asked)
-                self.answer = lambda _: next(found)
+                self.ahead, self.asked = logits(model, self.asked), None
                 return super()._loglikelihood_tokens(requests, *arguments, **options)
 
             def _model_call(self, inps: Tensor, *_: object, **__: object) -> Tensor:
                 length = inps.shape[1]
-                padded = pad(inps, (0, max(0, MIN_TOKENS - length)))
-                return (super()._model_call(padded) if self.answer is None else self.answer(padded))[:, :length]
+                batch = pad(inps, (0, max(0, MIN_TOKENS - length)))
+                if self.asked is not None:
+                    self.asked.append(batch)
+                    return inps.new_zeros((), dtype=float32).expand(*inps.shape, model.config.vocab_size)
+                return (super()._model_call(batch) if self.ahead is None else next(self.ahead))[:, :length]
 
         scorer = Scorer(
             pretrained=model,

@@ -115,8 +115,15 @@ def _peaks(block: Block) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
+ATTACHED = "attached_prefix_tokens"  # attribute of a model
 # RoPE whose frequencies depend on how long the sequence is: a prefix at positions -P .. -1 would have those of a short one.
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+
+
+def attached_prefix(model: PreTrainedModel) -> list[int] | None:
+    """What `attach_prefix` has put before every sequence; None: it was not called."""
+    found: list[int] | None = vars(model).get(ATTACHED)
+    return found
 
 
 @torch.no_grad()
@@ -138,6 +145,7 @@ def attach_prefix(model: PreTrainedModel, tokens: list[int]) -> None:
         raise ValueError(f"RoPE of type {rope!r} turns keys by the length of the sequence, a prefix has none; take prefix.enabled=false")
     for attention in attentions(model):
         attention.clear_prefix()
+    vars(model)[ATTACHED] = [] if not tokens else None
     if not tokens:
         return
     ids = torch.tensor([tokens], device=model.device)
@@ -147,3 +155,4 @@ def attach_prefix(model: PreTrainedModel, tokens: list[int]) -> None:
         _, cache = model.base_model(ids, position_ids=positions, use_cache=True, return_dict=False)
     for attention, entry in zip(attentions(model), cache.layers, strict=True):
         attention.set_prefix(entry.keys[0], entry.values[0])
+    vars(model)[ATTACHED] = list(tokens)

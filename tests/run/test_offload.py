@@ -1,12 +1,15 @@
 """A job whose decoder layers stay on disk finds what one in memory finds, under the same keys."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import spikellm
+from spikellm.evaluation import measured
 from tests.jobs import artefacts, cached, run
+from tests.models import reads
 
 CASES = {
     "signed": [
@@ -36,6 +39,45 @@ def test_results_are_those_of_the_model_in_memory(options, tmp_path):
     assert codes[0] == codes[1]
     assert len(artefacts(tmp_path / "there", "weights_on_disk")) == 5, "the ends, two layers, two rotated layers"
     assert all(cached(run(tmp_path / "here", *options, "hardware.offload=true")).values()), "one store serves both"
+
+
+NETWORKS = "ann_prefix,base2,snn,int_static,int_token"
+
+
+def test_layers_are_read_once_for_all_networks_that_share_them(tmp_path, monkeypatch):
+    options = ["hardware.offload=true", "spikes.enabled=false", "snn.T=4", "texts=[]"]
+    run(tmp_path, *options, "stages=[calibrate,search]")
+    key, read = "model.layers.1.mlp.up_proj.weight", reads(monkeypatch)
+    readings = {}
+    for networks in ("snn", NETWORKS):
+        read.clear()
+        run(tmp_path, *options, f"evaluation.networks=[{networks}]", "dataset.evaluation.max_windows=" + str(2 + len(readings)))
+        readings[networks] = read.count(key)
+    assert readings[NETWORKS] == readings["snn"], "two for the rotated model and its prefix, one for the perplexities"
+    read.clear()
+    found = run(tmp_path, *options, f"evaluation.networks=[{NETWORKS}]")
+    assert len(artefacts(tmp_path, "evaluate")) == 1 + 5 + 4, "snn was measured on two windows before, all on three"
+    here = run(tmp_path / "here", "spikes.enabled=false", "snn.T=4", f"evaluation.networks=[{NETWORKS}]")
+    assert found["perplexity"] == here["perplexity"]
+
+
+def test_a_network_that_cannot_be_measured_takes_no_other_with_it(tmp_path, monkeypatch):
+    whole = measured.base2
+
+    def broken(statistics, options):
+        fits = whole(statistics, options)
+        name = list(fits)[-1]  # of the final norm: behind any other there are neurons, which bound what comes
+        return fits | {name: replace(fits[name], d=torch.full_like(fits[name].d, 1e38))}
+
+    options = ["hardware.offload=true", "spikes.enabled=false", f"evaluation.networks=[{NETWORKS}]"]
+    monkeypatch.setattr(measured, "base2", broken)
+    with pytest.raises(FloatingPointError, match="perplexity base2 evaluation: the loss is"):
+        run(tmp_path, *options)
+    monkeypatch.undo()
+    assert len(artefacts(tmp_path, "evaluate")) == 4
+    found = run(tmp_path, *options)
+    assert len(artefacts(tmp_path, "evaluate")) == 5
+    assert set(found["perplexity"]) >= set(NETWORKS.split(","))
 
 
 def test_what_is_saved_loads_as_the_same_model(tmp_path):
