@@ -11,7 +11,7 @@ counts as often as there are probabilities in the row (`fit.bias_weight`), for w
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableSequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import cycle
@@ -108,7 +108,7 @@ def calibrate(
 
 
 def calibrate_block(
-    model: PreTrainedModel, block: Block, states: list[Float[Tensor, "1 L D"]], *, amplitude: Amplitude = Amplitude.static
+    model: PreTrainedModel, block: Block, states: MutableSequence[Float[Tensor, "1 L D"]], *, amplitude: Amplitude = Amplitude.static
 ) -> dict[str, SiteStatistics]:
     """Take all windows through one block, in place, and return what its sites have seen, by name."""
     with observing(model, block, amplitude=amplitude) as observers:

@@ -16,6 +16,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
@@ -58,8 +59,10 @@ class Networks:
         amplitude: Amplitude = Amplitude.static,
         *,
         keeping: Callable[[Mapping[str, object]], Keep] | None = None,
+        scratch: Path | None = None,
     ) -> None:
         self.model, self.hardware, self.rotation, self.softmax_norm, self.amplitude = model, hardware, rotation, softmax_norm, amplitude
+        self.scratch = scratch  # for hidden states of an offloaded model
         self.keeping = keeping  # where layers of an offloaded model are kept, by what they depend on; None: all is in memory
         self._installed: PreTrainedModel | None = None
         self._change: WeightChange | None = None  # of the converted model's weights
@@ -69,7 +72,7 @@ class Networks:
         self.release()
         if self.keeping is None or not self.offloaded:
             return load_model(self.model, self.hardware)
-        return load_offloaded(self.model, self.hardware, self.keeping({}))
+        return load_offloaded(self.model, self.hardware, self.keeping({}), self.scratch)
 
     @cached_property
     def offloaded(self) -> bool:

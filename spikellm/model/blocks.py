@@ -3,7 +3,7 @@
 What a stage does to a block, or learns from it, is a function of that block; the stage is a loop over the row. Nothing of the other
 blocks has to be at hand then: not their observers (1.9 GB on LLaMA-3-8B's 32 layers), not their weights, which may lie on disk but for
 the block that is called (`offload.py`). What is held instead are the windows' hidden states, W L D numbers (0.5 GB there, for 16
-windows of 2048 tokens).
+windows of 2048 tokens); where weights lie on disk they do so too beyond `STATES_BYTES` (`states.py`).
 
 No figure depends on it: a window meets the same operations on the same numbers as in the model's own forward, from which the arguments
 of every layer (position embeddings, the mask of its type of attention) are taken. Batches stay apart in each product: how many go
@@ -14,7 +14,7 @@ norm.
 Networks that differ in what sits in their slots alone go through a block side by side: a block's weights are brought in once for all.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableSequence, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
@@ -25,11 +25,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from spikellm.model.offload import is_offloaded, present
+from spikellm.model.offload import is_offloaded, present, scratch_of
 from spikellm.model.sites import EMBEDDING, FINAL_NORM, LAYERS, Site, decoder_layers, sites
+from spikellm.model.states import States
 
 Tokens = Int[Tensor, "_ _"]  # of a batch [B, L]; those of a list may differ in both
-STATES_BYTES = 2**30  # of hidden states that windows in flight take where a block's weights are brought in for all of them together
+STATES_BYTES = 2**30  # of hidden states in memory, where a block's weights are brought in for all of them together
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +46,7 @@ class Block:
         """A batch's hidden state behind the block; behind the last block it is what lm_head reads."""
         return self.module(state, **self.arguments[state.shape])
 
-    def advance(self, states: list[Tensor]) -> None:
+    def advance(self, states: MutableSequence[Tensor]) -> None:
         """Take the hidden states of all batches through the block, in place."""
         for index, state in enumerate(states):
             states[index] = self(state)
@@ -86,7 +87,7 @@ def as_it_is(_: Block) -> None:
 
 
 @torch.no_grad()
-def walk(model: PreTrainedModel, batches: Iterable[Tokens]) -> list[Shaped[Tensor, "_ _ ..."]]:
+def walk(model: PreTrainedModel, batches: Iterable[Tokens]) -> States:
     """The last hidden state of every batch, which lm_head reads: all batches through one block, then through the next."""
     return walk_side_by_side(model, batches, [as_it_is])[0]
 
@@ -94,7 +95,7 @@ def walk(model: PreTrainedModel, batches: Iterable[Tokens]) -> list[Shaped[Tenso
 @torch.no_grad()
 def walk_side_by_side(
     model: PreTrainedModel, batches: Iterable[Tokens], networks: Sequence[Occupy], *, label: str | None = None
-) -> list[list[Shaped[Tensor, "_ _ ..."]]]:
+) -> list[States]:
     """`walk` of several networks of one model: all of them through one block, then through the next.
 
     Args:
@@ -102,7 +103,8 @@ def walk_side_by_side(
         label: of a progress bar; None: there is none.
     """
     entered, blocks = enter(model, batches)
-    found = [list(entered) for _ in networks]
+    found = [entered.copy() for _ in networks]
+    del entered  # the state before the first block is held by nobody behind it
     for block in tqdm(blocks, desc=label, unit="block", disable=True if label is None else None):
         for occupy, states in zip(networks, found, strict=True):
             occupy(block)
@@ -111,14 +113,15 @@ def walk_side_by_side(
 
 
 @torch.no_grad()
-def enter(model: PreTrainedModel, batches: Iterable[Tokens]) -> tuple[list[Float[Tensor, "_ _ D"]], Row]:
+def enter(model: PreTrainedModel, batches: Iterable[Tokens]) -> tuple[States, Row]:
     """The hidden state of every batch before the first block, and the blocks in the order in which a token meets them.
 
     Blocks take their modules as they are, neurons and observers included, and batches of shapes that have entered.
     """
     layers = decoder_layers(model)
     modules = dict(enumerate(layers)) | {None: model.get_submodule(FINAL_NORM)}
-    with _passed_by(model) as (states, arguments):
+    states = States(room=STATES_BYTES, scratch=scratch_of(model))
+    with _passed_by(model, states) as arguments:
         for batch in batches:
             model.base_model(batch.to(model.device), use_cache=False)
     return states, Row(
@@ -151,10 +154,9 @@ def flights(model: PreTrainedModel, batches: Iterable[Tokens], *, networks: int 
 
 
 @contextmanager
-def _passed_by(model: PreTrainedModel) -> Iterator[tuple[list[Tensor], list[dict[torch.Size, dict[str, object]]]]]:
-    """Within: a forward passes all blocks by. What comes to the first is collected, and what every block is called with."""
+def _passed_by(model: PreTrainedModel, states: States) -> Iterator[list[dict[torch.Size, dict[str, object]]]]:
+    """Within: a forward passes all blocks by. What comes to the first is added to `states`; with what blocks are called is collected."""
     layers, norm = decoder_layers(model), model.get_submodule(FINAL_NORM)
-    states: list[Tensor] = []
     arguments: list[dict[torch.Size, dict[str, object]]] = [{} for _ in [*layers, norm]]
 
     def twin(index: int, block: nn.Module) -> nn.Module:
@@ -171,7 +173,7 @@ def _passed_by(model: PreTrainedModel) -> Iterator[tuple[list[Tensor], list[dict
     model.set_submodule(LAYERS, nn.ModuleList(twin(index, layer) for index, layer in enumerate(layers)))
     model.set_submodule(FINAL_NORM, twin(len(layers), norm))
     try:
-        yield states, arguments
+        yield arguments
     finally:
         model.set_submodule(LAYERS, layers)
         model.set_submodule(FINAL_NORM, norm)

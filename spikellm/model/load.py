@@ -68,13 +68,14 @@ def load_model(config: ModelConfig, hardware: HardwareConfig) -> PreTrainedModel
     return model
 
 
-def load_offloaded(config: ModelConfig, hardware: HardwareConfig, keep: Keep) -> PreTrainedModel:
+def load_offloaded(config: ModelConfig, hardware: HardwareConfig, keep: Keep, scratch: Path | None = None) -> PreTrainedModel:
     """The same model with its decoder layers on disk (`offload.py`): one of them is in memory at a time.
 
     Safetensors are read where they lie. What comes in another form is written as such once, layer by layer.
 
     Args:
         keep: where that is kept.
+        scratch: folder for hidden states beyond `blocks.STATES_BYTES`; None: they stay in memory.
 
     Raises:
         InputError: as in `load_model`; a tensor of the model is not in the checkpoint.
@@ -90,7 +91,7 @@ def load_offloaded(config: ModelConfig, hardware: HardwareConfig, keep: Keep) ->
         raise InputError(
             f"model.path={config.path}: {len(absent)} tensors of the model are not in the checkpoint, {absent[0]} first; {CURE}"
         )
-    offload(model, stored, device)
+    offload(model, stored, device, scratch)
     return model.eval().requires_grad_(False)
 
 

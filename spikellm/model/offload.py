@@ -42,12 +42,13 @@ class OnDisk(ModelHook):
     Args:
         weights: the layer's, by name below it.
         device: where the layer is called.
+        scratch: folder for hidden states that do not stay in memory either; None: they do.
     """
 
     change: Callable[[nn.Module], None] | None = None  # of the weights, whenever they have come
 
-    def __init__(self, weights: Mapping[str, Tensor], device: torch.device) -> None:
-        self.weights, self.device, self.holders = weights, device, 0
+    def __init__(self, weights: Mapping[str, Tensor], device: torch.device, scratch: Path | None = None) -> None:
+        self.weights, self.device, self.scratch, self.holders = weights, device, scratch, 0
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict]:
         """The weights are there."""
@@ -93,6 +94,11 @@ def is_offloaded(model: PreTrainedModel) -> bool:
     return any(hook_of(layer) for layer in decoder_layers(model))
 
 
+def scratch_of(model: PreTrainedModel) -> Path | None:
+    """Where hidden states may lie of a model whose layers are on disk; None: they stay in memory."""
+    return next((hook.scratch for layer in decoder_layers(model) if (hook := hook_of(layer)) is not None), None)
+
+
 @contextmanager
 def _held(hook: OnDisk, module: nn.Module) -> Iterator[None]:
     hook.take(module)
@@ -126,8 +132,12 @@ def change_layers(model: PreTrainedModel, change: LayerChange) -> None:
             hook.change = partial(change.apply_to, path=path)
 
 
-def offload(model: PreTrainedModel, stored: Stored, device: torch.device) -> None:
+def offload(model: PreTrainedModel, stored: Stored, device: torch.device, scratch: Path | None = None) -> None:
     """Give a model on the meta device its ends, and its layers a hook each; tied weights are one tensor, as in the checkpoint.
+
+    Args:
+        stored: the tensors of the checkpoint.
+        device, scratch: see `OnDisk`.
 
     Raises:
         KeyError: a tensor is not stored.
@@ -140,7 +150,7 @@ def offload(model: PreTrainedModel, stored: Stored, device: torch.device) -> Non
     if tied:
         model.tie_weights()
     for index, layer in enumerate(decoder_layers(model)):
-        add_hook_to_module(layer, OnDisk(stored.below(f"{LAYERS}.{index}"), device))
+        add_hook_to_module(layer, OnDisk(stored.below(f"{LAYERS}.{index}"), device, scratch))
 
 
 @torch.no_grad()

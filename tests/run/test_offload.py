@@ -8,6 +8,7 @@ import torch
 
 import spikellm
 from spikellm.evaluation import measured
+from spikellm.model import blocks, states
 from tests.jobs import artefacts, cached, run
 from tests.models import reads
 
@@ -39,6 +40,18 @@ def test_results_are_those_of_the_model_in_memory(options, tmp_path):
     assert codes[0] == codes[1]
     assert len(artefacts(tmp_path / "there", "weights_on_disk")) == 5, "the ends, two layers, two rotated layers"
     assert all(cached(run(tmp_path / "here", *options, "hardware.offload=true")).values()), "one store serves both"
+
+
+@pytest.mark.parametrize("options", [CASES["weights"], ["search.sequential=true", "model.dtype=bfloat16"]], ids=["weights", "sequential"])
+def test_hidden_states_beyond_the_bound_lie_on_disk_and_change_no_figure(options, tmp_path, monkeypatch):
+    here = run(tmp_path / "here", *options)
+    spilled, whole = [], states.on_disk
+    monkeypatch.setattr(states, "on_disk", lambda *given: spilled.append(given) or whole(*given))
+    monkeypatch.setattr(blocks, "STATES_BYTES", 64 * 64 * 4)  # one window
+    there = run(tmp_path / "there", *options, "hardware.offload=true")
+    assert figures(there) == figures(here)
+    assert {folder for _, folder in spilled} == {tmp_path / "there" / "artifacts" / "scratch"}
+    assert not list((tmp_path / "there" / "artifacts" / "scratch").iterdir())
 
 
 NETWORKS = "ann_prefix,base2,snn,int_static,int_token"
