@@ -113,9 +113,9 @@ def byte_tokenizer(*, adds_bos: bool = False, special: tuple[str, ...] = ("bos",
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named)
 
 
-def byte_model(folder: Path) -> list[str]:
-    """A local model with a tokenizer, as arguments."""
-    tiny_model(vocab_size=258, bos_token_id=BOS).save_pretrained(folder)
+def byte_model(folder: Path, **options: str) -> list[str]:
+    """A local model with a tokenizer, as arguments; options of `save_pretrained`."""
+    tiny_model(vocab_size=258, bos_token_id=BOS).save_pretrained(folder, **options)
     byte_tokenizer(adds_bos=True).save_pretrained(folder)
     return ["model.source=hub", f"model.path={folder}"]
 

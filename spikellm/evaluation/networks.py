@@ -28,6 +28,7 @@ from spikellm.config.model import HardwareConfig, ModelConfig
 from spikellm.config.snn import RotationConfig
 from spikellm.kernels.hadamard import HAS_CUDA_KERNEL
 from spikellm.model import conversion
+from spikellm.model.intake import CURE
 from spikellm.model.load import load_model, load_offloaded, load_spiking, stays_on_disk
 from spikellm.model.offload import Keep, change_layers, rotate
 from spikellm.model.prefix import attach_prefix, attached_prefix
@@ -133,6 +134,8 @@ class Networks:
                 conversion.install(model, rotated=parts, normalise_after=after, query_block=self.hardware.query_block)
             else:
                 conversion.prepare(model, rotation_seed=seed, parts=parts, normalise_after=after, query_block=self.hardware.query_block)
+        except FloatingPointError as error:
+            raise InputError(f"model.path={self.model.path}: {error}; {CURE}") from error
         except ValueError as error:
             cure = "parts of this width can be left out of rotation.parts"
             raise InputError(f"rotation.kind={kind.value} with model={self.model.name}: {error}; {cure}") from error

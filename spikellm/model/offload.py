@@ -161,7 +161,8 @@ def rotate(model: PreTrainedModel, *, seed: int, parts: Collection[RotationPart]
         keep: where rotated layers are kept; of a run that was stopped those are there.
 
     Raises:
-        ValueError: a width has no Hadamard matrix; a weight is NaN or infinite.
+        ValueError: a width has no Hadamard matrix.
+        FloatingPointError: a weight is NaN or infinite; names it.
     """
     signs = begin(model, seed=seed, parts=parts)
     for index, layer in enumerate(tqdm(decoder_layers(model), desc="rotate", unit="layer", disable=None)):
@@ -173,7 +174,7 @@ def rotate(model: PreTrainedModel, *, seed: int, parts: Collection[RotationPart]
                 for parameter in layer.parameters():
                     parameter.data = parameter.data.clone()  # what is mapped stays as it is
                 if found := not_finite(layer):
-                    raise ValueError(f"{path}.{found}")
+                    raise FloatingPointError(f"{path}.{found}")
                 rotate_block(layer, parts, signs, head_width(model.config))
                 write_tensors(folder / FILE, {f"{path}.{name}": weight.cpu() for name, weight in layer.named_parameters()})
 

@@ -1,16 +1,20 @@
 """A job whose decoder layers stay on disk finds what one in memory finds, under the same keys."""
 
+import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import spikellm
 from spikellm.evaluation import measured
 from spikellm.model import blocks, states
-from tests.jobs import artefacts, cached, run
-from tests.models import reads
+from tests.jobs import SMALL, artefacts, cached, run
+from tests.launch import launch, one_line
+from tests.models import byte_model, reads
 
 CASES = {
     "signed": [
@@ -91,6 +95,45 @@ def test_a_network_that_cannot_be_measured_takes_no_other_with_it(tmp_path, monk
     found = run(tmp_path, *options)
     assert len(artefacts(tmp_path, "evaluate")) == 5
     assert set(found["perplexity"]) >= set(NETWORKS.split(","))
+
+
+WEIGHT = "model.layers.1.mlp.up_proj.weight"
+
+
+def changed(key: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        tensors = load_file(shard(folder, key))
+        save_file(tensors | {key: change(tensors[key])}, shard(folder, key), {"format": "pt"})
+
+    return damage
+
+
+def shard(folder: Path, key: str = WEIGHT) -> Path:
+    return folder / json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"][key]
+
+
+def cut(folder: Path) -> None:
+    shard(folder).write_bytes(shard(folder).read_bytes()[:-10])
+
+
+DAMAGES = {
+    "missing": (lambda folder: shard(folder).unlink(), ["tensors of the model are not in the checkpoint", "model.layers.1."], 0),
+    "cut": (cut, ["model-0000", "Safetensor"], 0),
+    "dtype": (changed(WEIGHT, lambda weight: weight.to(torch.int8)), ["model-0000", f"{WEIGHT} is I8"], 0),
+    "shape": (changed(WEIGHT, lambda weight: weight[:-1].clone()), [f"{WEIGHT} first: (143, 64), not (144, 64)"], 0),
+    "end": (changed("model.norm.weight", lambda weight: weight * torch.nan), ["model.norm.weight has 64 values"], 0),
+    "layer": (changed(WEIGHT, lambda weight: weight / 0), [f"{WEIGHT} has 9216 values", "fetched whole"], 1),
+    "activations": (changed(WEIGHT, lambda weight: weight * 1e36), ["site layers.1."], 2),
+}
+
+
+@pytest.mark.parametrize(("damage", "named", "finished"), DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_checkpoint_is_one_line_and_what_was_finished_stays(damage, named, finished, tmp_path):
+    model = byte_model(tmp_path / "model", max_shard_size="100KB")
+    damage(tmp_path / "model")
+    line = one_line(launch(*SMALL, *model, "hardware.offload=true", f"output_root={tmp_path}", f"hydra.run.dir={tmp_path}/run"))
+    assert all(part in line for part in named), line
+    assert len(artefacts(tmp_path, "weights_on_disk")) == finished
 
 
 def test_what_is_saved_loads_as_the_same_model(tmp_path):
