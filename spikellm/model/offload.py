@@ -6,12 +6,13 @@
 
 On a CPU a tensor of the model's dtype is its pages of the file: they come in at first use and leave with the layer, nothing is copied, and
 a layer that several passes read stays in the page cache where there is room. Whatever walks over blocks (`model/blocks.py`) holds one
-layer at a time; a plain forward brings every layer in once.
+layer at a time; a plain forward brings every layer in once. The next one is read meanwhile (`ahead.py`).
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -23,10 +24,11 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from spikellm.config.choices import RotationPart
+from spikellm.model.ahead import ReadAhead
 from spikellm.model.intake import not_finite
 from spikellm.model.rotation import begin, rotate_block
 from spikellm.model.sites import EMBEDDING, FINAL_NORM, HEAD, LAYERS, decoder_layers, head_width
-from spikellm.model.stored import Stored
+from spikellm.model.stored import Below, Stored
 from spikellm.store.artifacts import write_tensors
 
 # The folder of a part by its name, made once by the function where it is not there yet.
@@ -42,13 +44,15 @@ class OnDisk(ModelHook):
     Args:
         weights: the layer's, by name below it.
         device: where the layer is called.
+        ahead: reads weights; shared by the layers of a model.
         scratch: folder for hidden states that do not stay in memory either; None: they do.
     """
 
     change: Callable[[nn.Module], None] | None = None  # of the weights, whenever they have come
+    following: "OnDisk | None" = None  # of the layer that is called next
 
-    def __init__(self, weights: Mapping[str, Tensor], device: torch.device, scratch: Path | None = None) -> None:
-        self.weights, self.device, self.scratch, self.holders = weights, device, scratch, 0
+    def __init__(self, weights: Below, device: torch.device, ahead: ReadAhead, scratch: Path | None = None) -> None:
+        self.weights, self.device, self.ahead, self.scratch, self.holders = weights, device, ahead, scratch, 0
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict]:
         """The weights are there."""
@@ -63,8 +67,11 @@ class OnDisk(ModelHook):
     def take(self, module: nn.Module) -> None:
         """Bring the weights in for one more holder."""
         if not self.holders:
+            found = self.ahead.get(self.weights)
+            if self.following is not None:
+                self.ahead.expect(self.following.weights)
             for name, parameter in list(module.named_parameters()):
-                put(module, name, self.weights[name], dtype=parameter.dtype, device=self.device)
+                put(module, name, found[name], dtype=parameter.dtype, device=self.device)
             if self.change is not None:
                 self.change(module)
         self.holders += 1
@@ -149,8 +156,12 @@ def offload(model: PreTrainedModel, stored: Stored, device: torch.device, scratc
                 put(model, f"{end}.{name}", stored[f"{end}.{name}"].clone(), dtype=parameter.dtype, device=device)
     if tied:
         model.tie_weights()
-    for index, layer in enumerate(decoder_layers(model)):
-        add_hook_to_module(layer, OnDisk(stored.below(f"{LAYERS}.{index}"), device, scratch))
+    ahead, layers = ReadAhead(device), decoder_layers(model)
+    hooks = [OnDisk(stored.below(f"{LAYERS}.{index}"), device, ahead, scratch) for index in range(len(layers))]
+    for hook, following in pairwise(hooks):
+        hook.following = following
+    for layer, hook in zip(layers, hooks, strict=True):
+        add_hook_to_module(layer, hook)
 
 
 @torch.no_grad()

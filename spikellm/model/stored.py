@@ -8,7 +8,6 @@ from torch import Tensor
 
 from spikellm.config.boundary import blamed_on
 
-
 CURE = "fetch it, or make it, again"
 
 
