@@ -4,7 +4,7 @@ Perplexity as the field reports it for WikiText-2: mean token loss inside each w
 windows, exp. lm-eval's `wikitext` task is a word perplexity: another number under another name. Accuracy: see `zero_shot.py`.
 
 Each figure is an artefact of its own: a run that was stopped, or is given one more text, computes what is missing. Networks that share
-the converted model are measured in one pass (`side_by_side.py`).
+a converted model whose decoder layers lie on disk are measured in one pass (`side_by_side.py`).
 """
 
 import logging
@@ -59,6 +59,11 @@ Windows = Callable[[int], Int[Tensor, "W L"]]  # of a text, for a model of so ma
 class Together(Protocol):
     """Measures several networks."""
 
+    @property
+    def joins(self) -> bool:
+        """Whether it pays: if not, each has a pass of its own."""
+        ...
+
     def measure(self, names: Sequence[NetworkName], windows: Windows, text: str) -> Iterator[tuple[NetworkName, Measurement]]:
         """What is found for each of these, in any order, as soon as it is; `text` is the name of one."""
 
@@ -79,10 +84,13 @@ def passes(networks: Iterable[Network]) -> Iterator[list[Network]]:
     """Those that are measured together, or one; each is built once, and nothing holds it when the next pass is asked for."""
     waiting = list(networks)
     while waiting:
-        first = waiting[0].together
-        own = [network for network in waiting if network is waiting[0] or (first is not None and network.together is first)]
+        together = waiting[0].together
+        if together is None or not together.joins:
+            own, together = waiting[:1], None
+        else:
+            own = [network for network in waiting if network.together is together]
         waiting = [network for network in waiting if network not in own]
-        yield [replace(network, build=cache(network.build)) for network in own]
+        yield [replace(network, build=cache(network.build), together=together) for network in own]
 
 
 def named_texts(dataset: DatasetConfig) -> dict[str, TextConfig]:

@@ -41,10 +41,10 @@ from spikellm.store.provenance import Code
 
 log = logging.getLogger(__name__)
 
-FOLDED = Code(1, ("evaluation.networks", "evaluation.figures"))
+FOLDED = Code(1, ("evaluation.networks", "evaluation.side_by_side"))
 STEPPED = Code(2, ("evaluation.networks", "evaluation.figures", "execution.memory", "execution.stepped"))
-INTEGER = Code(1, ("evaluation.networks", "evaluation.figures", "search.integers"))
-BASE2 = Code(1, ("evaluation.networks", "evaluation.figures", "search.search"))
+INTEGER = Code(1, ("evaluation.networks", "evaluation.side_by_side", "search.integers"))
+BASE2 = Code(1, ("evaluation.networks", "evaluation.side_by_side", "search.search"))
 PRETRAINED = Code(1, ("model.load", "evaluation.figures"))
 
 

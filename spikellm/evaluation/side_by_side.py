@@ -1,8 +1,7 @@
-"""Networks of one converted model: one after the other, or side by side where its decoder layers lie on disk, for one reading of them.
+"""Networks of one converted model whose decoder layers lie on disk: perplexities from one reading of the layers.
 
-On disk, networks that share the weights go through each block in turn (`blocks.walk_side_by_side`): the block's slots are filled for one
-of them, its windows go through, then for the next. Another change of weights is another reading. Hidden states of all networks are there
-at once.
+Networks that share the weights go through each block in turn (`blocks.walk_side_by_side`): the block's slots are filled for one of them,
+its windows go through, then for the next. Another change of weights is another reading. Hidden states of all networks are there at once.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +12,7 @@ from transformers import PreTrainedModel
 
 from spikellm.coding.neuron import Slot
 from spikellm.config.labels import NetworkName
-from spikellm.evaluation.figures import Measurement, Windows, folded_perplexity
+from spikellm.evaluation.figures import Measurement, Windows
 from spikellm.evaluation.networks import Networks, Variant
 from spikellm.evaluation.perplexity import network_perplexities
 from spikellm.model.blocks import Block, Occupy
@@ -35,6 +34,11 @@ class SideBySide:
         self.models, self.prefix_tokens = models, prefix_tokens
         self.variants = {name: cache(variant) for name, variant in variants.items()}
 
+    @property
+    def joins(self) -> bool:
+        """Whether layers lie on disk."""
+        return self.models.offloaded
+
     def build(self, name: NetworkName) -> PreTrainedModel:
         """The converted model as one of the networks."""
         return self.models.take(self.variants[name](), self.prefix_tokens())
@@ -45,11 +49,6 @@ class SideBySide:
         Raises:
             FloatingPointError: the loss of one is not finite; those of the same reading that are have come before.
         """
-        if not self.models.offloaded:
-            for name in names:
-                model = self.build(name)
-                yield name, folded_perplexity(model, windows(model.config.vocab_size), f"{name} {text}")
-            return
         waiting = {name: self.variants[name]() for name in names}
         while waiting:
             change = next(iter(waiting.values())).change

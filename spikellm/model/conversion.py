@@ -94,7 +94,7 @@ def install(model: PreTrainedModel, *, rotated: Collection[RotationPart], normal
     check_architecture(model)
     width = head_width(model.config)
     for layer in decoder_layers(model):
-        with present(layer):
+        with present(layer, ahead=False):
             install_block(layer, width, rotated=rotated, normalise_after=normalise_after, query_block=query_block)
     install_ends(model)
     model.set_attn_implementation(IMPLEMENTATION)

@@ -64,11 +64,11 @@ class OnDisk(ModelHook):
         self.leave(module)
         return output
 
-    def take(self, module: nn.Module) -> None:
-        """Bring the weights in for one more holder."""
+    def take(self, module: nn.Module, *, ahead: bool = True) -> None:
+        """Bring the weights in for one more holder; `ahead`: those of the layer that follows will be wanted too."""
         if not self.holders:
             found = self.ahead.get(self.weights)
-            if self.following is not None:
+            if ahead and self.following is not None:
                 self.ahead.expect(self.following.weights)
             for name, parameter in list(module.named_parameters()):
                 put(module, name, found[name], dtype=parameter.dtype, device=self.device)
@@ -107,18 +107,22 @@ def scratch_of(model: PreTrainedModel) -> Path | None:
 
 
 @contextmanager
-def _held(hook: OnDisk, module: nn.Module) -> Iterator[None]:
-    hook.take(module)
+def _held(hook: OnDisk, module: nn.Module, *, ahead: bool) -> Iterator[None]:
+    hook.take(module, ahead=ahead)
     try:
         yield
     finally:
         hook.leave(module)
 
 
-def present(module: nn.Module) -> AbstractContextManager[None]:
-    """A context within which the weights of a block are in memory; of one that has them there anyway it does nothing."""
+def present(module: nn.Module, *, ahead: bool = True) -> AbstractContextManager[None]:
+    """A context within which the weights of a block are in memory; of one that has them there anyway it does nothing.
+
+    Args:
+        ahead: False where weights are not computed with: on a CPU none of their pages come in then.
+    """
     hook = hook_of(module)
-    return nullcontext() if hook is None else _held(hook, module)
+    return nullcontext() if hook is None else _held(hook, module, ahead=ahead)
 
 
 @runtime_checkable

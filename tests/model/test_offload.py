@@ -13,7 +13,7 @@ from spikellm.config.model import HardwareConfig, ModelConfig
 from spikellm.config.snn import PrefixConfig
 from spikellm.evaluation.perplexity import perplexity
 from spikellm.execution.stepped import stepped
-from spikellm.model import conversion, offload
+from spikellm.model import ahead, conversion, offload
 from spikellm.model.blocks import enter
 from spikellm.model.load import load_model, load_offloaded, stays_on_disk
 from spikellm.model.prefix import attach_prefix
@@ -71,6 +71,12 @@ def test_one_layer_is_in_memory_and_each_is_read_once_for_all_windows(windows, t
     read.clear()
     perplexity(model, windows)
     assert len(read) == len(set(read))
+
+
+def test_slots_are_given_without_reading_a_page(tmp_path, monkeypatch):
+    model = load_offloaded(saved("llama", tmp_path), CPU, keeping(tmp_path / "kept")[0])
+    monkeypatch.setattr(ahead, "touch", lambda _: pytest.fail("a page is read"))
+    conversion.install(model, rotated=())
 
 
 def test_rotated_layers_that_are_there_are_not_computed_again(tmp_path):
