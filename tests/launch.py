@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,19 +66,19 @@ def die_inside(stage: str, number: int = signal.SIGKILL, time: int = 1) -> None:
     from spikellm.store.artifacts import ArtifactStore
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background is started with SIGINT ignored
-    whole, count = ArtifactStore.load_or_compute, 0
+    whole, count = ArtifactStore._making, 0
 
-    def load_or_compute(self, name, inputs, compute):
-        def compute_and_die(folder: Path) -> None:
-            nonlocal count
-            compute(folder)
-            count += 1
-            if count == time:
-                os.kill(os.getpid(), number)
+    @contextmanager
+    def making(self, target, inputs):
+        nonlocal count
+        with whole(self, target, inputs) as folder:
+            yield folder
+            if folder is not None and target.parent.name == stage:
+                count += 1
+                if count == time:
+                    os.kill(os.getpid(), number)
 
-        return whole(self, name, inputs, compute_and_die if name == stage else compute)
-
-    ArtifactStore.load_or_compute = load_or_compute
+    ArtifactStore._making = making
 
 
 def _main(arguments: tuple[str, ...], out: str, err: str, before: Callable[..., None] | None, values: tuple) -> None:

@@ -9,8 +9,11 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from spikellm.config.choices import DType, ModelSource
+from spikellm.config.model import ModelConfig
 from spikellm.model.conversion import prepare
 from spikellm.model.prefix import attach_prefix
+from spikellm.model.stored import Stored
 
 SIZES = {
     "hidden_size": 64,
@@ -110,9 +113,9 @@ def byte_tokenizer(*, adds_bos: bool = False, special: tuple[str, ...] = ("bos",
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named)
 
 
-def byte_model(folder: Path, **options) -> list[str]:
-    """A local model with a tokenizer of 258 tokens, as arguments."""
-    tiny_model(**{"vocab_size": 258, "bos_token_id": BOS} | options).save_pretrained(folder)
+def byte_model(folder: Path, *, shard: str = "50GB", **options) -> list[str]:
+    """A local model with a tokenizer of 258 tokens, in files of at most `shard`, as arguments."""
+    tiny_model(**{"vocab_size": 258, "bos_token_id": BOS} | options).save_pretrained(folder, max_shard_size=shard)
     byte_tokenizer(adds_bos=True).save_pretrained(folder)
     return ["model.source=hub", f"model.path={folder}"]
 
@@ -136,3 +139,32 @@ def watch(modules) -> list:
     for module in modules:
         add_hook_to_module(module, Watched(execution_device="cpu"))
     return called
+
+
+def saved(name: str, folder: Path, dtype: DType = DType.float32, **options) -> ModelConfig:
+    """A tiny model in a folder, in several shards."""
+    tiny_model(name, dtype=getattr(torch, dtype.value), **options).save_pretrained(folder, max_shard_size="100KB")
+    return ModelConfig(name=name, source=ModelSource.hub, path=str(folder), dtype=dtype)
+
+
+def keeping(folder: Path):
+    """Parts in a folder (`offload.Keep`), and the names of those that were computed."""
+    computed = []
+
+    def keep(part, compute):
+        place = folder / part
+        if not place.exists():
+            place.mkdir(parents=True)
+            compute(place)
+            computed.append(part)
+        return place
+
+    return keep, computed
+
+
+def reads(monkeypatch) -> list[str]:
+    """Names of tensors that are read from files from now on."""
+    found: list[str] = []
+    get = Stored.__getitem__
+    monkeypatch.setattr(Stored, "__getitem__", lambda self, key: found.append(key) or get(self, key))
+    return found

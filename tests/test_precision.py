@@ -268,7 +268,9 @@ def test_statistics_do_not_depend_on_the_batch():
         model = tiny_model(dtype=torch.float64)
         install(model, rotated=(), query_block=16)
         with ExitStack() as stack:
-            observers = [each for block in enter(model, windows[:1])[1] for each in stack.enter_context(observing(model, block)).values()]
+            observers = [
+                each for block in enter(model, windows[:1].split(1))[1] for each in stack.enter_context(observing(model, block)).values()
+            ]
             for rows in windows.split(batch):
                 model.base_model(rows, use_cache=False)
         found.append([observer.result() for observer in observers])

@@ -200,8 +200,8 @@ def first_layers(work: Workspace) -> list[list[Row]]:
     """`compare` in the first layers, the stream itself never corrected."""
     windows, parts = study_windows(work)
     model = spiking(work)
-    states, blocks = enter(model, windows)
-    wanted, found = list(states), []
+    entered, blocks = enter(model, windows.split(1))
+    states, wanted, found = list(entered), list(entered), []
     for block in islice(blocks.layers, LAYERS_SHOWN):
         layer = observe(model, block, states, wanted, parts)
         found.append(list(compare(model, layer)))

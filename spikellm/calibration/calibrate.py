@@ -11,7 +11,7 @@ counts as often as there are probabilities in the row (`fit.bias_weight`), for w
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableSequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import cycle
@@ -101,7 +101,7 @@ def calibrate(
     with attending(model, query_block=QUERY_BLOCK):
         tokens = _prefix_tokens(model, windows[:PREFIX_WINDOWS], prefix) if prefix.enabled else []
         attach_prefix(model, tokens)
-        states, blocks = enter(model, pieces)
+        states, blocks = enter(model, pieces.split(1))
         statistics: dict[str, SiteStatistics] = {}
         for block in tqdm(blocks, desc="calibrate", unit="block", disable=None):
             statistics |= calibrate_block(model, block, states, amplitude=amplitude)
@@ -109,7 +109,7 @@ def calibrate(
 
 
 def calibrate_block(
-    model: PreTrainedModel, block: Block, states: list[Float[Tensor, "1 L D"]], *, amplitude: Amplitude = Amplitude.static
+    model: PreTrainedModel, block: Block, states: MutableSequence[Float[Tensor, "1 L D"]], *, amplitude: Amplitude = Amplitude.static
 ) -> dict[str, SiteStatistics]:
     """Take all windows through one block, in place, and return what its sites have seen, by name."""
     with observing(model, block, amplitude=amplitude) as observers:

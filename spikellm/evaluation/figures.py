@@ -3,16 +3,17 @@
 Perplexity as the field reports it for WikiText-2: mean token loss inside each window (window - 1 targets), mean over the
 windows, exp. lm-eval's `wikitext` task is a word perplexity: another number under another name. Accuracy: see `zero_shot.py`.
 
-Each figure is an artefact of its own: a run that was stopped, or is given one more text, computes what is missing.
+Each figure is an artefact of its own: a run that was stopped, or is given one more text, computes what is missing. Networks that share
+a converted model whose decoder layers lie on disk are measured in one pass (`side_by_side.py`).
 """
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Int
 from torch import Tensor
@@ -51,6 +52,22 @@ def folded_perplexity(model: PreTrainedModel, windows: Int[Tensor, "W L"], label
     return Measurement(**asdict(perplexity(model, windows, label=label)))
 
 
+Windows = Callable[[int], Int[Tensor, "W L"]]  # of a text, for a model of so many tokens
+
+
+@runtime_checkable
+class Together(Protocol):
+    """Measures several networks."""
+
+    @property
+    def joins(self) -> bool:
+        """Whether it pays: if not, each has a pass of its own."""
+        ...
+
+    def measure(self, names: Sequence[NetworkName], windows: Windows, text: str) -> Iterator[tuple[NetworkName, Measurement]]:
+        """What is found for each of these, in any order, as soon as it is; `text` is the name of one."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Network:
     """A model that is measured, built no earlier than the first figure that is missing."""
@@ -60,6 +77,20 @@ class Network:
     build: Callable[[], PreTrainedModel]
     prefix_tokens: Callable[[], list[int]]  # stand before every sequence by themselves
     measure: Callable[[PreTrainedModel, Tensor, str], Measurement] = folded_perplexity
+    together: Together | None = None  # measures it with all others that have the same; None: `measure` does
+
+
+def passes(networks: Iterable[Network]) -> Iterator[list[Network]]:
+    """Those that are measured together, or one; each is built once, and nothing holds it when the next pass is asked for."""
+    waiting = list(networks)
+    while waiting:
+        together = waiting[0].together
+        if together is None or not together.joins:
+            own, together = waiting[:1], None
+        else:
+            own = [network for network in waiting if network.together is together]
+        waiting = [network for network in waiting if network not in own]
+        yield [replace(network, build=cache(network.build), together=together) for network in own]
 
 
 def named_texts(dataset: DatasetConfig) -> dict[str, TextConfig]:
@@ -115,7 +146,7 @@ def prepare(
 def evaluate(
     dataset: DatasetConfig, tokenizer: Tokenizer, store: ArtifactStore, networks: Sequence[Network], benchmarks: Benchmarks
 ) -> tuple[Findings, list[Artefact]]:
-    """Measure `networks`, one after the other.
+    """Measure `networks`, one pass after the other.
 
     Returns:
         Perplexities, and accuracies where asked for; the artefacts that they are from.
@@ -124,19 +155,19 @@ def evaluate(
     perplexities: dict[str, dict[str, Measurement]] = {key: {} for key in named_texts(dataset)}
     scored = options.scored([network.name for network in networks]) if options.tasks else []
     accuracies: dict[str, dict[str, AccuracyRecord]] = {name.value: {} for name in scored}
-    for network in networks:
-        model = cache(network.build)
+    for own in passes(networks):
         for key, text in named_texts(dataset).items():
-            artefact = _perplexity(store, network, model, tokenizer, text, key)
-            found = Measurement.from_json(read_json(artefact.folder / "perplexity.json"))
-            if found.anytime is not None and key == "dataset.evaluation":
-                anytime = AnytimeRecord(perplexity=found.anytime)
-            perplexities[key][network.name.value] = found
-            artefacts.append(artefact)
-        for task in options.tasks if network.name in scored else ():
-            artefact = _accuracy(store, network, model, tokenizer, options, task, benchmarks)
-            accuracies[network.name.value][task] = AccuracyRecord.from_json(read_json(artefact.folder / "accuracy.json"))
-            artefacts.append(artefact)
+            for network, artefact in zip(own, _perplexities(store, own, tokenizer, text, key), strict=True):
+                found = Measurement.from_json(read_json(artefact.folder / "perplexity.json"))
+                if found.anytime is not None and key == "dataset.evaluation":
+                    anytime = AnytimeRecord(perplexity=found.anytime)
+                perplexities[key][network.name.value] = found
+                artefacts.append(artefact)
+        for network in own:
+            for task in options.tasks if network.name in scored else ():
+                artefact = _accuracy(store, network, tokenizer, options, task, benchmarks)
+                accuracies[network.name.value][task] = AccuracyRecord.from_json(read_json(artefact.folder / "accuracy.json"))
+                artefacts.append(artefact)
     by_text = {key.rpartition(".")[2]: _on_one_text(measured) for key, measured in perplexities.items()}
     findings = Findings(
         anytime=anytime,
@@ -153,22 +184,34 @@ def _on_one_text(measured: dict[str, Measurement]) -> PerplexityRecord:
     return PerplexityRecord(networks=networks, windows=some.windows, window=some.window, tokens=some.tokens)
 
 
-def _perplexity(
-    store: ArtifactStore, network: Network, model: Callable[[], PreTrainedModel], tokenizer: Tokenizer, text: TextConfig, key: str
-) -> Artefact:
-    def measure(folder: Path) -> None:
-        measured = model()
-        windows = texts.token_windows(text, key, tokenizer(), measured.config.vocab_size)
-        write_json(folder / "perplexity.json", network.measure(measured, windows, f"{network.name} {key.rpartition('.')[2]}").to_json())
+def _perplexities(store: ArtifactStore, networks: Sequence[Network], tokenizer: Tokenizer, text: TextConfig, key: str) -> list[Artefact]:
+    """Of the networks of one pass."""
+    name, numbers = key.rpartition(".")[2], {network.name: number for number, network in enumerate(networks)}
 
-    inputs = network.inputs | {"network": network.name.value, "text": text_source(text, store.digests)}
-    return store.load_or_compute("evaluate", inputs, measure)
+    def windows(vocabulary: int) -> Int[Tensor, "W L"]:
+        return texts.token_windows(text, key, tokenizer(), vocabulary)
+
+    def measured(missing: Sequence[Network]) -> Iterator[tuple[NetworkName, Measurement]]:
+        first = missing[0]
+        if first.together is not None:
+            yield from first.together.measure([network.name for network in missing], windows, name)
+        else:
+            model = first.build()
+            yield first.name, first.measure(model, windows(model.config.vocab_size), f"{first.name} {name}")
+
+    def measure(folders: dict[int, Path]) -> Iterator[int]:
+        for network, found in measured([networks[number] for number in folders]):
+            write_json(folders[numbers[network]] / "perplexity.json", found.to_json())
+            yield numbers[network]
+
+    source = text_source(text, store.digests)
+    inputs = [network.inputs | {"network": network.name.value, "text": source} for network in networks]
+    return store.load_or_compute_together("evaluate", inputs, measure)
 
 
 def _accuracy(
     store: ArtifactStore,
     network: Network,
-    model: Callable[[], PreTrainedModel],
     tokenizer: Tokenizer,
     options: ZeroShotConfig,
     task: str,
@@ -177,7 +220,7 @@ def _accuracy(
     def measure(folder: Path) -> None:
         start = time.perf_counter()
         prefix, limit, batch_size = network.prefix_tokens(), options.limit, options.batch_size
-        found = zero_shot.accuracy(model(), tokenizer(), benchmarks[task], limit=limit, batch_size=batch_size, prefix_tokens=prefix)
+        found = zero_shot.accuracy(network.build(), tokenizer(), benchmarks[task], limit=limit, batch_size=batch_size, prefix_tokens=prefix)
         write_json(folder / "accuracy.json", found.to_json())
         log.info("zero-shot %s %s: acc %.4f, %.1f s", network.name, task, found.acc, time.perf_counter() - start)
 

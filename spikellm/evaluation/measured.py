@@ -25,8 +25,9 @@ from spikellm.config.choices import Execution
 from spikellm.config.labels import NetworkName
 from spikellm.config.snn import SpikingConfig
 from spikellm.evaluation.figures import Measurement, Network, folded_perplexity
-from spikellm.evaluation.networks import Networks, SavedNetworks
+from spikellm.evaluation.networks import Networks, SavedNetworks, Variant
 from spikellm.evaluation.perplexity import readout_perplexities
+from spikellm.evaluation.side_by_side import SideBySide
 from spikellm.execution.memory import fitting_chunk
 from spikellm.execution.stepped import stepped
 from spikellm.model.integers import Rounding
@@ -40,10 +41,10 @@ from spikellm.store.provenance import Code
 
 log = logging.getLogger(__name__)
 
-FOLDED = Code(1, ("evaluation.networks", "evaluation.figures"))
+FOLDED = Code(1, ("evaluation.networks", "evaluation.side_by_side"))
 STEPPED = Code(2, ("evaluation.networks", "evaluation.figures", "execution.memory", "execution.stepped"))
-INTEGER = Code(1, ("evaluation.networks", "evaluation.figures", "search.integers"))
-BASE2 = Code(1, ("evaluation.networks", "evaluation.figures", "search.search"))
+INTEGER = Code(1, ("evaluation.networks", "evaluation.side_by_side", "search.integers"))
+BASE2 = Code(1, ("evaluation.networks", "evaluation.side_by_side", "search.search"))
 PRETRAINED = Code(1, ("model.load", "evaluation.figures"))
 
 
@@ -77,42 +78,39 @@ def measured_networks(
     def prefix() -> list[int]:
         return calibration().prefix_tokens
 
-    def spiking(codes: Callable[[], dict[str, CodeFit]], own: Callable[[], ReplacedWeights | None] = lambda: None) -> PreTrainedModel:
-        return models.spiking({name: fit.table for name, fit in codes().items()}, prefix(), rounding() or own())
+    def spiking(codes: Callable[[], dict[str, CodeFit]], own: Callable[[], ReplacedWeights | None] = lambda: None) -> Variant:
+        tables = {name: fit.table for name, fit in codes().items()}
+        return Variant(occupants=models.neurons(tables), change=rounding() or own())
 
-    def integer(quantizers: Callable[[Mapping[str, SiteStatistics], Options], dict[str, Slot]]) -> PreTrainedModel:
-        return models.integer(quantizers(calibration().statistics, options), prefix())
+    def integer(quantizers: Callable[[Mapping[str, SiteStatistics], Options], dict[str, Slot]]) -> Variant:
+        return Variant(occupants=quantizers(calibration().statistics, options))
 
-    integers = device | {
-        "code": INTEGER.key(),
-        "calibrate": keys["calibrate"],
-        "T": options.T,
-        "groups": options.search.groups.value,
+    variants: dict[NetworkName, Callable[[], Variant]] = {
+        NetworkName.snn: partial(spiking, fits, replaced),
+        NetworkName.base2: partial(spiking, lambda: base2(calibration().statistics, options)),
+        NetworkName.int_static: partial(integer, static_quantizers),
+        NetworkName.int_token: partial(integer, token_quantizers),
+        NetworkName.ann_prefix: lambda: Variant(occupants={}),
     }
-    known = [
-        Network(
-            name=NetworkName.snn,
-            inputs=device | taught | weights | execution | {"search": keys["search"]},
-            build=partial(spiking, fits, replaced),
+    side_by_side = SideBySide(models, prefix, variants)
+
+    def network(name: NetworkName, inputs: dict[str, object], measure: Callable[..., Measurement] = folded_perplexity) -> Network:
+        return Network(
+            name=name,
+            inputs=device | inputs,
+            build=partial(side_by_side.build, name),
             prefix_tokens=prefix,
             measure=measure,
-        ),
-        Network(
-            name=NetworkName.base2,
-            inputs=device | weights | {"code": BASE2.key(), "calibrate": keys["calibrate"], "T": options.T},
-            build=partial(spiking, lambda: base2(calibration().statistics, options)),
-            prefix_tokens=prefix,
-        ),
-        *(
-            Network(name=name, inputs=integers, build=partial(integer, quantizers), prefix_tokens=prefix)
-            for name, quantizers in ((NetworkName.int_static, static_quantizers), (NetworkName.int_token, token_quantizers))
-        ),
-        Network(
-            name=NetworkName.ann_prefix,
-            inputs=device | {"code": FOLDED.key(), "calibrate": keys["calibrate"]},
-            build=lambda: models.transparent(prefix()),
-            prefix_tokens=prefix,
-        ),
+            together=side_by_side if measure is folded_perplexity else None,
+        )
+
+    integers = {"code": INTEGER.key(), "calibrate": keys["calibrate"], "T": options.T, "groups": options.search.groups.value}
+    known = [
+        network(NetworkName.snn, taught | weights | execution | {"search": keys["search"]}, measure),
+        network(NetworkName.base2, weights | {"code": BASE2.key(), "calibrate": keys["calibrate"], "T": options.T}),
+        network(NetworkName.int_static, integers),
+        network(NetworkName.int_token, integers),
+        network(NetworkName.ann_prefix, {"code": FOLDED.key(), "calibrate": keys["calibrate"]}),
         Network(
             name=NetworkName.ann,
             inputs=device | {"code": PRETRAINED.key(), "model": keys["model"]},

@@ -14,7 +14,9 @@ Those that are converted here have weights as they are, or integers (`weights.bi
 import gc
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
@@ -26,9 +28,10 @@ from spikellm.config.model import HardwareConfig, ModelConfig
 from spikellm.config.snn import RotationConfig
 from spikellm.kernels.hadamard import HAS_CUDA_KERNEL
 from spikellm.model import conversion
+from spikellm.model.intake import CURE
 from spikellm.model.load import load_model, load_offloaded, load_spiking, stays_on_disk
 from spikellm.model.offload import Keep, change_layers, rotate
-from spikellm.model.prefix import attach_prefix
+from spikellm.model.prefix import attach_prefix, attached_prefix
 from spikellm.model.replaced import ReplacedWeights, WeightChange
 from spikellm.model.rotation import orders
 from spikellm.store.provenance import Code
@@ -36,6 +39,14 @@ from spikellm.store.provenance import Code
 log = logging.getLogger(__name__)
 
 ROTATED = Code(1, ("model.rotation", "model.offload"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variant:
+    """A network as the converted model is it: what its layers' weights are, and what sits in its slots."""
+
+    occupants: Mapping[str, Slot]  # by site name; none: all slots are empty
+    change: WeightChange | None = None  # of the weights
 
 
 class Networks:
@@ -50,8 +61,10 @@ class Networks:
         amplitude: Amplitude = Amplitude.static,
         *,
         keeping: Callable[[Mapping[str, object]], Keep] | None = None,
+        scratch: Path | None = None,
     ) -> None:
         self.model, self.hardware, self.rotation, self.softmax_norm, self.amplitude = model, hardware, rotation, softmax_norm, amplitude
+        self.scratch = scratch  # for hidden states of an offloaded model
         self.keeping = keeping  # where layers of an offloaded model are kept, by what they depend on; None: all is in memory
         self._installed: PreTrainedModel | None = None
         self._change: WeightChange | None = None  # of the converted model's weights
@@ -61,7 +74,7 @@ class Networks:
         self.release()
         if self.keeping is None or not self.offloaded:
             return load_model(self.model, self.hardware)
-        return load_offloaded(self.model, self.hardware, self.keeping({}))
+        return load_offloaded(self.model, self.hardware, self.keeping({}), self.scratch)
 
     @cached_property
     def offloaded(self) -> bool:
@@ -82,21 +95,24 @@ class Networks:
             if change is not None:
                 change_layers(self._installed, change)
         conversion.clear(self._installed)
-        if not replaced:
+        if not replaced and attached_prefix(self._installed) != prefix_tokens:  # layers on disk would all be read for it
             attach_prefix(self._installed, prefix_tokens)
         return self._installed
 
-    def spiking(self, tables: Mapping[str, PhaseTable], prefix_tokens: list[int], change: WeightChange | None = None) -> PreTrainedModel:
-        """The converted model with the neurons of `tables`, by site name; the rest as in `transparent`."""
-        model = self.transparent(prefix_tokens, change)
-        conversion.fill(model, tables, amplitude=self.amplitude, compiled=self.hardware.compile)
+    def take(self, variant: Variant, prefix_tokens: list[int]) -> PreTrainedModel:
+        """The converted model as a variant of it, behind the prefix of `prefix_tokens`."""
+        model = self.transparent(prefix_tokens, variant.change)
+        if variant.occupants:
+            conversion.occupy(model, variant.occupants)
         return model
 
-    def integer(self, quantizers: Mapping[str, Slot], prefix_tokens: list[int]) -> PreTrainedModel:
-        """The converted model with `quantizers`, by site name, behind the prefix of `prefix_tokens`."""
-        model = self.transparent(prefix_tokens)
-        conversion.occupy(model, quantizers)
-        return model
+    def neurons(self, tables: Mapping[str, PhaseTable]) -> dict[str, Slot]:
+        """The neurons of `tables`, by site name."""
+        return conversion.neurons(tables, amplitude=self.amplitude, compiled=self.hardware.compile)
+
+    def spiking(self, tables: Mapping[str, PhaseTable], prefix_tokens: list[int], change: WeightChange | None = None) -> PreTrainedModel:
+        """The converted model with the neurons of `tables`, by site name; the rest as in `transparent`."""
+        return self.take(Variant(occupants=self.neurons(tables), change=change), prefix_tokens)
 
     def release(self) -> None:
         """Drop the converted model, so that another fits into memory."""
@@ -119,6 +135,8 @@ class Networks:
                 conversion.install(model, rotated=parts, normalise_after=after, query_block=self.hardware.query_block)
             else:
                 conversion.prepare(model, rotation_seed=seed, parts=parts, normalise_after=after, query_block=self.hardware.query_block)
+        except FloatingPointError as error:
+            raise InputError(f"model.path={self.model.path}: {error}; {CURE}") from error
         except ValueError as error:
             raise InputError(f"model={self.model.name}, model.path={self.model.path}: {error}") from error
         if seed is not None:

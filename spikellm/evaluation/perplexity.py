@@ -8,8 +8,9 @@ many hidden states as in the model's own forward. More of them pay where a block
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from jaxtyping import Int, Shaped
@@ -19,8 +20,12 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from spikellm.execution.memory import LOGIT_ROWS
-from spikellm.model.blocks import together, walk
+from spikellm.model.blocks import Occupy, as_it_is, flights, walk_side_by_side
+from spikellm.model.offload import is_offloaded
 from spikellm.model.sites import HEAD
+
+Name = TypeVar("Name", bound=str)
+Readouts = Callable[[Tensor], Iterable[Tensor]]  # rows of the last hidden state to logits
 
 # What may hold activations that a dtype cannot; weights are known to be finite.
 WIDER = {
@@ -50,7 +55,7 @@ def perplexity(
         model: any causal language model of a supported architecture, pretrained or spiking, also within `spikellm.stepped`.
         windows: token ids; every window starts anew.
         label: for the progress bar and messages.
-        in_flight: windows that go through a block before the next block is called (None: `blocks.together`); no result depends on it.
+        in_flight: windows that go through a block before the next block is called (None: `blocks.flights`); no result depends on it.
 
     Raises:
         FloatingPointError: the loss is not finite.
@@ -59,12 +64,11 @@ def perplexity(
     return readout_perplexities(model, windows, readouts=lambda rows: [head(rows)], label=label, in_flight=in_flight)[0]
 
 
-@torch.no_grad()
 def readout_perplexities(
     model: PreTrainedModel,
     windows: Int[Tensor, "W L"],
     *,
-    readouts: Callable[[Tensor], Iterable[Tensor]],
+    readouts: Readouts,
     label: str,
     in_flight: int | None = None,
 ) -> list[Perplexity]:
@@ -73,24 +77,80 @@ def readout_perplexities(
     Args:
         readouts: rows of the last hidden state to logits [rows, V], the same number of them at every call.
     """
-    losses = []
-    with tqdm(total=len(windows), desc=f"perplexity {label}", unit="window", disable=None) as progress:
-        for some in windows.split(in_flight or together(model, windows.shape[1])):
-            for window, state in zip(some, walk(model, some), strict=True):
-                losses.append(_losses(state[0, :-1], window[1:], readouts))
-                progress.set_postfix(ppl=f"{math.exp(min(sum(loss[-1] for loss in losses) / len(losses), 80)):.3f}", refresh=False)
-                progress.update()
-    means = [sum(column) / len(losses) for column in zip(*losses, strict=True)]
-    if not all(math.isfinite(mean) for mean in means):
-        raise FloatingPointError(f"perplexity {label}: the loss is {means[-1]}; {WIDER[model.dtype]}")
+    (losses,) = _window_losses(model, windows, [as_it_is], readouts, label=label, in_flight=in_flight)
+    return _perplexities(losses, windows, label, model.dtype)
+
+
+def network_perplexities(
+    model: PreTrainedModel, windows: Int[Tensor, "W L"], networks: Mapping[Name, Occupy], *, label: str, in_flight: int | None = None
+) -> Iterator[tuple[Name, Perplexity]]:
+    """Perplexities of several networks of one model by their names, from one reading of its layers; arguments as in `perplexity`.
+
+    Args:
+        networks: see `blocks.walk_side_by_side`.
+
+    Raises:
+        FloatingPointError: the loss of one is not finite; those that are have come before.
+    """
+    head = model.get_submodule(HEAD)
+    every = _window_losses(
+        model, windows, list(networks.values()), lambda rows: [head(rows)], label=f"{', '.join(networks)} {label}", in_flight=in_flight
+    )
+    found = dict(zip(networks, every, strict=True))
+    for name in sorted(found, key=lambda name: not _are_finite(found[name])):
+        (only,) = _perplexities(found[name], windows, f"{name} {label}", model.dtype)
+        yield name, only
+
+
+@torch.no_grad()
+def _window_losses(
+    model: PreTrainedModel,
+    windows: Int[Tensor, "W L"],
+    networks: Sequence[Occupy],
+    readouts: Readouts,
+    *,
+    label: str,
+    in_flight: int | None,
+) -> list[list[list[float]]]:
+    """Mean token loss of every network in every window by every readout."""
+    found: list[list[list[float]]] = [[] for _ in networks]
+    name = f"perplexity {label}"
+    parts = flights(model, windows.split(1), networks=len(networks)) if in_flight is None else map(by_one, windows.split(in_flight))
+    with tqdm(total=len(windows), desc=name, unit="window", disable=None) as progress:
+        for part in parts:
+            every = walk_side_by_side(model, part, networks, label=name if is_offloaded(model) else None)
+            for losses, states in zip(found, every, strict=True):
+                losses += [_losses(state[0, :-1], window[0, 1:], readouts) for window, state in zip(part, states, strict=True)]
+            means = [sum(loss[-1] for loss in losses) / len(losses) for losses in found]
+            progress.set_postfix_str(f"ppl={', '.join(f'{math.exp(min(mean, 80)):.3f}' for mean in means)}", refresh=False)
+            progress.update(len(part))
+    return found
+
+
+def by_one(windows: Int[Tensor, "W L"]) -> list[Int[Tensor, "1 L"]]:
+    """Windows as batches of one."""
+    return list(windows.split(1))
+
+
+def _perplexities(losses: list[list[float]], windows: Int[Tensor, "W L"], label: str, dtype: torch.dtype) -> list[Perplexity]:
+    """Of every readout."""
+    means = _means(losses)
+    if not _are_finite(losses):
+        raise FloatingPointError(f"perplexity {label}: the loss is {means[-1]}; {WIDER[dtype]}")
     count, length = windows.shape
     tokens = count * (length - 1)
     return [Perplexity(value=math.exp(min(mean, 700.0)), windows=count, window=length, tokens=tokens) for mean in means]
 
 
-def _losses(
-    hidden: Shaped[Tensor, "rows ..."], targets: Int[Tensor, " rows"], readouts: Callable[[Tensor], Iterable[Tensor]]
-) -> list[float]:
+def _means(losses: list[list[float]]) -> list[float]:
+    return [sum(column) / len(losses) for column in zip(*losses, strict=True)]
+
+
+def _are_finite(losses: list[list[float]]) -> bool:
+    return all(map(math.isfinite, _means(losses)))
+
+
+def _losses(hidden: Shaped[Tensor, "rows ..."], targets: Int[Tensor, " rows"], readouts: Readouts) -> list[float]:
     """Mean token loss of every readout."""
     sums = [
         [cross_entropy(logits.float(), wanted.to(logits.device), reduction="sum").item() for logits in readouts(rows)]

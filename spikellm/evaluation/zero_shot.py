@@ -9,6 +9,9 @@ spiking one codes each token by itself. What the batch size can move is the roun
 amplifies it: one threshold passed or not moved log-likelihoods by 0.2 to 0.36 where 11 rows took another kernel on the CPU than 88.
 Products here have `MIN_TOKENS` rows at least; from there on batches of 1, 4 and 8 agreed in every bit. lm-eval's request cache
 stays off: it knows requests by their text alone and would answer for the second network with the first one's scores.
+
+Where decoder layers lie on disk, all requests go through a layer before the next one is read. lm-eval scores twice then: first only to
+show its batches, in its order; then their logits are there.
 """
 
 import hashlib
@@ -25,13 +28,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from jaxtyping import Float, Int
+from torch import Tensor, float32, no_grad
 from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spikellm.config.boundary import blamed_on, read_file
 from spikellm.config.checks import InputError
 from spikellm.config.dataset import ZeroShotConfig
+from spikellm.model.blocks import flights, walk
+from spikellm.model.offload import is_offloaded
+from spikellm.model.sites import HEAD
 from spikellm.store.record import AccuracyRecord
 
 log = logging.getLogger(__name__)
@@ -221,15 +228,30 @@ def accuracy(
         from lm_eval.models.huggingface import HFLM
 
         class Scorer(HFLM):
-            """Progress bars only where somebody looks on; no short sequences."""
+            """Progress bars only where somebody looks on; no short sequences; layers on disk are read for all requests together."""
+
+            asked: list[Tensor] | None = None  # batches, while lm-eval only shows them
+            ahead: Iterator[Tensor] | None = None  # logits of the batches to come
 
             def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
                 with blamed_on(f"dataset.zero_shot.tasks=[{task.task_name}]: lm-eval cannot score it", "take other rows or another model"):
                     return super().loglikelihood(requests, disable_tqdm=disable_tqdm or not sys.stderr.isatty())
 
+            def _loglikelihood_tokens(self, requests: list[Any], *arguments: Any, **options: Any) -> list[tuple[float, bool]]:
+                if not is_offloaded(model):
+                    return super()._loglikelihood_tokens(requests, *arguments, **options)
+                self.asked = []
+                super()._loglikelihood_tokens(requests, disable_tqdm=True)
+                self.ahead, self.asked = logits(model, self.asked), None
+                return super()._loglikelihood_tokens(requests, *arguments, **options)
+
             def _model_call(self, inps: Tensor, *_: object, **__: object) -> Tensor:
                 length = inps.shape[1]
-                return super()._model_call(pad(inps, (0, max(0, MIN_TOKENS - length))))[:, :length]
+                batch = pad(inps, (0, max(0, MIN_TOKENS - length)))
+                if self.asked is not None:
+                    self.asked.append(batch)
+                    return inps.new_zeros((), dtype=float32).expand(*inps.shape, model.config.vocab_size)
+                return (super()._model_call(batch) if self.ahead is None else next(self.ahead))[:, :length]
 
         scorer = Scorer(
             pretrained=model,
@@ -245,6 +267,14 @@ def accuracy(
     scores = {name.partition(",")[0]: value for name, value in found["results"][task.task_name].items()}
     known = {name: scores[name] for name in METRICS if isinstance(scores.get(name), float)}
     return AccuracyRecord(**known, rows=found["n-samples"][task.task_name]["effective"])
+
+
+@no_grad()
+def logits(model: PreTrainedModel, batches: list[Int[Tensor, "_ _"]]) -> Iterator[Float[Tensor, "_ _ V"]]:
+    """Those of every batch, one after the other, of which as many as `flights` allows go through the layers together."""
+    head = model.get_submodule(HEAD)
+    for some in flights(model, batches):
+        yield from map(head, walk(model, some))
 
 
 @contextmanager

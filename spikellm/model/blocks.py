@@ -3,14 +3,18 @@
 What a stage does to a block, or learns from it, is a function of that block; the stage is a loop over the row. Nothing of the other
 blocks has to be at hand then: not their observers (1.9 GB on LLaMA-3-8B's 32 layers), not their weights, which may lie on disk but for
 the block that is called (`offload.py`). What is held instead are the windows' hidden states, W L D numbers (0.5 GB there, for 16
-windows of 2048 tokens).
+windows of 2048 tokens); where weights lie on disk they do so too beyond `STATES_BYTES` (`states.py`).
 
 No figure depends on it: a window meets the same operations on the same numbers as in the model's own forward, from which the arguments
-of every layer (position embeddings, the mask of its type of attention) are taken. Windows stay apart in each product: how many go
-together moves no bit. Within `spikellm.stepped` states are currents [T, L, D], and spikes [1, L, S, D] behind the final norm.
+of every layer (position embeddings, the mask of its type of attention) are taken. Batches stay apart in each product: how many go
+together moves no bit. Batches may differ in size and length: arguments are those of a batch of that shape. Padding is on the right,
+where a causal model does not see it. Within `spikellm.stepped` states are currents [T B, L, D], and spikes [B, L, S, D] behind the final
+norm.
+
+Networks that differ in what sits in their slots alone go through a block side by side: a block's weights are brought in once for all.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, MutableSequence, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
@@ -18,12 +22,15 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from spikellm.model.offload import is_offloaded, present
-from spikellm.model.sites import FINAL_NORM, LAYERS, Site, decoder_layers, sites
+from spikellm.model.offload import is_offloaded, present, scratch_of
+from spikellm.model.sites import EMBEDDING, FINAL_NORM, LAYERS, Site, decoder_layers, sites
+from spikellm.model.states import States
 
-STATES_BYTES = 2**30  # of hidden states that windows in flight take where a block's weights are brought in for all of them together
+Tokens = Int[Tensor, "_ _"]  # of a batch [B, L]; those of a list may differ in both
+STATES_BYTES = 2**30  # of hidden states in memory, where a block's weights are brought in for all of them together
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,14 +40,14 @@ class Block:
     layer: int | None  # None: the final norm
     module: nn.Module
     sites: list[Site]  # nine, or one
-    arguments: dict[str, object]  # of the module, beside the hidden state
+    arguments: dict[torch.Size, dict[str, object]]  # of the module beside a hidden state, by that one's shape
 
     def __call__(self, state: Float[Tensor, "B L D"]) -> Shaped[Tensor, "..."]:
-        """A window's hidden state behind the block; behind the last block it is what lm_head reads."""
-        return self.module(state, **self.arguments)
+        """A batch's hidden state behind the block; behind the last block it is what lm_head reads."""
+        return self.module(state, **self.arguments[state.shape])
 
-    def advance(self, states: list[Tensor]) -> None:
-        """Take the hidden states of all windows through the block, in place."""
+    def advance(self, states: MutableSequence[Tensor]) -> None:
+        """Take the hidden states of all batches through the block, in place."""
         for index, state in enumerate(states):
             states[index] = self(state)
 
@@ -71,26 +78,52 @@ def output_error(found: Float[Tensor, "1 L D"], target: Float[Tensor, "1 L D"]) 
     return ((found - target).square().sum(-1) / power).mean()
 
 
-@torch.no_grad()
-def walk(model: PreTrainedModel, windows: Int[Tensor, "W L"]) -> list[Shaped[Tensor, "1 L ..."]]:
-    """The last hidden state of every window, which lm_head reads: all windows through one block, then through the next."""
-    states, blocks = enter(model, windows)
-    for block in blocks:
-        block.advance(states)
-    return states
+# What makes a block that of another network: it puts what belongs there into the block's slots.
+Occupy = Callable[[Block], None]
+
+
+def as_it_is(_: Block) -> None:
+    """The network that the model is now."""
 
 
 @torch.no_grad()
-def enter(model: PreTrainedModel, windows: Int[Tensor, "W L"]) -> tuple[list[Float[Tensor, "B L D"]], Row]:
-    """The hidden state of every window before the first block, and the blocks in the order in which a token meets them.
+def walk(model: PreTrainedModel, batches: Iterable[Tokens]) -> States:
+    """The last hidden state of every batch, which lm_head reads: all batches through one block, then through the next."""
+    return walk_side_by_side(model, batches, [as_it_is])[0]
 
-    Blocks take their modules as they are, neurons and observers included, but know one length of windows and no padding.
+
+@torch.no_grad()
+def walk_side_by_side(
+    model: PreTrainedModel, batches: Iterable[Tokens], networks: Sequence[Occupy], *, label: str | None = None
+) -> list[States]:
+    """`walk` of several networks of one model: all of them through one block, then through the next.
+
+    Args:
+        networks: they share the model's weights, embedding and prefix; the model is left as the last one.
+        label: of a progress bar; None: there is none.
+    """
+    entered, blocks = enter(model, batches)
+    found = [entered.copy() for _ in networks]
+    del entered  # the state before the first block is held by nobody behind it
+    for block in tqdm(blocks, desc=label, unit="block", disable=True if label is None else None):
+        for occupy, states in zip(networks, found, strict=True):
+            occupy(block)
+            block.advance(states)
+    return found
+
+
+@torch.no_grad()
+def enter(model: PreTrainedModel, batches: Iterable[Tokens]) -> tuple[States, Row]:
+    """The hidden state of every batch before the first block, and the blocks in the order in which a token meets them.
+
+    Blocks take their modules as they are, neurons and observers included, and batches of shapes that have entered.
     """
     layers = decoder_layers(model)
     modules = dict(enumerate(layers)) | {None: model.get_submodule(FINAL_NORM)}
-    with _passed_by(model) as (states, arguments):
-        for window in windows:
-            model.base_model(window[None].to(model.device), use_cache=False)
+    states = States(room=STATES_BYTES, scratch=scratch_of(model))
+    with _passed_by(model, states) as arguments:
+        for batch in batches:
+            model.base_model(batch.to(model.device), use_cache=False)
     return states, Row(
         [
             Block(layer=layer, module=module, sites=[site for site in sites(len(layers)) if site.layer == layer], arguments=given)
@@ -99,21 +132,36 @@ def enter(model: PreTrainedModel, windows: Int[Tensor, "W L"]) -> tuple[list[Flo
     )
 
 
-def together(model: PreTrainedModel, length: int) -> int:
-    """Windows that go through a block before the next one is called: one, or as many as it pays to bring its weights in for."""
-    return max(1, STATES_BYTES // (4 * length * model.config.hidden_size)) if is_offloaded(model) else 1
+def flights(model: PreTrainedModel, batches: Iterable[Tokens], *, networks: int = 1) -> Iterator[list[Tokens]]:
+    """The batches in those parts that go through a block before the next one is called.
+
+    One at a time, or as many as it pays to bring the block's weights in for. That is until `STATES_BYTES` of so many networks' states: more
+    would have to lie on disk, and go there and back at every block, which takes longer than the weights do once more.
+    """
+    room = STATES_BYTES if is_offloaded(model) else 0
+    numbers = model.config.hidden_size * getattr(model.get_submodule(EMBEDDING), "T", 1) * networks  # of a token: see `SteppedEmbedding`
+    part: list[Tensor] = []
+    taken = 0
+    for batch in batches:
+        size = 4 * batch.numel() * numbers
+        if part and taken + size > room:
+            yield part
+            part, taken = [], 0
+        part.append(batch)
+        taken += size
+    if part:
+        yield part
 
 
 @contextmanager
-def _passed_by(model: PreTrainedModel) -> Iterator[tuple[list[Tensor], list[dict[str, object]]]]:
-    """Within: a forward passes all blocks by. What comes to the first is collected, and what every block is called with."""
+def _passed_by(model: PreTrainedModel, states: States) -> Iterator[list[dict[torch.Size, dict[str, object]]]]:
+    """Within: a forward passes all blocks by. What comes to the first is added to `states`; with what blocks are called is collected."""
     layers, norm = decoder_layers(model), model.get_submodule(FINAL_NORM)
-    states: list[Tensor] = []
-    arguments: list[dict[str, object]] = [{} for _ in [*layers, norm]]
+    arguments: list[dict[torch.Size, dict[str, object]]] = [{} for _ in [*layers, norm]]
 
     def twin(index: int, block: nn.Module) -> nn.Module:
         def forward(state: Tensor, **given: object) -> Tensor:
-            arguments[index] = given
+            arguments[index].setdefault(state.shape, given)
             if index == 0:
                 states.append(state)
             return state
@@ -125,7 +173,7 @@ def _passed_by(model: PreTrainedModel) -> Iterator[tuple[list[Tensor], list[dict
     model.set_submodule(LAYERS, nn.ModuleList(twin(index, layer) for index, layer in enumerate(layers)))
     model.set_submodule(FINAL_NORM, twin(len(layers), norm))
     try:
-        yield states, arguments
+        yield arguments
     finally:
         model.set_submodule(LAYERS, layers)
         model.set_submodule(FINAL_NORM, norm)

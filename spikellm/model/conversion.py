@@ -6,10 +6,10 @@ install    norms, activation, o_proj and down_proj become modules with a neuron 
 prepare    rotates, then installs
 set_neuron puts an observer or a neuron into one site's slot
 fill       puts `PhaseNeuron`s at all sites, or fails
-occupy     puts anything else there
+occupy     puts anything else there; `occupy_sites` at some of them
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -94,7 +94,7 @@ def install(model: PreTrainedModel, *, rotated: Collection[RotationPart], normal
     check_architecture(model)
     width = head_width(model.config)
     for layer in decoder_layers(model):
-        with present(layer):
+        with present(layer, ahead=False):
             install_block(layer, width, rotated=rotated, normalise_after=normalise_after, query_block=query_block)
     install_ends(model)
     model.set_attn_implementation(IMPLEMENTATION)
@@ -287,9 +287,29 @@ def occupy(model: PreTrainedModel, occupants: Mapping[str, Slot]) -> None:
     Raises:
         ValueError: a site has no occupant, an occupant no site, or the model no slots.
     """
-    for site in _every_site(model, occupants, "occupants"):
+    occupy_sites(model, _every_site(model, occupants, "occupants"), occupants)
+
+
+def occupy_sites(model: PreTrainedModel, places: Iterable[Site], occupants: Mapping[str, Slot]) -> None:
+    """Put occupants, by site name, at some sites, in place; a site without one gets an empty slot."""
+    for site in places:
         device, dtype = _home(model, site)
-        set_neuron(model, site, occupants[site.name].to(device=device, dtype=dtype))
+        set_neuron(model, site, occupants.get(site.name, Slot()).to(device=device, dtype=dtype))
+
+
+def neurons(tables: Mapping[str, PhaseTable], *, amplitude: Amplitude = Amplitude.static, compiled: bool = True) -> dict[str, Slot]:
+    """The neurons that `fill` puts in, as occupants.
+
+    Raises:
+        ValueError: a name is no site's.
+    """
+    found: dict[str, Slot] = {}
+    for name, table in tables.items():
+        if (site := Site.of(name)) is None:
+            raise ValueError(f"{name} is no site")
+        per_token = is_per_token(site.kind, amplitude)
+        found[name] = PhaseNeuron(table, axis=GROUP_AXIS[site.kind], per_token=per_token, compiled=compiled)
+    return found
 
 
 def _every_site(model: PreTrainedModel, named: Mapping[str, Any], what: str) -> list[Site]:

@@ -12,7 +12,6 @@ from typing import Any
 from zipfile import is_zipfile
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -20,11 +19,13 @@ from spikellm.config.boundary import blamed_on
 from spikellm.config.checks import InputError
 from spikellm.config.model import ModelConfig
 from spikellm.model.sites import ARCHITECTURES, EMBEDDING, FINAL_NORM, HEAD, SPIKING_TYPE
+from spikellm.model.stored import forms_of
 
 DESCRIPTIONS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "*.index.json")
 LFS_POINTER = b"version https://git-lfs"
 OF_A_DECODER = re.compile(rf"(^|\.)layers\.\d+\.|^({re.escape(EMBEDDING)}|{re.escape(FINAL_NORM)}|{HEAD})\.")
 DERIVED = re.compile(r"\.(rotary_emb\.inv_freq|attn\.(masked_)?bias)$")  # of older transformers: buffers that the config determines
+FLOATING = ("F64", "F32", "F16", "BF16")  # as safetensors names them
 CURE = "give a folder in transformers' format, fetched whole"
 
 
@@ -55,8 +56,9 @@ def check_folder(config: ModelConfig) -> None:
             if not isinstance(content, dict):
                 raise InputError(f"{place}, {file.name}: holds no JSON object; {CURE}")
         if file.suffix == ".safetensors":
-            with blamed_on(f"{place}, {file.name}", CURE), safe_open(file, "pt") as tensors:
-                tensors.keys()
+            for name, (dtype, _) in forms_of(file, f"{place}, {file.name}", CURE).items():
+                if dtype not in FLOATING and OF_A_DECODER.search(name) and not DERIVED.search(name):
+                    raise InputError(f"{place}, {file.name}: {name} is {dtype}; give the model in 16 or 32 bits")
         if file.suffix == ".bin" and not _holds_weights(file):
             raise InputError(f"{place}, {file.name}: is no pickle of weights alone; give the model as safetensors")
 

@@ -68,16 +68,17 @@ def load_model(config: ModelConfig, hardware: HardwareConfig) -> PreTrainedModel
     return model
 
 
-def load_offloaded(config: ModelConfig, hardware: HardwareConfig, keep: Keep) -> PreTrainedModel:
+def load_offloaded(config: ModelConfig, hardware: HardwareConfig, keep: Keep, scratch: Path | None = None) -> PreTrainedModel:
     """The same model with its decoder layers on disk (`offload.py`): one of them is in memory at a time.
 
     Safetensors are read where they lie. What comes in another form is written as such once, layer by layer.
 
     Args:
         keep: where that is kept.
+        scratch: folder for hidden states beyond `blocks.STATES_BYTES`; None: they stay in memory.
 
     Raises:
-        InputError: as in `load_model`; a tensor of the model is not in the checkpoint.
+        InputError: as in `load_model`, but for weights of decoder layers that are NaN or infinite: nobody has read them.
     """
     dtype, device = getattr(torch, config.dtype.value), torch.device(_device_map(hardware) or "cpu")
     _looked_at(config)
@@ -85,12 +86,10 @@ def load_offloaded(config: ModelConfig, hardware: HardwareConfig, keep: Keep) ->
     check_type(config, model.config.model_type)
     check_architecture(model)
     stored = _stored(config, model, keep)
-    absent = sorted(name for name in tensors_of(model) if name not in stored)
-    if absent:
-        raise InputError(
-            f"model.path={config.path}: {len(absent)} tensors of the model are not in the checkpoint, {absent[0]} first; {CURE}"
-        )
-    offload(model, stored, device)
+    if lost := unfilled(_loading_info(model, stored)):
+        raise InputError(f"model.path={config.path}: {lost}; {CURE}")
+    offload(model, stored, device, scratch)
+    check_finite(config, model)  # its ends
     return model.eval().requires_grad_(False)
 
 
@@ -105,6 +104,17 @@ def stays_on_disk(config: ModelConfig, hardware: HardwareConfig) -> bool:
         return False
     log.info("%s: weights of %.1f GiB, memory of %.1f GiB: one decoder layer at a time", config.name, weights / GIB, room / GIB)
     return True
+
+
+def _loading_info(model: PreTrainedModel, stored: Stored) -> dict[str, list]:
+    """What transformers would say of a model that is filled with these tensors, for `intake.unfilled`."""
+    wanted, found = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, stored.shapes()
+    return {
+        "missing_keys": [name for name in tensors_of(model) if name not in found],
+        "unexpected_keys": [name for name in found if name not in wanted],
+        "mismatched_keys": [(name, found[name], shape) for name, shape in wanted.items() if found.get(name, shape) != shape],
+        "error_msgs": [],
+    }
 
 
 def _stored(config: ModelConfig, model: PreTrainedModel, keep: Keep) -> Stored:

@@ -6,12 +6,13 @@
 
 On a CPU a tensor of the model's dtype is its pages of the file: they come in at first use and leave with the layer, nothing is copied, and
 a layer that several passes read stays in the page cache where there is room. Whatever walks over blocks (`model/blocks.py`) holds one
-layer at a time; a plain forward brings every layer in once.
+layer at a time; a plain forward brings every layer in once. The next one is read meanwhile (`ahead.py`).
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -23,10 +24,11 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from spikellm.config.choices import RotationPart
+from spikellm.model.ahead import ReadAhead
 from spikellm.model.intake import not_finite
 from spikellm.model.rotation import begin, rotate_block
 from spikellm.model.sites import EMBEDDING, FINAL_NORM, HEAD, LAYERS, decoder_layers, head_width
-from spikellm.model.stored import Stored
+from spikellm.model.stored import Below, Stored
 from spikellm.store.artifacts import write_tensors
 
 # The folder of a part by its name, made once by the function where it is not there yet.
@@ -42,12 +44,15 @@ class OnDisk(ModelHook):
     Args:
         weights: the layer's, by name below it.
         device: where the layer is called.
+        ahead: reads weights; shared by the layers of a model.
+        scratch: folder for hidden states that do not stay in memory either; None: they do.
     """
 
     change: Callable[[nn.Module], None] | None = None  # of the weights, whenever they have come
+    following: "OnDisk | None" = None  # of the layer that is called next
 
-    def __init__(self, weights: Mapping[str, Tensor], device: torch.device) -> None:
-        self.weights, self.device, self.holders = weights, device, 0
+    def __init__(self, weights: Below, device: torch.device, ahead: ReadAhead, scratch: Path | None = None) -> None:
+        self.weights, self.device, self.ahead, self.scratch, self.holders = weights, device, ahead, scratch, 0
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict]:
         """The weights are there."""
@@ -59,11 +64,14 @@ class OnDisk(ModelHook):
         self.leave(module)
         return output
 
-    def take(self, module: nn.Module) -> None:
-        """Bring the weights in for one more holder."""
+    def take(self, module: nn.Module, *, ahead: bool = True) -> None:
+        """Bring the weights in for one more holder; `ahead`: those of the layer that follows will be wanted too."""
         if not self.holders:
+            found = self.ahead.get(self.weights)
+            if ahead and self.following is not None:
+                self.ahead.expect(self.following.weights)
             for name, parameter in list(module.named_parameters()):
-                put(module, name, self.weights[name], dtype=parameter.dtype, device=self.device)
+                put(module, name, found[name], dtype=parameter.dtype, device=self.device)
             if self.change is not None:
                 self.change(module)
         self.holders += 1
@@ -93,19 +101,28 @@ def is_offloaded(model: PreTrainedModel) -> bool:
     return any(hook_of(layer) for layer in decoder_layers(model))
 
 
+def scratch_of(model: PreTrainedModel) -> Path | None:
+    """Where hidden states may lie of a model whose layers are on disk; None: they stay in memory."""
+    return next((hook.scratch for layer in decoder_layers(model) if (hook := hook_of(layer)) is not None), None)
+
+
 @contextmanager
-def _held(hook: OnDisk, module: nn.Module) -> Iterator[None]:
-    hook.take(module)
+def _held(hook: OnDisk, module: nn.Module, *, ahead: bool) -> Iterator[None]:
+    hook.take(module, ahead=ahead)
     try:
         yield
     finally:
         hook.leave(module)
 
 
-def present(module: nn.Module) -> AbstractContextManager[None]:
-    """A context within which the weights of a block are in memory; of one that has them there anyway it does nothing."""
+def present(module: nn.Module, *, ahead: bool = True) -> AbstractContextManager[None]:
+    """A context within which the weights of a block are in memory; of one that has them there anyway it does nothing.
+
+    Args:
+        ahead: False where weights are not computed with: on a CPU none of their pages come in then.
+    """
     hook = hook_of(module)
-    return nullcontext() if hook is None else _held(hook, module)
+    return nullcontext() if hook is None else _held(hook, module, ahead=ahead)
 
 
 @runtime_checkable
@@ -126,8 +143,12 @@ def change_layers(model: PreTrainedModel, change: LayerChange) -> None:
             hook.change = partial(change.apply_to, path=path)
 
 
-def offload(model: PreTrainedModel, stored: Stored, device: torch.device) -> None:
+def offload(model: PreTrainedModel, stored: Stored, device: torch.device, scratch: Path | None = None) -> None:
     """Give a model on the meta device its ends, and its layers a hook each; tied weights are one tensor, as in the checkpoint.
+
+    Args:
+        stored: the tensors of the checkpoint.
+        device, scratch: see `OnDisk`.
 
     Raises:
         KeyError: a tensor is not stored.
@@ -139,8 +160,12 @@ def offload(model: PreTrainedModel, stored: Stored, device: torch.device) -> Non
                 put(model, f"{end}.{name}", stored[f"{end}.{name}"].clone(), dtype=parameter.dtype, device=device)
     if tied:
         model.tie_weights()
-    for index, layer in enumerate(decoder_layers(model)):
-        add_hook_to_module(layer, OnDisk(stored.below(f"{LAYERS}.{index}"), device))
+    ahead, layers = ReadAhead(device), decoder_layers(model)
+    hooks = [OnDisk(stored.below(f"{LAYERS}.{index}"), device, ahead, scratch) for index in range(len(layers))]
+    for hook, following in pairwise(hooks):
+        hook.following = following
+    for layer, hook in zip(layers, hooks, strict=True):
+        add_hook_to_module(layer, hook)
 
 
 @torch.no_grad()
@@ -151,7 +176,7 @@ def rotate(model: PreTrainedModel, *, seed: int, parts: Collection[RotationPart]
         keep: where rotated layers are kept; of a run that was stopped those are there.
 
     Raises:
-        ValueError: a weight is NaN or infinite.
+        FloatingPointError: a weight is NaN or infinite; names it.
     """
     signs = begin(model, seed=seed, parts=parts)
     for index, layer in enumerate(tqdm(decoder_layers(model), desc="rotate", unit="layer", disable=None)):
@@ -163,7 +188,7 @@ def rotate(model: PreTrainedModel, *, seed: int, parts: Collection[RotationPart]
                 for parameter in layer.parameters():
                     parameter.data = parameter.data.clone()  # what is mapped stays as it is
                 if found := not_finite(layer):
-                    raise ValueError(f"{path}.{found}")
+                    raise FloatingPointError(f"{path}.{found}")
                 rotate_block(layer, parts, signs, head_width(model.config))
                 write_tensors(folder / FILE, {f"{path}.{name}": weight.cpu() for name, weight in layer.named_parameters()})
 

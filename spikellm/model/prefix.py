@@ -79,7 +79,7 @@ def keep_what_helps(
     losses = []
     for candidate in (tokens[-1:], tokens):
         attach_prefix(model, candidate)
-        losses.append(sum(_loss(model, window, state) for window, state in zip(text, walk(model, text), strict=True)))
+        losses.append(sum(_loss(model, window, state) for window, state in zip(text, walk(model, text.split(1)), strict=True)))
     return tokens if losses[1] <= losses[0] else tokens[-1:]
 
 
@@ -92,7 +92,7 @@ def _loss(model: PreTrainedModel, window: Int[Tensor, " L"], state: Float[Tensor
 @torch.no_grad()
 def _outliers(model: PreTrainedModel, windows: Int[Tensor, "W L"], eta: float) -> Bool[Tensor, "layers W L"]:
     """Which tokens are outliers, at every layer."""
-    states, blocks = enter(model, windows)
+    states, blocks = enter(model, windows.split(1))
     found = []
     for block in tqdm(blocks.layers, desc="prefix tokens", unit="block", leave=False, disable=None):
         with _peaks(block) as peaks:
@@ -116,6 +116,7 @@ def _peaks(block: Block) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
+ATTACHED = "attached_prefix_tokens"  # attribute of a model
 # RoPE whose frequencies depend on how long the sequence is: a prefix at positions -P .. -1 would have those of a short one.
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
@@ -126,6 +127,12 @@ def why_no_prefix(config: Any) -> str | None:
     if rope not in LENGTH_DEPENDENT_ROPE:
         return None
     return f"rope_parameters.rope_type={rope!r}: RoPE turns keys by the length of the sequence, and a prefix has none"
+
+
+def attached_prefix(model: PreTrainedModel) -> list[int] | None:
+    """What `attach_prefix` has put before every sequence; None: it was not called."""
+    found: list[int] | None = vars(model).get(ATTACHED)
+    return found
 
 
 @torch.no_grad()
@@ -146,6 +153,7 @@ def attach_prefix(model: PreTrainedModel, tokens: list[int]) -> None:
         raise ValueError(f"{why_no_prefix(model.config)}; take prefix.enabled=false")
     for attention in attentions(model):
         attention.clear_prefix()
+    vars(model)[ATTACHED] = [] if not tokens else None
     if not tokens:
         return
     ids = torch.tensor([tokens], device=model.device)
@@ -155,3 +163,4 @@ def attach_prefix(model: PreTrainedModel, tokens: list[int]) -> None:
         _, cache = model.base_model(ids, position_ids=positions, use_cache=True, return_dict=False)
     for attention, entry in zip(attentions(model), cache.layers, strict=True):
         attention.set_prefix(entry.keys[0], entry.values[0])
+    vars(model)[ATTACHED] = list(tokens)

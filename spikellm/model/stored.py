@@ -8,6 +8,8 @@ from torch import Tensor
 
 from spikellm.config.boundary import blamed_on
 
+CURE = "fetch it, or make it, again"
+
 
 class Stored(Mapping[str, Tensor]):
     """Which file each tensor is in."""
@@ -24,7 +26,7 @@ class Stored(Mapping[str, Tensor]):
         """
         found: dict[str, Path] = {}
         for file in files:
-            with blamed_on(f"{file}", "fetch it, or make it, again"), safe_open(file, "pt") as tensors:
+            with blamed_on(f"{file}", CURE), safe_open(file, "pt") as tensors:
                 found |= dict.fromkeys(tensors.keys(), file)
         return cls(found)
 
@@ -41,9 +43,29 @@ class Stored(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.files)
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Those of all tensors, of which none is read."""
+        found = {file: forms_of(file, f"{file}", CURE) for file in set(self.files.values())}
+        return {name: found[file][name][1] for name, file in self.files.items()}
+
     def below(self, path: str) -> "Below":
         """The tensors of the module at a path, by their names below it."""
         return Below(self, f"{path}.")
+
+
+def forms_of(file: Path, what: str, cure: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """What a safetensors file says of its tensors: dtype, by safetensors' name of it, and shape.
+
+    Args:
+        file: looked at.
+        what, cure: as in `blamed_on`.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    with blamed_on(what, cure), safe_open(file, "pt") as tensors:
+        slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 (no mapping)
+        return {name: (str(each.get_dtype()), tuple(each.get_shape())) for name, each in slices.items()}
 
 
 class Below(Mapping[str, Tensor]):

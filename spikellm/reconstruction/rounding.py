@@ -40,7 +40,7 @@ def round_spiking(
         ValueError: groups that do not divide the inputs of a Linear.
     """
     check_groups(model.config, group_size)
-    states, blocks = enter(model, windows)
+    states, blocks = enter(model, windows.split(1))
     found: dict[str, IntegerWeight] = {}
     errors: dict[str, float] = {}
     for block in tqdm(blocks.layers, desc="weights", unit="block", disable=None):

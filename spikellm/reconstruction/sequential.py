@@ -10,11 +10,10 @@ was no better (`experiments/sequential`): it differs by the errors of all blocks
 Windows go to the parts of the statistics as in calibration.
 """
 
-from collections.abc import Sequence
 from functools import partial
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -23,6 +22,7 @@ from spikellm.calibration.calibrate import QUERY_BLOCK, calibrate_block, enough_
 from spikellm.model.attention import attending
 from spikellm.model.blocks import Block, enter
 from spikellm.model.conversion import place
+from spikellm.model.states import States
 from spikellm.reconstruction.amplitudes import choose_amplitudes
 from spikellm.reconstruction.streams import Keep, block_name, not_kept
 from spikellm.search.fit import CodeFit
@@ -47,7 +47,7 @@ def fit_sequentially(model: PreTrainedModel, windows: Int[Tensor, "W L"], option
     """
     fits: Fits = {}
     with attending(model, query_block=QUERY_BLOCK):
-        states, blocks = enter(model, enough_pieces(windows))
+        states, blocks = enter(model, enough_pieces(windows).split(1))
         for block in tqdm(blocks, desc="sequential", unit="block", disable=None):
             fits |= keep(block_name(block), partial(fit_block, model, block, states, options))
             for site in block.sites:
@@ -56,9 +56,9 @@ def fit_sequentially(model: PreTrainedModel, windows: Int[Tensor, "W L"], option
     return fits
 
 
-def fit_block(model: PreTrainedModel, block: Block, states: Sequence[Float[Tensor, "1 L D"]], options: Options) -> Fits:
+def fit_block(model: PreTrainedModel, block: Block, states: States, options: Options) -> Fits:
     """The codes of a block whose slots are empty; `states` are what every window brings into it on the spiking stream."""
-    wanted = list(states)
+    wanted = states.copy()
     amplitude = options.snn.amplitude
     seen = calibrate_block(model, block, wanted, amplitude=amplitude)
     statistics = {name: site.to(model.device) for name, site in seen.items()}

@@ -4,10 +4,10 @@ Windows run on two streams: behind the blocks with neurons as they are now, and 
 taught or fitted to is the ANN's output on the ANN's stream, so that it makes up for what the blocks before it did. Windows are of the
 fitting or of the choosing part of the calibration text (`calibrate.PERIOD`); those of the reporting part are left out.
 
-Memory: hidden states of all windows, three at a time.
+Memory: hidden states of all windows, three at a time (`model/states.py`).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -45,9 +45,9 @@ class TwoStreams:
 
     layer: int
     block: Block
-    states: list[Float[Tensor, "1 L D"]]  # that come in on the spiking stream
-    ann: list[Float[Tensor, "1 L D"]]  # on the ANN's
-    wanted: list[Float[Tensor, "1 L D"]]  # the ANN's behind the layer
+    states: Sequence[Float[Tensor, "1 L D"]]  # that come in on the spiking stream
+    ann: Sequence[Float[Tensor, "1 L D"]]  # on the ANN's
+    wanted: Sequence[Float[Tensor, "1 L D"]]  # the ANN's behind the layer
     fit: list[int]  # windows of the fitting part
     choose: list[int]  # of the choosing part
 
@@ -61,11 +61,11 @@ def two_streams(model: PreTrainedModel, windows: Int[Tensor, "W L"]) -> Iterator
     pieces = enough_pieces(windows)
     used = sorted((index, part) for part in (FIT, CHOOSE) for index in part_windows(len(pieces), part))
     fit, choose = ([index for index, (_, own) in enumerate(used) if own == part] for part in (FIT, CHOOSE))
-    states, blocks = enter(model, pieces[[index for index, _ in used]])
-    wanted = list(states)
+    states, blocks = enter(model, pieces[[index for index, _ in used]].split(1))
+    wanted = states.copy()
     for block in blocks.layers:
         assert block.layer is not None
-        ann = list(wanted)
+        ann = wanted.copy()
         with torch.no_grad(), without_neurons(model, block):
             block.advance(wanted)
         yield TwoStreams(layer=block.layer, block=block, states=states, ann=ann, wanted=wanted, fit=fit, choose=choose)
@@ -74,7 +74,7 @@ def two_streams(model: PreTrainedModel, windows: Int[Tensor, "W L"]) -> Iterator
 
 
 @torch.no_grad()
-def stream_error(block: Block, states: list[Tensor], wanted: list[Tensor], windows: list[int]) -> float:
+def stream_error(block: Block, states: Sequence[Tensor], wanted: Sequence[Tensor], windows: list[int]) -> float:
     """`blocks.output_error` of a block as it is now, mean of some windows."""
     return sum(output_error(block(states[index]), wanted[index]).item() for index in windows) / len(windows)
 

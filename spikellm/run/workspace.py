@@ -47,7 +47,15 @@ class Workspace:
         """The networks, loaded when they are asked for."""
         config = self.config
         snn = config.snn
-        return Networks(self.model, config.hardware, config.rotation, snn.softmax_norm, snn.amplitude, keeping=self.keeping)
+        return Networks(
+            self.model,
+            config.hardware,
+            config.rotation,
+            snn.softmax_norm,
+            snn.amplitude,
+            keeping=self.keeping,
+            scratch=self.store.root / "scratch",
+        )
 
     def keeping(self, what: Mapping[str, object]) -> Keep:
         """Where parts of the model are kept, each an artefact of its own; `what` they depend on beside the model."""

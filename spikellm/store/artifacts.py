@@ -22,8 +22,8 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import uuid4
@@ -84,12 +84,48 @@ class ArtifactStore:
             OSError: the store cannot be written.
         """
         target = self.folder(stage, inputs)
+        with self._making(target, inputs) as folder:
+            if folder is not None:
+                compute(folder)
+        return Artefact(target, folder is None)
+
+    def load_or_compute_together(
+        self, stage: str, every: Sequence[Mapping[str, object]], compute: Callable[[dict[int, Path]], Iterator[int]]
+    ) -> list[Artefact]:
+        """Several results of a stage; those that are missing are computed side by side.
+
+        Args:
+            every: the inputs of each.
+            compute: given the empty folders of missing results by their number in `every`, yields a number when its folder is filled:
+                that result is kept, whatever becomes of the others. It is not called where nothing is missing.
+
+        Raises:
+            OSError: the store cannot be written.
+        """
+        targets = [self.folder(stage, inputs) for inputs in every]
+        missing: dict[int, Path] = {}
+        with ExitStack() as stack:
+            opened = {}
+            for number in sorted(range(len(every)), key=lambda number: targets[number]):  # one order: nobody waits for a lock in a circle
+                opened[number] = stack.enter_context(ExitStack())
+                folder = opened[number].enter_context(self._making(targets[number], every[number]))
+                if folder is not None:
+                    missing[number] = folder
+            for number in compute(missing) if missing else ():
+                opened[number].close()
+        return [Artefact(target, number not in missing) for number, target in enumerate(targets)]
+
+    @contextmanager
+    def _making(self, target: Path, inputs: Mapping[str, object]) -> Iterator[Path | None]:
+        """Within: nobody else computes `target`. An empty folder to fill, which is put in place afterwards; None: it is there."""
         if self._fault(target) is None:
-            return Artefact(target, True)
+            yield None
+            return
         target.parent.mkdir(parents=True, exist_ok=True)
         with _locked(target):
             if (fault := self._fault(target)) is None:
-                return Artefact(target, True)
+                yield None
+                return
             _clear_abandoned(target.parent)
             temporary = _beside(target)
             if os.path.lexists(target):
@@ -99,7 +135,7 @@ class ArtifactStore:
             temporary = _beside(target)
             temporary.mkdir()
             try:
-                compute(temporary)
+                yield temporary
                 write_json(temporary / INPUTS, inputs)
                 write_json(temporary / VERSIONS, versions())
                 files = sorted(path for path in temporary.rglob("*") if path.is_file())
@@ -115,7 +151,6 @@ class ArtifactStore:
             except BaseException:
                 _remove(temporary)
                 raise
-            return Artefact(target, False)
 
     def remove(self, artefact: Artefact) -> None:
         """Take a result away, if it is still there."""

@@ -8,16 +8,20 @@ import pytest
 import torch
 
 from spikellm.config.checks import InputError
+from spikellm.config.choices import Device, DType
 from spikellm.config.dataset import ZERO_SHOT_TASKS, ZeroShotConfig
+from spikellm.config.model import HardwareConfig
 from spikellm.evaluation import zero_shot
+from spikellm.model import blocks
 from spikellm.model.conversion import fill, install
+from spikellm.model.load import load_model, load_offloaded
 from spikellm.model.prefix import attach_prefix
 from spikellm.run.stages import run_stages
 from tests.codes import base2_tables
 from tests.configure import configure
 from tests.jobs import WITH_REPORT
 from tests.launch import launch, one_line
-from tests.models import BOS, byte_model, byte_tokenizer, tiny_model
+from tests.models import BOS, byte_model, byte_tokenizer, keeping, reads, saved, tiny_model
 from tests.texts import random_rows
 
 
@@ -80,6 +84,39 @@ def test_the_batch_size_is_not_felt(task, tasks):
     assert one == eight
     assert one["rows"] == 12
     assert ("acc_norm" in one) == (task != "winogrande")
+
+
+def logged(monkeypatch) -> list:
+    """Every answer that lm-eval gets from now on: log-likelihood, whether the continuation is the likeliest."""
+    from lm_eval.models.huggingface import HFLM
+
+    found, whole = [], HFLM.loglikelihood
+    monkeypatch.setattr(HFLM, "loglikelihood", lambda *given, **options: found.append(whole(*given, **options)) or found[-1])
+    return found
+
+
+@pytest.mark.parametrize(("dtype", "task"), [(DType.float32, "hellaswag"), (DType.float32, "piqa"), (DType.bfloat16, "winogrande")])
+def test_layers_on_disk_are_read_once_for_a_task_and_change_no_bit(dtype, task, tasks, tmp_path, monkeypatch):
+    config, cpu = saved("qwen3", tmp_path, dtype, vocab_size=258), HardwareConfig(device=Device.cpu)
+    here, there = load_model(config, cpu), load_offloaded(config, cpu, keeping(tmp_path / "kept")[0])
+    answers, read = logged(monkeypatch), reads(monkeypatch)
+
+    def accuracy(model) -> dict:
+        read.clear()
+        found = zero_shot.accuracy(model, byte_tokenizer(), tasks[task], limit=12, batch_size=5, prefix_tokens=[1])
+        return found.to_json()
+
+    assert accuracy(here) == accuracy(there)  # the ANN in transformers' own attention
+    for model in (here, there):
+        install(model, rotated=(), query_block=16)
+        attach_prefix(model, [1])
+        fill(model, base2_tables(model), compiled=False)
+    assert accuracy(here) == accuracy(there)
+    assert len(read) == len(set(read)) == sum(1 for _ in there.model.layers.parameters())
+    monkeypatch.setattr(blocks, "STATES_BYTES", 2 * 5 * 40 * 64 * 4)  # two short batches
+    assert accuracy(there)
+    assert len(read) > len(set(read))
+    assert answers[0] == answers[1] != answers[2] == answers[3] == answers[4]
 
 
 def test_bos_in_the_prefix_is_the_bos_that_the_tokenizer_adds(tasks):

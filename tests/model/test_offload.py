@@ -13,35 +13,15 @@ from spikellm.config.model import HardwareConfig, ModelConfig
 from spikellm.config.snn import PrefixConfig
 from spikellm.evaluation.perplexity import perplexity
 from spikellm.execution.stepped import stepped
-from spikellm.model import conversion, offload
+from spikellm.model import ahead, conversion, offload
 from spikellm.model.blocks import enter
 from spikellm.model.load import load_model, load_offloaded, stays_on_disk
 from spikellm.model.prefix import attach_prefix
 from spikellm.model.rotation import PARTS
 from tests.codes import partitioned_tables
-from tests.models import SIZES, tiny_model
+from tests.models import SIZES, keeping, reads, saved, tiny_model
 
 CPU = HardwareConfig(device=Device.cpu)
-
-
-def keeping(folder):
-    """Parts in a folder, and the names of those that were computed."""
-    computed = []
-
-    def keep(part, compute):
-        place = folder / part
-        if not place.exists():
-            place.mkdir(parents=True)
-            compute(place)
-            computed.append(part)
-        return place
-
-    return keep, computed
-
-
-def saved(name: str, folder, dtype: DType = DType.float32, **options) -> ModelConfig:
-    tiny_model(name, dtype=getattr(torch, dtype.value), **options).save_pretrained(folder, max_shard_size="100KB")
-    return ModelConfig(name=name, source=ModelSource.hub, path=str(folder), dtype=dtype)
 
 
 def resident(model) -> list[int]:
@@ -82,9 +62,8 @@ def test_every_network_is_the_same_to_the_last_bit(name, dtype, windows, tmp_pat
 def test_one_layer_is_in_memory_and_each_is_read_once_for_all_windows(windows, tmp_path, monkeypatch):
     config = saved("llama", tmp_path, num_hidden_layers=3)
     model = load_offloaded(config, CPU, keeping(tmp_path / "kept")[0])
-    read = []
-    monkeypatch.setattr(offload.Stored, "__getitem__", lambda self, key, get=offload.Stored.__getitem__: read.append(key) or get(self, key))
-    states, blocks = enter(model, windows)
+    read = reads(monkeypatch)
+    states, blocks = enter(model, windows.split(1))
     for block in blocks:
         assert resident(model) == ([] if block.layer is None else [block.layer])
         block.advance(states)
@@ -92,6 +71,12 @@ def test_one_layer_is_in_memory_and_each_is_read_once_for_all_windows(windows, t
     read.clear()
     perplexity(model, windows)
     assert len(read) == len(set(read))
+
+
+def test_slots_are_given_without_reading_a_page(tmp_path, monkeypatch):
+    model = load_offloaded(saved("llama", tmp_path), CPU, keeping(tmp_path / "kept")[0])
+    monkeypatch.setattr(ahead, "touch", lambda _: pytest.fail("a page is read"))
+    conversion.install(model, rotated=())
 
 
 def test_rotated_layers_that_are_there_are_not_computed_again(tmp_path):
@@ -150,7 +135,7 @@ def test_damaged_checkpoints_are_refused_by_name(tmp_path):
     tensors = load_file(victim)
     tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = torch.nan
     save_file(tensors, victim, {"format": "pt"})
-    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj\.weight has 1 values"):
+    with pytest.raises(FloatingPointError, match=r"model\.layers\.1\.mlp\.up_proj\.weight has 1 values"):
         offload.rotate(load_offloaded(config, CPU, keep), seed=0, parts=PARTS, keep=keep)
     victim.unlink()
     with pytest.raises(InputError, match=r"model\.layers\.1.* first"):

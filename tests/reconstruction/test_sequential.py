@@ -42,9 +42,9 @@ def test_a_block_is_fitted_to_what_spiking_blocks_before_it_send(windows, monkey
     monkeypatch.setattr(amplitudes, "FACTORS", ())
     options, model = asked(4, coding="phase_signed"), transparent_model()
     found = fit_sequentially(model, windows, options)
-    assert list(found) == [site.name for block in enter(model, windows)[1] for site in block.sites]
+    assert list(found) == [site.name for block in enter(model, windows.split(1))[1] for site in block.sites]
     clear(model)
-    states, blocks = enter(model, windows)
+    states, blocks = enter(model, windows.split(1))
     plain = {}
     for block in blocks:
         plain |= calibrate_block(model, block, states)
@@ -64,7 +64,7 @@ def test_a_block_is_fitted_to_what_spiking_blocks_before_it_send(windows, monkey
 
 def test_amplitudes_lower_the_error_behind_the_block(windows):
     model, options = transparent_model(), asked(4)
-    states, (block, *_) = enter(model, windows)
+    states, (block, *_) = enter(model, windows.split(1))
     wanted = behind_first_layer(model, windows)
     statistics = calibrate(model, windows, PrefixConfig(enabled=False)).statistics
     statistics = {site.name: statistics[site.name] for site in block.sites}

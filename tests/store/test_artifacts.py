@@ -25,6 +25,35 @@ json_values = st.recursive(st.none() | st.booleans() | st.integers() | st.text(m
     other=st.dictionaries(st.text(max_size=5), json_values, max_size=4),
 )
 @settings(deadline=None, max_examples=100, derandomize=True)
+def test_results_that_are_made_together_are_kept_one_by_one(tmp_path):
+    store, asked = ArtifactStore(tmp_path), []
+
+    def make(folders):
+        asked.append(list(folders))
+        for number, folder in folders.items():
+            if number == 3:
+                raise ValueError("the last one fails")
+            (folder / "found").write_text(str(number))
+            yield number
+
+    every = [{"a": number} for number in range(4)]
+    store.load_or_compute("stage", every[1], lambda folder: (folder / "found").write_text("before"))
+    with pytest.raises(ValueError, match="the last one fails"):
+        store.load_or_compute_together("stage", every, make)
+    assert set(asked[0]) == {0, 2, 3}
+    kept = {number: store.holds("stage", inputs) for number, inputs in enumerate(every)}
+    assert kept[1]
+    assert not kept[3]
+    assert {number for number in (0, 2) if kept[number]} == set(asked[0][: asked[0].index(3)])
+    assert not [path for path in (tmp_path / "stage").iterdir() if ".tmp-" in path.name]
+    found = store.load_or_compute_together("stage", every[:3], make)
+    assert [(each.folder / "found").read_text() for each in found] == ["0", "before", "2"]
+    assert [each.cached for each in found] == [kept[number] for number in range(3)]
+    count = len(asked)
+    assert all(each.cached for each in store.load_or_compute_together("stage", every[:3], make))
+    assert len(asked) == count, "nothing was missing"
+
+
 def test_key_is_a_function_of_the_values_and_not_of_their_order(inputs, other):
     assert artifact_key(inputs) == artifact_key(dict(reversed(inputs.items())))
     assert len(artifact_key(inputs)) == 16
