@@ -16,11 +16,11 @@ from spikellm.config.snn import PrefixConfig
 from spikellm.evaluation.perplexity import perplexity
 from spikellm.execution.stepped import stepped
 from spikellm.kernels.hadamard import hadamard_matrix, split
+from spikellm.model import modules
 from spikellm.model.attention import SpikingAttention
 from spikellm.model.blocks import enter
 from spikellm.model.conversion import clear, fill, get_neuron, install, model_sites, prepare
 from spikellm.model.load import load_model
-from spikellm.model import modules
 from spikellm.model.modules import SpikingLinear, WideLinear
 from spikellm.model.prefix import attach_prefix
 from spikellm.model.rotation import PARTS, random_signs, rotate

@@ -19,7 +19,6 @@ from torch.nn.functional import linear as matrix_product
 from spikellm.coding.neuron import Slot
 from spikellm.kernels.hadamard import hadamard_factors, hadamard_transform, split
 
-
 # Numbers of a weight that are widened together, 256 MiB in float32: LLaMA-3-8B's lm_head would take 2 GiB beside its own one.
 WIDENED = 2**26
 
@@ -44,8 +43,8 @@ def wide_product(x: Float[Tensor, "*rows I"], weight: Float[Tensor, "O I"]) -> F
         product = x.new_empty(*x.shape[:-1], len(weight))
         step = max(1, WIDENED // weight.shape[1])
         for start in range(0, len(weight), step):
-            rows = slice(start, start + step)
-            product[..., rows] = matrix_product(x, weight[rows].to(dtype))
+            some = slice(start, start + step)
+            product[..., some] = matrix_product(x, weight[some].to(dtype))
         return product
     rows = x.reshape(-1, x.shape[-1])
     high = rows.to(weight.dtype)

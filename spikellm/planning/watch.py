@@ -55,3 +55,8 @@ def _peak(told: bool) -> int | None:
         line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) * 1024
     return None
+
+
+def in_gib(size: int | None) -> float | None:
+    """Bytes in GiB, as results have them."""
+    return None if size is None else round(size / 2**30, 3)
