@@ -22,7 +22,7 @@ from spikellm.planning.shape import Shape
 from spikellm.store.record import PlannedStage, PlanRecord
 
 GIB = 2**30
-COMPILER = 0.15 * GIB  # Inductor and what it brings into the process
+COMPILER = GIB * 15 // 100  # Inductor and what it brings into the process
 COMPILE_SECONDS = 25.0  # kernels of a run, on a core that is free
 SEARCH_FLOPS = 2.4e8  # of a group, time step and grain, at the rate of matrix products: fitted to searches of 1141 and 1361 groups
 OBSERVER_BYTES = 16  # a bin's count and its weight while they are added up
@@ -132,7 +132,7 @@ class _Use:
     def evaluate(self) -> PlannedStage:
         """Perplexities of all networks, spikes of one."""
         shape, job = self.shape, self.job
-        seconds = read = 0.0
+        seconds, read = 0.0, 0
         for name in job.networks:
             cost = self.costs.plain if name in (NetworkName.ann, NetworkName.ann_prefix) else self.costs.spiking
             seconds += sum(windows * (shape.layers * cost(tokens) + self._readout(tokens)) for windows, tokens in job.texts)
@@ -143,7 +143,7 @@ class _Use:
         flying = max(min(windows * tokens * shape.hidden * 4, STATES_BYTES if job.offload else 0) for windows, tokens in job.texts)
         return self._planned(seconds, read, 0, active + flying)
 
-    def _planned(self, seconds: float, read: float, wrote: float, active: float) -> PlannedStage:
+    def _planned(self, seconds: float, read: int, wrote: int, active: int) -> PlannedStage:
         """A stage's record from what it computes, reads and writes, and what it has in memory beside the weights [bytes]."""
         shape, job = self.shape, self.job
         held = shape.ends_bytes + shape.layer * shape.weight_bytes if job.offload else shape.converted_bytes
@@ -158,7 +158,7 @@ class _Use:
             device_gib=(held + active) / GIB if on_device else None,
         )
 
-    def _layer(self, tokens: int, block: int) -> float:
+    def _layer(self, tokens: int, block: int) -> int:
         """Activations of a layer that live together, and a matrix of it that is widened [bytes]."""
         shape, size = self.shape, self.shape.state_bytes
         mlp = WIDE_COPIES * tokens * shape.width
@@ -166,7 +166,7 @@ class _Use:
         widened = shape.largest if size > shape.weight_bytes else 0
         return size * (STATE_COPIES * tokens * shape.hidden + max(mlp, mixing) + widened)
 
-    def _logits(self, tokens: int) -> float:
+    def _logits(self, tokens: int) -> int:
         shape = self.shape
         widened = min(shape.head, WIDENED) if shape.state_bytes > shape.weight_bytes else 0
         return shape.state_bytes * (LOGIT_COPIES * min(tokens, LOGIT_ROWS) * shape.vocabulary + widened)
@@ -178,13 +178,13 @@ class _Use:
         return 2 * tokens * shape.head / machine.products + passes / machine.copying
 
     @property
-    def _statistics(self) -> float:
+    def _statistics(self) -> int:
         """Bytes of the statistics of all sites."""
         shape = self.shape
         return (shape.layers * shape.groups + 1) * PARTS * STATISTICS_BINS * STATISTICS_BYTES
 
 
-def _kept(shape: Shape, job: Job) -> float:
+def _kept(shape: Shape, job: Job) -> int:
     """Bytes that the run leaves on the disk; a saved model is the store's own, by hard links."""
     layers = shape.layers * shape.layer * shape.weight_bytes
     return (layers + (shape.checkpoint_bytes if job.made else 0) if job.offload else 0) + (shape.converted_bytes if job.save else 0)
