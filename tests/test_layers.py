@@ -18,7 +18,7 @@ LAYERS = (
     {"search", "spikes"},
     {"reconstruction"},
     {"evaluation", "report"},
-    {"pipeline"},
+    {"pipeline", "planning"},
     {"run"},
     {"main", "__main__"},
 )

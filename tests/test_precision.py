@@ -16,6 +16,7 @@ from spikellm.config.snn import PrefixConfig
 from spikellm.evaluation.perplexity import perplexity
 from spikellm.execution.stepped import stepped
 from spikellm.kernels.hadamard import hadamard_matrix, split
+from spikellm.model import modules
 from spikellm.model.attention import SpikingAttention
 from spikellm.model.blocks import enter
 from spikellm.model.conversion import clear, fill, get_neuron, install, model_sites, prepare
@@ -121,7 +122,9 @@ def test_a_cast_leaves_online_transforms_exact(dtype):
 
 
 @halves
-def test_a_product_with_half_precision_weights_is_that_of_float64(dtype):
+@pytest.mark.parametrize("together", [modules.WIDENED, 7 * 64, 1])  # numbers of the weight that are float32 at a time
+def test_a_product_with_half_precision_weights_is_that_of_float64(dtype, together, monkeypatch):
+    monkeypatch.setattr(modules, "WIDENED", together)
     linear = WideLinear.adopt(nn.Linear(64, 48, dtype=dtype))
     x = torch.randn(2, 5, 64)
     wanted = nn.functional.linear(x.double(), linear.weight.double(), linear.bias.double())

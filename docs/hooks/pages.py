@@ -9,8 +9,8 @@ ROOT = Path(__file__).resolve().parents[2]
 HIDDEN = "show_root_heading: false, show_root_toc_entry: false"  # the page's own heading stands there
 # As README's reading order has them.
 ROOMS = (
-    "coding", "kernels", "model", "calibration", "search", "reconstruction", "execution", "spikes", "evaluation", "run", "report", "store",
-    "config",
+    "coding", "kernels", "model", "calibration", "search", "reconstruction", "execution", "spikes", "evaluation", "planning", "run",
+    "report", "store", "config",
 )  # fmt: skip
 
 

@@ -79,6 +79,8 @@ class Config:
     """key of results.json that main() returns (for optimising sweepers)"""
     save_model: bool = False
     """write the spiking model into the run's folder, `model/`: transformers' format, with a model card"""
+    plan: bool = False
+    """print what the run would read, hold and take on this machine, and stop"""
 
     def __post_init__(self) -> None:
         for key, value in _numbers(self):

@@ -32,7 +32,7 @@ from spikellm.model.intake import CURE
 from spikellm.model.load import load_model, load_offloaded, load_spiking, stays_on_disk
 from spikellm.model.offload import Keep, change_layers, rotate
 from spikellm.model.prefix import attach_prefix, attached_prefix
-from spikellm.model.replaced import ReplacedWeights, WeightChange
+from spikellm.model.replaced import WeightChange
 from spikellm.model.rotation import orders
 from spikellm.store.provenance import Code
 
@@ -84,9 +84,10 @@ class Networks:
     def transparent(self, prefix_tokens: list[int], change: WeightChange | None = None) -> PreTrainedModel:
         """The converted model with empty slots and the prefix of `prefix_tokens`, its weights as they are or as a `change` has them.
 
-        The prefix of replaced weights is that of the weights before: they were found behind it.
+        Weights that were found after calibration were found behind the prefix of those before, which stays: integers that make up for
+        their rounding on text know nothing of the prefix tokens' massive activations, and a sink that they compute is none.
         """
-        replaced = isinstance(change, ReplacedWeights)
+        replaced = change is not None and not change.calibrated
         if self._installed is None or self._change != change:
             self.release()  # weights as they are have no copy
             self._installed, self._change = self._install(), change

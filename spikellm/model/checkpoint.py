@@ -36,13 +36,13 @@ from spikellm.coding.neuron import PhaseNeuron, PhaseTable
 from spikellm.config.boundary import blamed_on, reason
 from spikellm.config.checks import InputError
 from spikellm.config.choices import Amplitude, RotationPart
+from spikellm.model import shards  # a name out of it would not be there yet: see `registration.py`
 from spikellm.model.attention import attentions
 from spikellm.model.conversion import common_amplitude, get_neuron, install, model_sites, online_parts, place, set_neuron, tables
 from spikellm.model.description import SiteRecord, SpikingModelConfig, digest
 from spikellm.model.intake import unfilled
 from spikellm.model.modules import OnlineHadamard
 from spikellm.model.offload import is_offloaded
-from spikellm.model.shards import write_shards
 from spikellm.model.sites import ARCHITECTURES, EMBEDDING, GROUP_AXIS, LINEARS, ROTARY, SPIKING_TYPE, decoder_layers
 from spikellm.store.artifacts import write_text
 from spikellm.store.saved import CONFIG, CURE, MANIFEST, METHOD, TOKENIZER, Provenance, check, seal, sealed
@@ -192,7 +192,7 @@ class SpikingModel(PreTrainedModel):
         folder = Path(save_directory)
         if is_offloaded(self):  # transformers would want all weights at once
             super().save_pretrained(save_directory, *arguments, **options | {"state_dict": {}})
-            write_shards(self, folder)
+            shards.write_shards(self, folder)
         else:
             super().save_pretrained(save_directory, *arguments, **{"max_shard_size": SHARD} | options)
         write_text(folder / CODE, _code(type(self.config).__name__))

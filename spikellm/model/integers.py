@@ -65,6 +65,11 @@ class Rounding:
     group_size: int | None
     file: Path | None = None  # of integers that were found before (`save_integers`); None: to nearest
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether the network was calibrated with these weights, its prefix computed by them."""
+        return self.file is None
+
     def apply_to(self, layer: nn.Module, path: str) -> None:
         """Put those of the decoder layer at a path of the model in, in place."""
         if self.file is None:

@@ -19,6 +19,9 @@ from torch.nn.functional import linear as matrix_product
 from spikellm.coding.neuron import Slot
 from spikellm.kernels.hadamard import Factors, hadamard_factors, hadamard_transform, order, split
 
+# Numbers of a weight that are widened together, 256 MiB in float32: LLaMA-3-8B's lm_head would take 2 GiB beside its own one.
+WIDENED = 2**26
+
 
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype of activations beside weights of `dtype`: float32 at least."""
@@ -29,12 +32,20 @@ def wide_product(x: Float[Tensor, "*rows I"], weight: Float[Tensor, "O I"]) -> F
     """x W^T of float32 activations, summed and returned in float32 (of float64 in float64).
 
     On CUDA a bfloat16 weight meets the two bfloat16 parts of x = high + low, 16 significant bits, as many as a code of T = 16 has:
-    tensor cores, float32 accumulation, no second copy of the weight. Elsewhere the weight is widened, which is exact.
+    tensor cores, float32 accumulation, no second copy of the weight. Elsewhere the weight is widened, which is exact, some of its rows
+    at a time.
     """
     dtype = torch.promote_types(wide(x.dtype), weight.dtype)
     x = x.to(dtype)
     if not (weight.is_cuda and weight.dtype is torch.bfloat16 and dtype is torch.float32):
-        return matrix_product(x, weight.to(dtype))
+        if weight.dtype is dtype or weight.numel() <= WIDENED or (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
+            return matrix_product(x, weight.to(dtype))
+        product = x.new_empty(*x.shape[:-1], len(weight))
+        step = max(1, WIDENED // weight.shape[1])
+        for start in range(0, len(weight), step):
+            some = slice(start, start + step)
+            product[..., some] = matrix_product(x, weight[some].to(dtype))
+        return product
     rows = x.reshape(-1, x.shape[-1])
     high = rows.to(weight.dtype)
     low = (rows - high).to(weight.dtype)

@@ -20,6 +20,11 @@ class ReplacedWeights:
 
     files: tuple[Path, ...]  # of `save_weights`; of a weight in several the last one counts
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether the network was calibrated with these weights, its prefix computed by them: they were found later."""
+        return False
+
     def load(self) -> dict[str, Float[Tensor, "O I"]]:
         """The weights by path of the Linear."""
         return {name: weight for file in self.files for name, weight in load_file(file).items()}

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from spikellm.config.labels import NETWORKS
+from spikellm.report.plan import planned_and_measured
 from spikellm.report.results import RESULTS, extent, value_at
 from spikellm.store.record import AccuracyRecord, DiagnosticsRecord, EnergyRecord, GenerateRecord, PerplexityRecord, Results, SpikesRecord
 
@@ -63,6 +64,7 @@ def console_table(results: Results, folder: Path) -> str:
         for key, published in reference.figures.items():
             measured = value_at(results, key)
             lines.append(f"    {key:<40}{published:>10.4g}   measured {'nothing' if measured is None else f'{measured:.4g}'}")
+    lines += planned_and_measured(results)
     if (folder / "report.html").is_file():
         lines.append(f"  report   {folder / 'report.html'}")
     if results.saved_model is not None:

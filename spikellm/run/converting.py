@@ -31,7 +31,7 @@ class Weights(KeyedStage):
 
     name = "weights"
     needs = (CALIBRATE, SEARCH, TUNE, COMPENSATE)
-    code = Code(1, ("evaluation.networks", "reconstruction.rounding"))
+    code = Code(2, ("evaluation.networks", "reconstruction.rounding"))
 
     def inputs(self, work: Workspace) -> dict[str, object]:
         """Code, codes and options; the search's key stands for model and text."""

@@ -35,13 +35,19 @@ class Job:
         self.record = _record(composed, command_line(hydra_config.help.app_name, list(hydra_config.overrides.task)))
 
     def run(self) -> Results | None:
-        """The content of results.json, written; None where only a report was asked for."""
+        """The content of results.json, written; None where only a report, or a plan, was asked for."""
         if "report" in self.composed.stages:
             require("stages=[report]", *PICTURES)
         if list(self.composed.stages) == ["report"]:
             from spikellm.report.html import rebuild
 
             log.info("report  %s", rebuild(instantiate(self.composed)))
+            return None
+        if self.composed.plan:
+            from spikellm.report.plan import plan_table
+            from spikellm.run.stages import plan_stages
+
+            log.info("%s", plan_table(plan_stages(instantiate(self.composed))))
             return None
         if self.sweep and (recorded := self._finished()):
             log.info("finished before, not run again")

@@ -14,16 +14,18 @@ from spikellm.config.checks import InputError
 from spikellm.config.choices import Amplitude, ModelSource
 from spikellm.config.schema import Config
 from spikellm.cores import threads
+from spikellm.planning.watch import in_gib, watched
 from spikellm.run.converting import CONVERT
 from spikellm.run.fitting import CALIBRATE, SEARCH
 from spikellm.run.generating import GENERATE
 from spikellm.run.measuring import DIAGNOSE, EVALUATE
+from spikellm.run.planning import planned, planned_if_large
 from spikellm.run.remeasuring import SAVED_STAGES
 from spikellm.run.stage import Stage
 from spikellm.run.workspace import Workspace
 from spikellm.store.artifacts import computed_by
 from spikellm.store.provenance import versions
-from spikellm.store.record import ReferenceRecord, Results, Row, StageRecord
+from spikellm.store.record import PlanRecord, ReferenceRecord, Results, Row, StageRecord
 from spikellm.store.sources import job_inputs
 
 log = logging.getLogger(__name__)
@@ -51,6 +53,12 @@ def run_stages(config: Config, progress: Callable[[Results], None] = lambda _: N
         return _run(Workspace(config), progress)
 
 
+def plan_stages(config: Config) -> PlanRecord:
+    """What `run_stages` would read, hold and take."""
+    with threads(config.hardware.threads):
+        return planned(Workspace(config))
+
+
 def _run(work: Workspace, progress: Callable[[Results], None]) -> Outcome:
     config = work.config
     asked = [stage for name, stage in registry(config).items() if name in config.stages]
@@ -71,15 +79,23 @@ def _run(work: Workspace, progress: Callable[[Results], None]) -> Outcome:
         versions=versions(),
         inputs=job_inputs(replace(config, model=work.model), work.store.digests),
         reference=_published(config),
+        plan=planned_if_large(work),
     )
     tables: dict[str, list[Row]] = {}
     plots: list[Path] = []
     for stage in asked:
         start = time.perf_counter()
-        outcome = stage.run(work)
+        with watched() as peak:
+            outcome = stage.run(work)
         seconds = round(time.perf_counter() - start, 3)
         cached = all(artefact.cached for artefact in outcome.artefacts)
-        took = StageRecord(seconds=seconds, cached=cached, versions=computed_by(outcome.artefacts))
+        took = StageRecord(
+            seconds=seconds,
+            cached=cached,
+            versions=computed_by(outcome.artefacts),
+            memory_gib=in_gib(peak.resident),
+            device_gib=in_gib(peak.device),
+        )
         results = replace(results | outcome.findings, stages=results.stages | {stage.name: took})
         tables |= outcome.tables
         plots += outcome.plots

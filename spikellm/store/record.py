@@ -67,6 +67,41 @@ class StageRecord(Record):
     seconds: float
     cached: bool  # all of it was in the store
     versions: dict[str, str] | None = None  # that computed it, by library
+    memory_gib: float | None = None  # of the process, at most; None: not known
+    device_gib: float | None = None  # tensors on the GPU, at most; None: there is none
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedStage(Record):
+    """What a stage will take, as it was told before."""
+
+    seconds: float
+    reads_gib: float
+    writes_gib: float
+    memory_gib: float  # of the process, at most
+    device_gib: float | None = None  # on the GPU, at most; None: the CPU computes
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanRecord(Record):
+    """A run as it was planned: the stages, and the machine that it was planned for."""
+
+    stages: dict[str, PlannedStage]
+    offload: bool  # decoder layers stay on disk
+    weights_gib: float  # of the pretrained model
+    disk_gib: float  # that the run leaves there
+    disk_free_gib: float
+    memory_free_gib: float
+    device_free_gib: float | None = None
+    threads: int
+    products_gflops: float  # float32 matrix products
+    copying_gib_per_s: float
+    reading_gib_per_s: float
+
+    @property
+    def seconds(self) -> float:
+        """Of all stages."""
+        return sum(stage.seconds for stage in self.stages.values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -308,6 +343,7 @@ class Header(Record):
     execution: str | None = None
     seed: int | None = None
     stages: dict[str, StageRecord]
+    plan: PlanRecord | None = None  # None: nothing was planned
     versions: dict[str, str | None] | None = None  # of the process that wrote the file
     inputs: dict[str, str | None] | None = None  # fingerprints of what was read and of the code; None: it was not there
     reference: ReferenceRecord | None = None

@@ -1,10 +1,14 @@
 """Integer weights in a job: what it computes again, what it compares with, what it says of them."""
 
 import pytest
+import torch
 
 from spikellm.config.checks import InputError
-from spikellm.model.integers import load_integers
+from spikellm.model.attention import attentions
+from spikellm.model.integers import Rounding, load_integers, round_to_nearest, save_integers
+from spikellm.model.sites import LAYERS, LINEARS, UP, decoder_layers
 from spikellm.run.stages import run_stages
+from spikellm.run.workspace import Workspace
 from tests.configure import configure
 from tests.jobs import SMALL, artefacts, cached, run
 
@@ -42,6 +46,24 @@ def test_the_reference_has_its_own_weights(jobs):
         for network in ("snn", "base2"):
             assert found[name]["perplexity"][network] != found["w16"]["perplexity"][network]
     assert found["nearest8"]["perplexity"]["snn"] == pytest.approx(found["w16"]["perplexity"]["snn"], rel=0.01)
+
+
+def test_integers_found_behind_a_prefix_leave_it_as_it_was(tmp_path):
+    """What GPTQ makes up for is measured on text: the massive activations of prefix tokens would come out of it as anything."""
+    models, prefix = Workspace(configure(*SMALL, f"output_root={tmp_path}")).models, [1, 7]
+    model = models.transparent(prefix)
+    whole = [attention.prefix_key.clone() for attention in attentions(model)]
+    found = {
+        f"{LAYERS}.{layer}.{name}": round_to_nearest(module.get_submodule(name).weight, bits=4, group_size=None)
+        for layer, module in enumerate(decoder_layers(model))
+        for name in LINEARS
+    }
+    save_integers(tmp_path / "integers.safetensors", found)
+    for file, same in ((tmp_path / "integers.safetensors", True), (None, False)):
+        model = models.transparent(prefix, Rounding(bits=4, group_size=None, file=file))
+        assert torch.equal(decoder_layers(model)[0].mlp.up_proj.weight, found[f"{LAYERS}.0.{UP}"].weight)
+        kept = [attention.prefix_key for attention in attentions(model)]
+        assert all(torch.equal(*pair) for pair in zip(kept, whole, strict=True)) is same
 
 
 def test_results_say_so(jobs):
