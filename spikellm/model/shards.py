@@ -8,7 +8,6 @@ import torch
 from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
 from jaxtyping import Float
-from safetensors.torch import save
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
@@ -20,7 +19,8 @@ from spikellm.model.stored import Stored
 from spikellm.store.artifacts import write_json, write_tensors
 
 PATTERN = "model*.safetensors"
-REST = "ends"  # name of the part that is no decoder layer
+REST = "rest"  # name of the part that is neither a decoder layer nor one of ENDS
+DRAWN = 2**24  # numbers of a random tensor that are float32 at a time
 
 
 def skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -55,10 +55,10 @@ def fetched(config: ModelConfig) -> Path:
 
 
 def written(names: Iterable[str], tensor: Callable[[str], Tensor], keep: Keep) -> Stored:
-    """Tensors as files, one for each decoder layer and one for the rest; `tensor` gives those that are not there yet."""
+    """Tensors as files, one for each decoder layer and each end; `tensor` gives those that are not there yet."""
     parts: dict[str, list[str]] = {}
     for name in names:
-        parts.setdefault(".".join(name.split(".")[:3]) if name.startswith(LAYERS) else REST, []).append(name)
+        parts.setdefault(".".join(name.split(".")[:3]) if name.startswith(LAYERS) else _end(name), []).append(name)
     files: dict[str, Path] = {}
     for part, own in parts.items():
 
@@ -69,6 +69,11 @@ def written(names: Iterable[str], tensor: Callable[[str], Tensor], keep: Keep) -
     return Stored(files)
 
 
+def _end(name: str) -> str:
+    """Which of ENDS a tensor is of, by its name; REST: of none."""
+    return next((end for end in ENDS if name.startswith(end)), REST)
+
+
 def random_weight(name: str, model: PreTrainedModel, config: ModelConfig) -> Float[Tensor, "..."]:
     """A random model's tensor, from its name and `model.seed` alone: Linears and embeddings normal, norms 1, biases 0."""
     like = model.get_parameter(name)
@@ -77,29 +82,28 @@ def random_weight(name: str, model: PreTrainedModel, config: ModelConfig) -> Flo
     if like.ndim == 1:
         return torch.ones(like.shape, dtype=like.dtype)
     seed = int.from_bytes(hashlib.sha256(f"{config.seed} {name}".encode()).digest()[:8]) >> 1
-    deviation = model.config.initializer_range
-    return torch.empty(like.shape).normal_(std=deviation, generator=torch.Generator().manual_seed(seed)).to(like.dtype)
+    deviation, generator = model.config.initializer_range, torch.Generator().manual_seed(seed)
+    found = torch.empty(like.shape, dtype=like.dtype)
+    for rows in found.split(max(1, DRAWN // like.shape[1])):
+        rows.copy_(torch.empty(rows.shape).normal_(std=deviation, generator=generator))
+    return found
 
 
 def write_shards(model: PreTrainedModel, folder: Path) -> None:
-    """The weights and buffers of a model as transformers reads them: a file for each decoder layer and for each of its ends, and the index.
-
-    A file is in memory twice while it is written.
-    """
+    """The weights and buffers of a model as transformers reads them: a file for each decoder layer and each end, and the index."""
     layers = decoder_layers(model)
     tied = {f"{HEAD}.weight"} if model.config.tie_word_embeddings else set()
     rest = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(f"{LAYERS}.") and name not in tied}
     ends: dict[str, dict[str, Tensor]] = {}
     for name, tensor in rest.items():
-        ends.setdefault(next((end for end in ENDS if name.startswith(end)), REST), {})[name] = tensor
+        ends.setdefault(_end(name), {})[name] = tensor
     places: dict[str, str] = {}
     size = 0
 
     def write(number: int, tensors: dict[str, Tensor]) -> None:
         nonlocal size
         file = f"model-{number:05d}-of-{len(layers) + len(ends):05d}.safetensors"
-        found = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        (folder / file).write_bytes(save(found, {"format": "pt"}))
+        write_tensors(folder / file, {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, {"format": "pt"})
         places.update(dict.fromkeys(tensors, file))
         size += sum(tensor.nbytes for tensor in tensors.values())
 

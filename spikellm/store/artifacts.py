@@ -20,6 +20,7 @@ import json
 import logging
 import os
 import platform
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -334,11 +335,22 @@ def write_json(path: Path, content: object) -> None:
     write_text(path, json.dumps(content, indent=2, default=str) + "\n")
 
 
-def write_tensors(path: Path, tensors: dict[str, "Tensor"]) -> None:
-    """Write a safetensors file; a full disk raises OSError (safetensors' own writer raises a type of its own)."""
-    from safetensors.torch import save
+def write_tensors(path: Path, tensors: dict[str, "Tensor"], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file from the tensors' own memory, without a copy.
 
-    path.write_bytes(save(tensors))
+    Raises:
+        OSError: the disk is full or cannot be written; safetensors' own error names the number of the system's alone.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 def read_json(path: Path) -> Any:

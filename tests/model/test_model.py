@@ -6,6 +6,7 @@ import torch
 from spikellm.config.checks import InputError
 from spikellm.config.choices import Device, DType, ModelSource
 from spikellm.config.model import HardwareConfig, ModelConfig
+from spikellm.model import shards
 from spikellm.model.load import empty_model, load_model, load_tokenizer
 from spikellm.store.artifacts import Digests
 from spikellm.store.sources import model_source
@@ -29,6 +30,12 @@ def test_random_weights_follow_their_seed_and_leave_the_global_one_alone():
     assert not torch.equal(weights[0], weights[2])
     assert not models[0].training
     assert not any(parameter.requires_grad for parameter in models[0].parameters())
+
+
+def test_random_weights_drawn_in_parts_are_those_drawn_at_once(monkeypatch):
+    wanted = load_model(random_config(), CPU).lm_head.weight
+    monkeypatch.setattr(shards, "DRAWN", 64 * 48)  # of 256 rows, 16 left for the last part
+    assert torch.equal(load_model(random_config(), CPU).lm_head.weight, wanted)
 
 
 @pytest.mark.parametrize("path", ["llama", "mistral", "qwen2", "qwen3"])

@@ -42,7 +42,7 @@ def test_results_are_those_of_the_model_in_memory(options, tmp_path):
     assert figures(there) == figures(here)
     codes = [Path(results["codes"]).read_bytes() for results in (here, there)]
     assert codes[0] == codes[1]
-    assert len(artefacts(tmp_path / "there", "weights_on_disk")) == 5, "the ends, two layers, two rotated layers"
+    assert len(artefacts(tmp_path / "there", "weights_on_disk")) == 7, "three ends, two layers, two rotated layers"
     assert all(cached(run(tmp_path / "here", *options, "hardware.offload=true")).values()), "one store serves both"
 
 

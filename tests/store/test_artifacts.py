@@ -3,17 +3,21 @@
 import errno
 import multiprocessing
 import os
+import resource
 import shutil
 import signal
 import time
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 
+from spikellm.planning.watch import watched
 from spikellm.store import artifacts
-from spikellm.store.artifacts import ArtifactStore, Digests, artifact_key, computed_by, file_digest, read_json, write_json
+from spikellm.store.artifacts import ArtifactStore, Digests, artifact_key, computed_by, file_digest, read_json, write_json, write_tensors
 from spikellm.store.provenance import versions
 
 fork = multiprocessing.get_context("spawn")  # processes without torch: nothing to share
@@ -285,6 +289,33 @@ def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch
     folder, _ = ArtifactStore(tmp_path).load_or_compute("stage", {}, compute)
     assert renamed == [set()]
     assert folder.parent.stat().st_ino in synced
+
+
+def test_what_the_disk_does_not_take_is_the_systems_error(tmp_path):
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as found:
+            write_tensors(tmp_path / "file", {"a": torch.ones(2**18)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert (found.value.errno, found.value.filename) == (errno.EFBIG, str(tmp_path / "file"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_tensors_are_written_from_their_own_memory(tmp_path):
+    """A file of 128 MiB takes no copy of it; what is read back, and how it is described, are what was given."""
+    tensors = {"b": torch.arange(2**25, dtype=torch.float32), "a": torch.ones(3, dtype=torch.int64), "c": torch.ones(2, 3).bfloat16()}
+    with watched() as before:
+        tensors["b"].sum()
+    with watched() as peak:
+        write_tensors(tmp_path / "file", tensors, {"format": "pt"})
+    if before.resident is not None and peak.resident is not None:
+        assert peak.resident - before.resident < 2**25
+    with safe_open(tmp_path / "file", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+        assert all(torch.equal(file.get_tensor(name), tensor) for name, tensor in tensors.items())
 
 
 def test_versions_lie_beside_a_result_and_are_read_from_there(tmp_path, monkeypatch):
