@@ -43,11 +43,11 @@ class Point(NamedTuple):
 
 POINTS = [
     *(Point("phase", T, "1", "2", 0.0) for T in (4, 5, 6, 7, 8)),
-    *(Point("phase", 6, "1", grain, 0.0) for grain in ("1", "3", "auto")),
-    *(Point("phase_signed", 8, "auto", "2", weight) for weight in (0.0, 0.5, 1.5, 4.0, 12.0)),
+    Point("phase", 4, "3", "2", 0.0),
+    *(Point("phase_signed", 8, "auto", "2", weight) for weight in (0.0, 0.94, 1.5, 3.7, 12.0)),
     *(Point("phase_signed", 6, "auto", "2", weight) for weight in (0.0, 1.5, 5.0, 10.0)),
-    *(Point("phase_signed", 5, "auto", "2", weight) for weight in (0.0, 1.5, 4.0)),
-    *(Point("phase_signed", 4, "auto", "2", weight) for weight in (0.0, 1.5, 2.5, 5.0)),
+    *(Point("phase_signed", 5, "auto", "2", weight) for weight in (0.0, 1.5, 3.0)),
+    *(Point("phase_signed", 4, "auto", "2", weight) for weight in (0.0, 0.3, 0.7, 1.5)),
     *(Point("phase_signed", 3, "auto", "1", weight) for weight in (0.0, 1.5)),
     *(Point("phase_signed", T, "1", "2", 1.5) for T in (6, 8)),
     *(Point("phase_signed", 6, "auto", grain, 1.5) for grain in ("1", "3", "auto")),
