@@ -28,6 +28,7 @@ SEARCH_FLOPS = 2.4e8  # of a group, time step and grain, at the rate of matrix p
 OBSERVER_BYTES = 16  # a bin's count and its weight while they are added up
 STATISTICS_BYTES, STATISTICS_BINS = 8, 6000  # a bin's count and weight as they are kept; bins from the smallest to the largest value
 WIDE_COPIES, SCORE_COPIES, LOGIT_COPIES, STATE_COPIES = 5, 5, 4, 4  # of these tensors that live together
+READ_AHEAD = 2  # layers in memory where they lie on disk: one that computes, and the next
 PRETRAINED_PASSES = 3  # through PREFIX_LENGTH tokens of the first windows, while prefix tokens are looked for
 COUNTED = 2.0  # a forward in which spikes are counted, in folded ones
 
@@ -109,12 +110,12 @@ class _Use:
             read += (1 + looks + (0 if job.random else 2)) * layers
             wrote = layers + (shape.checkpoint_bytes if job.made else 0)
         wrote = wrote if job.offload else 0
-        rotating = 3 * 8 * max(min(shape.largest, WIDENED), ROWS * shape.hidden)
+        rotating = 3 * 8 * max(shape.largest, ROWS * shape.hidden) + shape.layer * shape.weight_bytes
         observers = shape.groups * BINS * PARTS * OBSERVER_BYTES
         states = pieces * length * shape.hidden * shape.state_bytes
         states = min(states, STATES_BYTES) if job.offload else states
         active = max(rotating, states + self._layer(length, QUERY_BLOCK) + observers + self._statistics)
-        return self._planned(seconds, read, wrote, active)
+        return self._planned(seconds, read, wrote, self._end + active)
 
     def search(self) -> PlannedStage:
         """Codes of all sites."""
@@ -127,8 +128,8 @@ class _Use:
         """The model is written, where it is to be kept."""
         shape = self.shape
         wrote = shape.converted_bytes if self.job.save else 0
-        largest = shape.weight_bytes * max(shape.embedding, shape.head, shape.layer)
-        return self._planned(wrote / self.machine.copying, wrote if self.job.offload else 0, wrote, 2 * largest if wrote else 0)
+        active = self._statistics + (self._end if wrote else 0)
+        return self._planned(wrote / self.machine.copying, wrote if self.job.offload else 0, wrote, active)
 
     def evaluate(self) -> PlannedStage:
         """Perplexities of all networks, spikes of one."""
@@ -144,12 +145,12 @@ class _Use:
         active = max(self._layer(tokens, job.query_block) + self._logits(tokens) for _, tokens in job.texts)
         states = max(len(own) * windows * tokens for windows, tokens in job.texts) * shape.hidden * shape.state_bytes
         flying = min(states, STATES_BYTES) if job.offload else 0
-        return self._planned(seconds, read, 0, active + flying)
+        return self._planned(seconds, read, 0, self._end + active + flying)
 
     def _planned(self, seconds: float, read: int, wrote: int, active: int) -> PlannedStage:
         """A stage's record from what it computes, reads and writes, and what it has in memory beside the weights [bytes]."""
         shape, job = self.shape, self.job
-        held = shape.ends_bytes + shape.layer * shape.weight_bytes if job.offload else shape.converted_bytes
+        held = shape.ends_bytes + READ_AHEAD * shape.layer * shape.weight_bytes if job.offload else shape.converted_bytes
         on_device = self.machine.device_memory is not None
         own = job.resident + (COMPILER if job.compiled else 0)
         seconds += read / self.machine.reading + wrote / self.machine.writing
@@ -173,6 +174,11 @@ class _Use:
         shape = self.shape
         widened = min(shape.head, WIDENED) if shape.state_bytes > shape.weight_bytes else 0
         return shape.state_bytes * (LOGIT_COPIES * min(tokens, LOGIT_ROWS) * shape.vocabulary + widened)
+
+    @property
+    def _end(self) -> int:
+        """Bytes of the embedding or lm_head once more: beside the file that it is read from, or what it is rotated into."""
+        return self.shape.weight_bytes * max(self.shape.embedding, self.shape.head)
 
     def _readout(self, tokens: int) -> float:
         """Seconds of lm_head for a window: its products, and the passes of cross entropy over the logits."""
