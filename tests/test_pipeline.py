@@ -215,7 +215,6 @@ REFUSED = {
     "meta": (on_meta, {}, r"weights are on the meta device \(model\.embed_tokens\.weight first\)"),
     "family": (of_another_family, {}, r"architecture 'gpt2' is not supported"),
     "NaN": (lambda: broken(model__norm__weight=torch.nan), {}, r"model\.norm\.weight has 1 values of 64 that are NaN"),
-    "a narrow width": (lambda: tiny_model(vocab_size=259, intermediate_size=134), {}, r"134"),
 }
 WINDOWS = {
     "a row": (torch.zeros(8, dtype=torch.long), r"windows of shape \(8,\).*ids\[None\]"),

@@ -24,11 +24,6 @@ fork = multiprocessing.get_context("spawn")  # processes without torch: nothing 
 json_values = st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=5), lambda v: st.lists(v, max_size=3), max_leaves=5)
 
 
-@given(
-    inputs=st.dictionaries(st.text(max_size=5), json_values, max_size=4),
-    other=st.dictionaries(st.text(max_size=5), json_values, max_size=4),
-)
-@settings(deadline=None, max_examples=100, derandomize=True)
 def test_results_that_are_made_together_are_kept_one_by_one(tmp_path):
     store, asked = ArtifactStore(tmp_path), []
 
@@ -58,6 +53,11 @@ def test_results_that_are_made_together_are_kept_one_by_one(tmp_path):
     assert len(asked) == count, "nothing was missing"
 
 
+@given(
+    inputs=st.dictionaries(st.text(max_size=5), json_values, max_size=4),
+    other=st.dictionaries(st.text(max_size=5), json_values, max_size=4),
+)
+@settings(deadline=None, max_examples=100, derandomize=True)
 def test_key_is_a_function_of_the_values_and_not_of_their_order(inputs, other):
     assert artifact_key(inputs) == artifact_key(dict(reversed(inputs.items())))
     assert len(artifact_key(inputs)) == 16

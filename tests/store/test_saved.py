@@ -127,7 +127,7 @@ def test_every_node_of_the_configuration_decides_the_network_or_does_not():
         "report",
         "reference",
     }
-    plain = {"stages", "seed", "output_root", "objective", "save_model"}
+    plain = {"stages", "seed", "output_root", "objective", "save_model", "plan"}
     assert set(Config.__dataclass_fields__) == set(CONVERTING) | measuring | plain
 
 
