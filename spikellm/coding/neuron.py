@@ -45,8 +45,8 @@ class PhaseTable:
 
     R = P C, of C groups (1 for a site with one table) and P populations of the digits, one population's rows after the other's. cuts
     [K-1, sides C]: where the intervals 1 .. K-1 begin, ascending; an interval that begins beyond all inputs is not used. Units: those of
-    the activation. checked: the rows were looked at before (a view of a neuron's buffers): their values are not read again, for which
-    a GPU would have to be waited for.
+    the activation. checked: the rows were looked at before (a view of a neuron's buffers, made at every call): they are not looked at
+    again, for whose values a GPU would have to be waited for.
 
     Raises:
         ValueError: shapes that do not fit, rows that are empty, integer, NaN or infinite, cuts out of order.
@@ -62,6 +62,8 @@ class PhaseTable:
     checked: InitVar[bool] = False
 
     def __post_init__(self, checked: bool) -> None:
+        if checked:
+            return
         if not (self.theta.shape == self.h.shape == self.d.shape and self.theta.shape[:1] == self.v0.shape):
             shapes = {name: tuple(rows.shape) for name, rows in self.rows._asdict().items()}
             raise ValueError(f"a phase table needs theta, h, d [R, T] and v0 [R], got {shapes}")
@@ -74,9 +76,9 @@ class PhaseTable:
         for name, rows in (self.rows._asdict() | ({} if self.cuts is None else {"cuts": self.cuts})).items():
             if not rows.numel() or not rows.is_floating_point():
                 raise ValueError(f"a phase table's {name} is {rows.dtype} of shape {tuple(rows.shape)}: one row of floats at least")
-            if not (checked or rows.is_meta or rows.isfinite().all()):
+            if not (rows.is_meta or rows.isfinite().all()):
                 raise ValueError(f"a phase table's {name} has {(~rows.isfinite()).sum()} values of {rows.numel()} that are NaN or infinite")
-        if self.cuts is None or checked or self.cuts.is_meta:
+        if self.cuts is None or self.cuts.is_meta:
             return
         if (self.cuts < 0).any() or (self.cuts.diff(dim=0) < 0).any():
             raise ValueError(f"a phase table's cuts are negative or not ascending: {self.cuts.tolist()}")
