@@ -2,8 +2,8 @@
 
 Times: `probe.py` has timed one layer; the rest are products of lm_head, reading and writing, and the search, whose work is a number of
 operations for each neuron group. Memory: what is held (weights, hidden states, statistics) and the most that lives together while
-something is computed: the widest activations of a layer, a block of attention's scores, a slice of the logits. The formulas
-are this package's own ways; where those change, a test with measured figures fails (`tests/planning`).
+something is computed: the widest activations of a layer, a block of attention's scores, a slice of the logits. Planned and measured
+stand side by side in `experiments/large_models`.
 """
 
 from collections.abc import Iterable
@@ -102,20 +102,17 @@ class _Use:
             + looks * starts * self.costs.plain(min(tokens, PREFIX_LENGTH))
             + (0 if job.random else 2 * starts * self.costs.plain(tokens))
         )
-        wrote = read = shape.checkpoint_bytes
+        read = shape.checkpoint_bytes
         if job.random:
             seconds += shape.checkpoint_bytes / shape.weight_bytes / self.machine.normals
         if job.offload:
-            layers = shape.layers * shape.layer * shape.weight_bytes
-            read += (1 + looks + (0 if job.random else 2)) * layers
-            wrote = layers + (shape.checkpoint_bytes if job.made else 0)
-        wrote = wrote if job.offload else 0
+            read += (1 + looks + (0 if job.random else 2)) * shape.layers_bytes
         rotating = 3 * 8 * max(shape.largest, ROWS * shape.hidden) + shape.layer * shape.weight_bytes
         observers = shape.groups * BINS * PARTS * OBSERVER_BYTES
         states = pieces * length * shape.hidden * shape.state_bytes
         states = min(states, STATES_BYTES) if job.offload else states
         active = max(rotating, states + self._layer(length, QUERY_BLOCK) + observers + self._statistics)
-        return self._planned(seconds, read, wrote, self._end + active)
+        return self._planned(seconds, read, _layers_on_disk(shape, job), self._end + active)
 
     def search(self) -> PlannedStage:
         """Codes of all sites."""
@@ -193,7 +190,11 @@ class _Use:
         return (shape.layers * shape.groups + 1) * PARTS * STATISTICS_BINS * STATISTICS_BYTES
 
 
+def _layers_on_disk(shape: Shape, job: Job) -> int:
+    """Bytes that are written where layers stay on disk: rotated ones, and the checkpoint where it is made first."""
+    return shape.layers_bytes + (shape.checkpoint_bytes if job.made else 0) if job.offload else 0
+
+
 def _kept(shape: Shape, job: Job) -> int:
     """Bytes that the run leaves on the disk; a saved model is the store's own, by hard links."""
-    layers = shape.layers * shape.layer * shape.weight_bytes
-    return (layers + (shape.checkpoint_bytes if job.made else 0) if job.offload else 0) + (shape.converted_bytes if job.save else 0)
+    return _layers_on_disk(shape, job) + (shape.converted_bytes if job.save else 0)

@@ -25,7 +25,6 @@ class Shape:
     hidden: int
     width: int  # of the MLP
     heads: int
-    key_heads: int
     head_width: int
     vocabulary: int
     groups: int  # of neurons, in a layer
@@ -51,7 +50,6 @@ class Shape:
             hidden=known.hidden_size,
             width=known.intermediate_size,
             heads=known.num_attention_heads,
-            key_heads=known.num_key_value_heads,
             head_width=head_width(config),
             vocabulary=known.vocab_size,
             groups=sum(groups) - 1,  # the last is the final norm's
@@ -61,14 +59,19 @@ class Shape:
         )
 
     @property
+    def layers_bytes(self) -> int:
+        """Of the weights of all layers."""
+        return self.weight_bytes * self.layers * self.layer
+
+    @property
     def checkpoint_bytes(self) -> int:
         """Of the pretrained weights."""
-        return self.weight_bytes * (self.layers * self.layer + self.embedding + (0 if self.tied else self.head))
+        return self.layers_bytes + self.weight_bytes * (self.embedding + (0 if self.tied else self.head))
 
     @property
     def converted_bytes(self) -> int:
         """Of the rotated ones."""
-        return self.weight_bytes * (self.layers * self.layer + self.embedding + self.head)
+        return self.layers_bytes + self.ends_bytes
 
     @property
     def ends_bytes(self) -> int:
