@@ -135,7 +135,7 @@ class PhaseTable:
 def fire(x: Float[Tensor, "A C I"], table: PhaseTable, *, compiled: bool = False) -> Int8[Tensor, "S A C I"]:
     """The spike train s z_t of every neuron, on its S = T P wires (`PhaseTable.wires`); arguments as in `encode`."""
     kernel = chosen(fire_plain, x, compiled=compiled)
-    return torch.stack(kernel(x, table.rows, table.digits, table.cuts))
+    return kernel(x, table.rows, table.digits, table.cuts)
 
 
 def decode(spikes: Int8[Tensor, "S A C I"], table: PhaseTable) -> Float[Tensor, "A C I"]:

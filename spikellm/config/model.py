@@ -49,7 +49,7 @@ class HardwareConfig:
     device: Device = MISSING
     """where the network is run"""
     compile: bool = True
-    """fuse each neuron's T steps into one pass (torch.compile)"""
+    """fuse each neuron's T steps into one pass (C++ on a CPU, torch.compile on CUDA)"""
     query_block: int = 256
     """queries per block of attention; bounds memory [tokens]"""
     threads: int | None = None

@@ -26,7 +26,7 @@ from spikellm.config.checks import InputError
 from spikellm.config.choices import Amplitude, RotationKind, RotationPart, SoftmaxNorm
 from spikellm.config.model import HardwareConfig, ModelConfig
 from spikellm.config.snn import RotationConfig
-from spikellm.kernels.hadamard import HAS_CUDA_KERNEL
+from spikellm.kernels.transforms import HAS_CUDA_KERNEL
 from spikellm.model import conversion
 from spikellm.model.intake import CURE
 from spikellm.model.load import load_model, load_offloaded, load_spiking, stays_on_disk

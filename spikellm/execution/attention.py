@@ -21,9 +21,9 @@ from jaxtyping import Bool, Float, Int8
 from torch import Tensor
 
 from spikellm.execution.modules import SteppedNeuron, neuron_of, unbatch
-from spikellm.kernels.attention import exponentials, per_key_head, prefix_weights, probabilities, visible_blocks
+from spikellm.kernels.attention import exponentials, per_key_head, prefix_weights, probabilities
 from spikellm.kernels.temporal import at_last_step, integrate, spike_mixture, spike_pairs, step_weights, weighted
-from spikellm.model.attention import SpikingAttention, behind_prefix
+from spikellm.model.attention import SpikingAttention, behind_prefix, visible_blocks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

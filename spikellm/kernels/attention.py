@@ -47,10 +47,43 @@ def coded_exponentials(scores: Tensor, mask: Tensor, rows: Rows, digits: Digits,
     return coded, coded.sum(-1, keepdim=True), top
 
 
-def visible_blocks(mask: Bool[Tensor, "B 1 L S"], size: int) -> list[tuple[slice, slice]]:
-    """(queries, keys) of every block of `size` queries: the keys up to the last that any of its queries may see."""
+def coded_mixture(
+    query: Float[Tensor, "B H l E"],
+    key: Float[Tensor, "B K s E"],
+    value: Float[Tensor, "B K s E"],
+    mask: Bool[Tensor, "B 1 l s"],
+    scaling: float,
+    prefix: tuple[Float[Tensor, "1 K P E"], Float[Tensor, "1 K P E"]] | None,
+    rows: Rows,
+    digits: Digits,
+    cuts: Tensor | None,
+) -> Float[Tensor, "B H l E"]:
+    """Values mixed by coded exponentials, normalised afterwards: (c sum_j e^_j v_j + a V) / (c sum_j e^_j + a), see model/attention.py."""
+    query = query * scaling
+    weights, total, top = coded_exponentials(per_key_head(query, key.mT), mask, rows, digits, cuts)
+    return normalised(per_key_head(weights, value), total, top, query, prefix)[0]
+
+
+def normalised(
+    mixed: Float[Tensor, "B H l E"],
+    total: Float[Tensor, "B H l 1"],
+    top: Float[Tensor, "B H l 1"],
+    query: Float[Tensor, "B H l E"],
+    prefix: tuple[Float[Tensor, "1 K P E"], Float[Tensor, "1 K P E"]] | None,
+) -> tuple[Float[Tensor, "B H l E"], Float[Tensor, "B H l 1"]]:
+    """Mixtures of exponentials over their sums, the prefix among both; and the share that one exponential has, c / sum."""
+    share = torch.ones_like(top)
+    if prefix is not None:
+        sink_key, sink_value = (each.expand(len(query), -1, -1, -1) for each in prefix)
+        sink, share = prefix_weights(per_key_head(query, sink_key.mT), top)
+        mixed = torch.addcmul(per_key_head(sink, sink_value), share, mixed)
+        total = torch.addcmul(sink.sum(-1, keepdim=True), share, total)
+    total = torch.where(total == 0, 1, total)  # no spike was sent, and there is no prefix: nothing is mixed
+    return mixed / total, share / total
+
+
+def visible_ends(mask: Bool[Tensor, "B 1 L S"], size: int) -> list[int]:
+    """Behind the last key that any query of each block of `size` may see; at least 1."""
     L, S = mask.shape[-2:]
-    rows = [slice(start, min(start + size, L)) for start in range(0, L, size)]
-    seen = torch.stack([mask[:, :, block].flatten(0, 2).any(0) for block in rows])
-    last = (seen * torch.arange(1, S + 1, device=mask.device)).amax(-1).tolist()
-    return [(block, slice(0, max(stop, 1))) for block, stop in zip(rows, last, strict=True)]
+    seen = torch.stack([mask[:, :, start : start + size].flatten(0, 2).any(0) for start in range(0, L, size)])
+    return (seen * torch.arange(1, S + 1, device=mask.device)).amax(-1).clamp_min(1).tolist()

@@ -1,7 +1,6 @@
 """Kernels compiled into one pass over memory, or as they are where there is no compiler."""
 
 import logging
-import shutil
 from collections.abc import Callable
 from functools import cache, wraps
 from importlib.util import find_spec
@@ -9,6 +8,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 from torch.fx.experimental import _config
+
+from spikellm.kernels import native
 
 log = logging.getLogger(__name__)
 
@@ -20,10 +21,14 @@ def chosen(function: Callable, like: Tensor, *, compiled: bool) -> Callable:
 
 @cache
 def fused(function: Callable, device_type: str) -> Callable:
-    """`function` compiled into one kernel for any shape; `function` itself, with a warning, where there is no compiler."""
-    if device_type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
-        log.warning("no C++ compiler found: neurons run unfused, about 20 times slower; install g++ to cure it")
+    """`function` compiled into one kernel for any shape; `function` itself, with a warning, where there is no compiler.
+
+    On a CPU by hand, where `native` has it; else by Inductor.
+    """
+    if device_type == "cpu" and native.library() is None:
         return function
+    if device_type == "cpu" and function in native.KERNELS:
+        return native.KERNELS[function]
     if device_type == "cuda" and find_spec("triton") is None:
         log.warning("no Triton found: neurons run unfused, several times slower; pip install triton cures it")
         return function

@@ -100,8 +100,8 @@ def own(row: Tensor, owner: Tensor | None, digits: Digits) -> Tensor:
     return found
 
 
-def fire_plain(x: Tensor, rows: Rows, digits: Digits, cuts: Tensor | None = None) -> list[Tensor]:
-    """The spikes s z_t, a tensor [A, C, I] for every step and in it for every population; x [A, C, I], rows of P C. The specification."""
+def fire_plain(x: Tensor, rows: Rows, digits: Digits, cuts: Tensor | None = None) -> Tensor:
+    """The spikes s z_t of every step and in it of every population, [T P, A, C, I]; x [A, C, I], rows of P C. The specification."""
     theta, h, _, v0 = rows
     magnitude = x.abs().to(theta.dtype)
     owner = owners(x, magnitude, None if cuts is None else cuts[..., None], digits)
@@ -113,7 +113,7 @@ def fire_plain(x: Tensor, rows: Rows, digits: Digits, cuts: Tensor | None = None
         v = v - own(h[:, t, None], owner, digits) * z
         sent = (sign * z).to(torch.int8)
         spikes += [sent] if owner is None else [sent * (owner == p) for p in range(digits.populations)]
-    return spikes
+    return torch.stack(spikes)
 
 
 def respond(magnitude: Tensor, rows: Rows, digits: Digits, owner: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,6 @@ model. What else was measured: `experiments/rotations`.
 """
 
 from functools import cache
-from importlib.util import find_spec
 from itertools import count, product
 from math import isqrt
 from typing import NamedTuple
@@ -31,8 +30,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-# Optional CUDA kernel for powers of two (Sylvester's order, as here); imported by the first transform that can use it.
-HAS_CUDA_KERNEL = find_spec("fast_hadamard_transform") is not None
+from spikellm.kernels import native
 
 # Up to this width (head widths: 64, 128) one dense product is faster on CPU than two products of tiny factors.
 DENSE = 128
@@ -125,28 +123,11 @@ def hadamard_transform(x: Float[Tensor, "*rows n"], factors: Factors) -> Float[T
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     left, right = (factor.to(x.dtype) for factor in factors[:2])
     if factors.signs is None:
-        return _whole(x, left, right)
+        return native.hadamard(x, left, right)
     size = len(factors.signs)
-    x = torch.cat([_whole(x[..., :size], left, right), x[..., size:]], -1)
+    x = torch.cat([native.hadamard(x[..., :size], left, right), x[..., size:]], -1)
     passed, last = x.split([x.shape[-1] - size, size], -1)
-    return torch.cat([passed, _whole(last * factors.signs.to(x.dtype), left, right)], -1)
-
-
-def _whole(x: Float[Tensor, "*rows PR"], left: Float[Tensor, "P P"], right: Float[Tensor, "R R"]) -> Float[Tensor, "*rows PR"]:
-    p, r = left.shape[0], right.shape[0]
-    if p == 1:
-        return _rows_times(x, right, r**-0.5)
-    # (x as a P x R matrix X):  vec(X) (H_P (x) H_R) = vec(H_P^T X H_R)
-    return (left.T @ _rows_times(x.reshape(-1, p, r), right, (p * r) ** -0.5)).reshape(x.shape)
-
-
-def _rows_times(x: Float[Tensor, "*rows R"], signs: Float[Tensor, "R R"], scale: float) -> Float[Tensor, "*rows R"]:
-    size = signs.shape[0]
-    if HAS_CUDA_KERNEL and x.is_cuda and size & (size - 1) == 0 and x.dtype is not torch.float64:
-        from fast_hadamard_transform import hadamard_transform as kernel
-
-        return kernel(x.contiguous(), scale=scale)
-    return (x @ signs).mul_(scale)
+    return torch.cat([passed, native.hadamard(last * factors.signs.to(x.dtype), left, right)], -1)
 
 
 def _scrambling_signs(n: int) -> Float[Tensor, " n"]:

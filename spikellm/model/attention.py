@@ -35,14 +35,15 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from spikellm.coding.neuron import PhaseNeuron, Slot, apply_wide
+from spikellm.kernels import native
 from spikellm.kernels.attention import (
     coded_exponentials,
+    coded_mixture,
     exponentials,
+    normalised,
     per_key_head,
-    prefix_weights,
     probabilities,
     squared_distances,
-    visible_blocks,
 )
 from spikellm.kernels.compiled import fused
 from spikellm.model.modules import OnlineHadamard, wide
@@ -138,10 +139,10 @@ class SpikingAttention(nn.Module):
             mask = behind_prefix(mask, prefix[0].shape[2])
         mix = self._mix_then_normalise if self.normalise_after else self._normalise_then_mix
         blocks = [
-            mix(query[:, :, rows] * scaling, key[:, :, keys], value[:, :, keys], mask[:, :, rows, keys], prefix)
+            mix(query[:, :, rows], key[:, :, keys], value[:, :, keys], mask[:, :, rows, keys], scaling, prefix).transpose(1, 2)
             for rows, keys in visible_blocks(mask, self.query_block)
         ]
-        return torch.cat(blocks, dim=2).transpose(1, 2)
+        return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
 
     @property
     def prefix(self) -> tuple[Float[Tensor, "1 K P E"], Float[Tensor, "1 K P E"]] | None:
@@ -150,35 +151,41 @@ class SpikingAttention(nn.Module):
             return None
         return self.rotate(self.prefix_key[None]), self.prefix_value[None].to(wide(self.prefix_value.dtype))
 
-    def _normalise_then_mix(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, _: object) -> Float[Tensor, "B H l E"]:
-        weights = self.softmax(probabilities(per_key_head(query, key.mT), mask))
+    def _normalise_then_mix(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, _: object
+    ) -> Float[Tensor, "B H l E"]:
+        weights = self.softmax(probabilities(per_key_head(query * scaling, key.mT), mask))
         self.softmax.weigh(None, mask)
         return per_key_head(weights, value)
 
     def _mix_then_normalise(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, prefix: tuple[Tensor, Tensor] | None
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, prefix: tuple[Tensor, Tensor] | None
     ) -> Float[Tensor, "B H l E"]:
-        weights, total, top = self._coded_exponentials(per_key_head(query, key.mT), mask)
-        mixed, share = per_key_head(weights, value), torch.ones_like(top)
-        if prefix is not None:
-            sink_key, sink_value = (each.expand(len(query), -1, -1, -1) for each in prefix)
-            sink, share = prefix_weights(per_key_head(query, sink_key.mT), top)
-            mixed = share * mixed + per_key_head(sink, sink_value)
-            total = share * total + sink.sum(-1, keepdim=True)
-        total = torch.where(total == 0, 1, total)  # no spike was sent, and there is no prefix: nothing is mixed
-        output = mixed / total
-        if self.softmax.held:
-            self.softmax.weigh((share / total).square() * squared_distances(output, value), mask)
+        neuron = self.softmax
+        code = None
+        if isinstance(neuron, PhaseNeuron) and neuron.compiled:
+            code = (neuron.table.rows, neuron.digits, neuron.cuts)
+            if query.is_cpu:
+                return fused(coded_mixture, "cpu")(query, key, value, mask, scaling, prefix, *code)
+        query = query * scaling
+        scores = per_key_head(query, key.mT)
+        if code is not None:
+            weights, total, top = fused(coded_exponentials, scores.device.type)(scores, mask, *code)
+        else:
+            weights, top = exponentials(scores, mask)
+            weights = neuron(weights)
+            total = weights.sum(-1, keepdim=True)
+        output, share = normalised(per_key_head(weights, value), total, top, query, prefix)
+        if neuron.held:
+            neuron.weigh(share.square() * squared_distances(output, value), mask)
         return output
 
-    def _coded_exponentials(self, scores: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """e^ [B, H, l, s], its row sums and the rows' largest scores [B, H, l, 1]; one pass if the neuron is compiled."""
-        if isinstance(self.softmax, PhaseNeuron) and self.softmax.compiled:
-            table = self.softmax.table
-            return fused(coded_exponentials, scores.device.type)(scores, mask, table.rows, table.digits, table.cuts)
-        weights, top = exponentials(scores, mask)
-        weights = self.softmax(weights)
-        return weights, weights.sum(-1, keepdim=True), top
+
+def visible_blocks(mask: Bool[Tensor, "B 1 L S"], size: int) -> list[tuple[slice, slice]]:
+    """(queries, keys) of every block of `size` queries: the keys up to the last that any of its queries may see."""
+    L = mask.shape[2]
+    starts = range(0, L, size)
+    return [(slice(start, min(start + size, L)), slice(0, end)) for start, end in zip(starts, native.ends(mask, size), strict=True)]
 
 
 def behind_prefix(mask: Bool[Tensor, "B 1 L S"], prefix: int) -> Bool[Tensor, "B 1 L S_and_P"]:

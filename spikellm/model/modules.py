@@ -16,8 +16,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import linear as matrix_product
 
-from spikellm.coding.neuron import Slot
+from spikellm.coding.neuron import PhaseNeuron, Slot
+from spikellm.kernels import native
 from spikellm.kernels.hadamard import Factors, hadamard_factors, hadamard_transform, order, split
+from spikellm.kernels.transforms import rms_norm
 
 # Numbers of a weight that are widened together, 256 MiB in float32: LLaMA-3-8B's lm_head would take 2 GiB beside its own one.
 WIDENED = 2**26
@@ -102,7 +104,9 @@ class SpikingRMSNorm(nn.Module):
     def normalise(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
         """weight * x / rms(x)."""
         x = x.to(wide(x.dtype))
-        return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps))
+        # beside neurons alone: an empty slot's network is transformers' own, to the last bit
+        norm = native.norm if isinstance(self.neuron, PhaseNeuron) else rms_norm
+        return norm(x, self.weight.to(x.dtype), self.eps)
 
     def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
         """The neuron's values of the normalised x."""

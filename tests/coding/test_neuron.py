@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spikellm.coding.neuron import PhaseNeuron, PhaseTable, Slot, count_spikes, decode, encode, fire
+from spikellm.kernels import build, native
 from spikellm.kernels.compiled import fused
 from spikellm.kernels.encode import Digits
 from tests.codes import base2_table
@@ -205,16 +206,17 @@ def test_groups_that_do_not_divide_the_axis_are_an_error():
 
 
 def test_without_a_compiler_the_plain_pass_is_used(monkeypatch, caplog):
-    from spikellm.kernels import compiled
-
-    monkeypatch.setattr(compiled.shutil, "which", lambda _: None)
-    fused.cache_clear()
+    monkeypatch.setattr("spikellm.kernels.build.shutil.which", lambda _: None)
+    caches = (fused, native.library, build.built)
+    for each in caches:
+        each.cache_clear()
     try:
         x = row(0.3, -0.7)
         assert torch.equal(encode(x, base2_table(1.0, 4)), encode(x, base2_table(1.0, 4), compiled=False))
-        assert "compiler" in caplog.text
+        assert "no C++ compiler" in caplog.text
     finally:
-        fused.cache_clear()
+        for each in caches:
+            each.cache_clear()
 
 
 def test_without_triton_neurons_on_cuda_run_unfused_and_say_so(monkeypatch, caplog):

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 
 from spikellm.execution.stepped import stepped
-from spikellm.kernels.attention import exponentials, visible_blocks
-from spikellm.model.attention import spiking_attention
+from spikellm.kernels.attention import exponentials
+from spikellm.model.attention import spiking_attention, visible_blocks
 from spikellm.model.conversion import fill, install, prepare
 from spikellm.model.prefix import attach_prefix
 from spikellm.model.rotation import PARTS, rotate

@@ -1,0 +1,133 @@
+// encode, fire and count of encode.py in one pass over memory.
+
+#include <type_traits>
+
+#include "neuron.h"
+
+namespace {
+
+// `each(table, run, start, end)` for pieces of A x C runs of I inputs, which lie one behind the other; a run has one group's table.
+template <class R, class Each> void over_runs(const Code<R>& code, int64_t A, int64_t C, int64_t I, int threads, Each each) {
+    const std::vector<Table<R>> tables = tables_of(code);
+    const int64_t pieces = (I + PIECE - 1) / PIECE;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t job = 0; job < A * C * pieces; job++) {
+        const int64_t run = job / pieces, start = job % pieces * PIECE;
+        each(tables[run % C], run, start, start + PIECE < I ? start + PIECE : I);
+    }
+}
+
+template <class R> int encode_all(const R* x, R* y, int64_t A, int64_t C, int64_t I, const Code<R>& code, int threads) {
+    if (!served(code)) return 1;
+    with_kind(code, [&](auto kind) {
+        using K = decltype(kind);
+        over_runs(code, A, C, I, threads, [&](const Table<R>& table, int64_t run, int64_t start, int64_t end) {
+            const R* from = x + run * I;
+            R* to = y + run * I;
+            V<R> some[U];
+            int64_t i = start;
+            for (; i + U * W<R> <= end; i += U * W<R>) {
+                load_all<R, U>(some, from + i);
+                encode<R, K, U>(table, some);
+                store_all<R, U>(to + i, some);
+            }
+            for (; i < end; i += W<R>) {
+                const int64_t n = end - i < W<R> ? end - i : W<R>;
+                some[0] = load_some<V<R>>(from + i, n);
+                encode<R, K, 1>(table, some);
+                store_some(to + i, some[0], n);
+            }
+        });
+    });
+    return 0;
+}
+
+// Spikes of every wire, [T P, A, C, I]: step by step, in each population by population.
+template <class R> int spikes(const R* x, int8_t* z, int64_t A, int64_t C, int64_t I, const Code<R>& code, int threads) {
+    if (!served(code)) return 1;
+    with_kind(code, [&](auto kind) {
+        using K = decltype(kind);
+        const int P = code.populations();
+        over_runs(code, A, C, I, threads, [&](const Table<R>& table, int64_t run, int64_t start, int64_t end) {
+            for (int64_t i = start; i < end; i += W<R>) {
+                const int64_t n = end - i < W<R> ? end - i : W<R>;
+                const V<R> some = load_some<V<R>>(x + run * I + i, n);
+                const auto in = Inputs<R, 1>::template of<K::many>(table, &some);
+                const M<R> negative = some < 0, none = some == 0;
+                fire<R, K, 1>(table, in, [&](int t, int, M<R> up, M<R> down, V<R>) {
+                    M<R> sent = none ? M<R>{} : down - up;  // masks are -1
+                    sent = negative ? -sent : sent;
+                    for (int p = 0; p < P; p++) {
+                        const M<R> own = !K::many ? sent : in.owner[0] == p ? sent : M<R>{};
+                        store_some(z + ((int64_t(t) * P + p) * A * C + run) * I + i, narrowed<R>(own), n);
+                    }
+                });
+            }
+        });
+    });
+    return 0;
+}
+
+// Spikes of all populations at every step, summed over the last axis: x [C, N, J] -> [T, C, N].
+template <class R> int count(const R* x, int64_t* counts, int64_t C, int64_t N, int64_t J, const Code<R>& code, int threads) {
+    if (!served(code)) return 1;
+    std::memset(counts, 0, sizeof(int64_t) * code.steps * C * N);
+    const std::vector<Table<R>> tables = tables_of(code);
+    const int64_t pieces = (J + PIECE - 1) / PIECE;
+    with_kind(code, [&](auto kind) {
+        using K = decltype(kind);
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+        for (int64_t job = 0; job < C * N * pieces; job++) {
+            const int64_t run = job / pieces, start = job % pieces * PIECE, end = start + PIECE < J ? start + PIECE : J;
+            const Table<R>& table = tables[run / N];
+            std::vector<M<R>> sums(code.steps, M<R>{});
+            const auto add = [&](V<R>* some, auto number) {
+                constexpr int N = decltype(number)::value;
+                M<R> awake[N];
+                for (int n = 0; n < N; n++) awake[n] = (some[n] < 0) | (some[n] > 0);
+                fire<R, K, N>(table, Inputs<R, N>::template of<K::many>(table, some),
+                              [&](int t, int n, M<R> up, M<R> down, V<R>) { sums[t] -= (up | down) & awake[n]; });
+            };
+            V<R> some[U];
+            int64_t i = start;
+            for (; i + U * W<R> <= end; i += U * W<R>) {
+                load_all<R, U>(some, x + run * J + i);
+                add(some, std::integral_constant<int, U>{});
+            }
+            for (; i < end; i += W<R>) {
+                some[0] = load_some<V<R>>(x + run * J + i, end - i < W<R> ? end - i : W<R>);
+                add(some, std::integral_constant<int, 1>{});
+            }
+            for (int t = 0; t < code.steps; t++) {
+                int64_t sum = 0;
+                for (int lane = 0; lane < W<R>; lane++) sum += sums[t][lane];
+#pragma omp atomic
+                counts[int64_t(t) * C * N + run] += sum;
+            }
+        }
+    });
+    return 0;
+}
+
+}  // namespace
+
+extern "C" {
+int encode_f32(const float* x, float* y, int64_t A, int64_t C, int64_t I, const Code<float>* code, int threads) {
+    return encode_all(x, y, A, C, I, *code, threads);
+}
+int encode_f64(const double* x, double* y, int64_t A, int64_t C, int64_t I, const Code<double>* code, int threads) {
+    return encode_all(x, y, A, C, I, *code, threads);
+}
+int fire_f32(const float* x, int8_t* z, int64_t A, int64_t C, int64_t I, const Code<float>* code, int threads) {
+    return spikes(x, z, A, C, I, *code, threads);
+}
+int fire_f64(const double* x, int8_t* z, int64_t A, int64_t C, int64_t I, const Code<double>* code, int threads) {
+    return spikes(x, z, A, C, I, *code, threads);
+}
+int count_f32(const float* x, int64_t* counts, int64_t C, int64_t N, int64_t J, const Code<float>* code, int threads) {
+    return count(x, counts, C, N, J, *code, threads);
+}
+int count_f64(const double* x, int64_t* counts, int64_t C, int64_t N, int64_t J, const Code<double>* code, int threads) {
+    return count(x, counts, C, N, J, *code, threads);
+}
+}

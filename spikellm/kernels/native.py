@@ -1,0 +1,234 @@
+"""Kernels of a CPU: the C++ of `cpp/`, compiled on this machine (`build.py`) and called by address.
+
+Vector registers and one pass over memory: a step of a neuron costs as few instructions as it has comparisons and sums, so that T steps of a
+few numbers are hidden behind reading them. Compiling takes 3 s, once for all T, shapes and kinds of digits; calling, 10 microseconds.
+
+Each kernel stands for a plain form of `encode.py` or `attention.py`, takes the same arguments, and leaves to it what it does not serve:
+dtypes that differ, subclasses of tensors, codes of very many populations, gradients, and graphs that somebody traces.
+"""
+
+import ctypes
+from collections.abc import Callable
+from functools import cache, wraps
+
+import torch
+from torch import Tensor
+
+from spikellm.kernels.attention import coded_mixture, per_key_head, visible_ends
+from spikellm.kernels.build import built
+from spikellm.kernels.encode import Digits, Rows, count_plain, encode_plain, fire_plain
+from spikellm.kernels.transforms import kronecker, rms_norm
+
+FEW = 8  # queries that are attended to head by head, without a matrix of scores: a decoding step's
+ALONE = 2**16  # numbers times steps that one thread has finished before others would have woken up
+SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
+
+
+class _Code(ctypes.Structure):
+    """`Code` of neuron.h."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in ("theta", "h", "d", "v0", "cuts")] + [
+        (name, ctypes.c_int32) for name in ("groups", "steps", "sides", "intervals", "is_signed", "max_spikes")
+    ]
+
+
+class _Heads(ctypes.Structure):
+    """`Heads` of attention.cpp."""
+
+    _fields_ = [("at", ctypes.c_void_p), ("sequence", ctypes.c_int64), ("head", ctypes.c_int64), ("token", ctypes.c_int64)]
+
+
+class _Shape(ctypes.Structure):
+    """`Shape` of attention.cpp."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in ("N", "H", "K", "L", "S", "P", "E")]
+
+
+_P, _N, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_CODE, _SHAPE = ctypes.POINTER(_Code), ctypes.POINTER(_Shape)  # which take the structures themselves
+_ARGUMENTS = {
+    "encode": [_P, _P, _N, _N, _N, _CODE, _INT],
+    "fire": [_P, _P, _N, _N, _N, _CODE, _INT],
+    "count": [_P, _P, _N, _N, _N, _CODE, _INT],
+    "code_scores": [_P, _P, _P, _P, _N, _N, ctypes.c_double, _SHAPE, _CODE, _INT],
+    "finish": [_P, _P, _P, _P, _P, ctypes.c_double, _SHAPE, _INT],
+    "norm": [_P, _P, _P, ctypes.c_double, _N, _N, _INT],
+    "hadamard": [_P, _P, _P, _N, _N, _N, _INT],
+    "attend": [_P, _P, _P, _N, _N, ctypes.c_double, _SHAPE, _CODE, _INT],
+}
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels; None where there are none."""
+    path = built()
+    if path is None:
+        return None
+    loaded = ctypes.CDLL(str(path))
+    for name, arguments in _ARGUMENTS.items():
+        for suffix in SUFFIX.values():
+            kernel = getattr(loaded, f"{name}_{suffix}")
+            kernel.argtypes, kernel.restype = arguments, _INT
+    loaded.visible_ends.argtypes, loaded.visible_ends.restype = [_P, _P, _N, _N, _N, _N, _N, _N], None
+    return loaded
+
+
+def _served(x: Tensor, other: Tensor) -> bool:
+    """Whether a kernel of the library takes a tensor beside another, a parameter."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) is Tensor
+        and x.is_cpu
+        and x.dtype in SUFFIX
+        and x.dtype == other.dtype
+        and not (torch.is_grad_enabled() and (x.requires_grad or other.requires_grad))
+    )
+
+
+def _code(rows: Rows, digits: Digits, cuts: Tensor | None) -> tuple[_Code, object]:
+    """A code for the library, and what must live as long as it is used."""
+    theta, h, d, v0 = rows = rows.map(Tensor.contiguous)
+    cuts = None if cuts is None else cuts.contiguous()
+    R, T = theta.shape
+    pointers = (theta.data_ptr(), h.data_ptr(), d.data_ptr(), v0.data_ptr(), None if cuts is None else cuts.data_ptr())
+    intervals, sides = digits.intervals, digits.sides
+    return _Code(*pointers, R // (intervals * sides), T, sides, intervals, digits.signed, digits.max_spikes or 0), (rows, cuts)
+
+
+def _threads(work: int) -> int:
+    return 1 if work < ALONE else torch.get_num_threads()
+
+
+def _run(name: str, x: Tensor, *arguments: object) -> bool:
+    """Whether the library has done it."""
+    loaded = library()
+    return loaded is not None and getattr(loaded, f"{name}_{SUFFIX[x.dtype]}")(*arguments) == 0
+
+
+def _or_plain(plain: Callable) -> Callable[[Callable], Callable]:
+    """A kernel that may answer None, which leaves it to the plain form."""
+
+    def decorate(kernel: Callable) -> Callable:
+        @wraps(plain)
+        def run(*arguments: object) -> object:
+            found = kernel(*arguments)
+            return plain(*arguments) if found is None else found
+
+        return run
+
+    return decorate
+
+
+@_or_plain(encode_plain)
+def encode(x: Tensor, rows: Rows, digits: Digits, cuts: Tensor | None = None) -> Tensor | None:
+    """`encode.encode_plain`."""
+    if not _served(x, rows.theta) or x.shape[1] * digits.populations != rows.v0.shape[0]:
+        return None
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    code, _alive = _code(rows, digits, cuts)
+    done = _run("encode", x, x.data_ptr(), y.data_ptr(), *x.shape, code, _threads(x.numel() * code.steps))
+    return y if done else None
+
+
+@_or_plain(fire_plain)
+def fire(x: Tensor, rows: Rows, digits: Digits, cuts: Tensor | None = None) -> Tensor | None:
+    """`encode.fire_plain`."""
+    if not _served(x, rows.theta) or x.shape[1] * digits.populations != rows.v0.shape[0]:
+        return None
+    x = x.contiguous()
+    code, _alive = _code(rows, digits, cuts)
+    z = x.new_empty(code.steps * digits.populations, *x.shape, dtype=torch.int8)
+    done = _run("fire", x, x.data_ptr(), z.data_ptr(), *x.shape, code, _threads(z.numel()))
+    return z if done else None
+
+
+@_or_plain(count_plain)
+def count(x: Tensor, rows: Rows, digits: Digits, cuts: Tensor | None = None) -> Tensor | None:
+    """`encode.count_plain`."""
+    if not _served(x, rows.theta) or x.shape[0] * digits.populations != rows.v0.shape[0]:
+        return None
+    x = x.contiguous()
+    code, _alive = _code(rows, digits, cuts)
+    counts = x.new_empty(code.steps, *x.shape[:2], dtype=torch.int64)
+    done = _run("count", x, x.data_ptr(), counts.data_ptr(), *x.shape, code, _threads(x.numel() * code.steps))
+    return counts if done else None
+
+
+@_or_plain(coded_mixture)
+def mixture(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, prefix: tuple[Tensor, Tensor] | None,
+    rows: Rows, digits: Digits, cuts: Tensor | None,
+) -> Tensor | None:  # fmt: skip
+    """`attention.coded_mixture`; of many queries, products of matrices are torch's."""
+    every = (query, key, value, *(prefix or ()))
+    groups = rows.v0.shape[0] // digits.populations
+    plain = all(_served(each, rows.theta) and each.stride(-1) == 1 for each in every) and mask.stride(-1) == 1
+    if not plain or groups not in (1, query.shape[1]):
+        return None
+    N, H, L, E = query.shape
+    K, S = key.shape[1:3]
+    code, _alive = _code(rows, digits, cuts)
+    heads = (_Heads * 5)(*(_Heads(each.data_ptr(), *each.stride()[:3]) for each in every))  # without a prefix nobody reads the last two
+    shape = _Shape(N, H, K, L, S, prefix[0].shape[2] if prefix else 0, E)
+    out = query.new_empty(N, L, H, E)
+    threads = _threads(N * H * L * S * (2 * E + code.steps))
+    hidden = (mask.data_ptr(), mask.stride(0), mask.stride(2), scaling)
+    if L <= FEW:
+        done = _run("attend", query, out.data_ptr(), heads, *hidden, shape, code, threads)
+        return out.transpose(1, 2) if done else None
+    scores = per_key_head(query, key.mT)
+    sums, tops = (scores.new_empty(N, H, L) for _ in range(2))
+    if not _run("code_scores", scores, scores.data_ptr(), sums.data_ptr(), tops.data_ptr(), *hidden, shape, code, threads):
+        return None
+    mixed = per_key_head(scores, value)
+    done = _run("finish", mixed, out.data_ptr(), mixed.data_ptr(), sums.data_ptr(), tops.data_ptr(), heads, scaling, shape, threads)
+    return out.transpose(1, 2) if done else None
+
+
+@_or_plain(rms_norm)
+def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor | None:
+    """`transforms.rms_norm`."""
+    if not _served(x, weight):
+        return None
+    x, weight = x.contiguous(), weight.contiguous()
+    y = torch.empty_like(x)
+    D = x.shape[-1]
+    done = _run("norm", x, x.data_ptr(), y.data_ptr(), weight.data_ptr(), eps, x.numel() // D, D, _threads(2 * x.numel()))
+    return y if done else None
+
+
+@_or_plain(kronecker)
+def hadamard(x: Tensor, left: Tensor, right: Tensor) -> Tensor | None:
+    """`transforms.kronecker`, by sums and differences where the right factor is Sylvester's."""
+    P, n = len(left), len(right)
+    if not _served(x, right) or n & (n - 1):
+        return None
+    x, left = x.contiguous(), left.contiguous()
+    y = torch.empty_like(x)
+    rows = x.numel() // (P * n)
+    done = _run("hadamard", x, x.data_ptr(), y.data_ptr(), left.data_ptr(), rows, P, n, _threads(x.numel() * (P + n.bit_length())))
+    return y if done else None
+
+
+@_or_plain(visible_ends)
+def ends(mask: Tensor, size: int) -> list[int] | None:
+    """`attention.visible_ends`."""
+    if torch.compiler.is_compiling() or type(mask) is not Tensor or not mask.is_cpu or mask.stride(-1) != 1:
+        return None
+    if (loaded := library()) is None:
+        return None
+    N, _, L, S = mask.shape
+    found = torch.empty(-(-L // size), dtype=torch.int64)
+    loaded.visible_ends(found.data_ptr(), mask.data_ptr(), mask.stride(0), mask.stride(2), N, L, S, size)
+    return found.tolist()
+
+
+# Of which plain form each is.
+KERNELS: dict[Callable, Callable] = {
+    encode_plain: encode,
+    fire_plain: fire,
+    count_plain: count,
+    coded_mixture: mixture,
+    visible_ends: ends,
+}
