@@ -50,15 +50,16 @@ def _built(compiler: str) -> Path:
         return library
     log.info("compiling the neurons' kernels, once on this machine, some seconds")
     with tempfile.TemporaryDirectory(dir=library.parent) as work:
-        for number, flags in enumerate(FLAGS):
+        failures = []
+        for flags in FLAGS:
             try:
                 whole = _compiled(compiler, [source for source in sources if source.suffix == ".cpp"], flags, Path(work))
-                break
-            except subprocess.CalledProcessError:
-                if number == len(FLAGS) - 1:
-                    raise
-        os.replace(whole, library)  # whoever looks finds nothing or all of it
-    return library
+            except subprocess.CalledProcessError as failure:
+                failures.append(failure)
+                continue
+            os.replace(whole, library)  # whoever looks finds nothing or all of it
+            return library
+    raise failures[0]  # of what was to be best: with fewer options a compiler may fail for other reasons
 
 
 def _compiled(compiler: str, sources: list[Path], flags: tuple[str, ...], folder: Path) -> Path:

@@ -150,3 +150,13 @@ def count_plain(x: Tensor, rows: Rows, digits: Digits, cuts: Tensor | None = Non
         v = v - own(h[:, t, None, None], owner, digits) * z
         counts.append(((z != 0) & awake).sum(-1))
     return torch.stack(counts)
+
+
+def segment_sums(x: Tensor, weight: Tensor, share: Tensor, rows: Rows, digits: Digits) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums of weight (y - x)^2, weight (y - x) and share * spikes over each segment [N, M, Q], of one population.
+
+    x, weight, share [N, 1, Q, points] of N groups in Q segments, M codes each: rows [N, M, T], v0 [N, M].
+    """
+    y, spikes = respond(x, rows.at((slice(None), slice(None), None)), digits)
+    off = y - x
+    return (weight * off.square()).sum(-1), (weight * off).sum(-1), (share * spikes).sum(-1)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from spikellm.kernels.attention import coded_mixture, per_key_head, visible_ends
 from spikellm.kernels.build import built
-from spikellm.kernels.encode import Digits, Rows, count_plain, encode_plain, fire_plain
+from spikellm.kernels.encode import Digits, Rows, count_plain, encode_plain, fire_plain, segment_sums
 from spikellm.kernels.transforms import kronecker, rms_norm
 
 FEW = 8  # queries that are attended to head by head, without a matrix of scores: a decoding step's
@@ -44,6 +44,16 @@ class _Shape(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int64) for name in ("N", "H", "K", "L", "S", "P", "E")]
 
 
+class _Candidates(ctypes.Structure):
+    """`Candidates` of search.cpp."""
+
+    _fields_ = (
+        [(name, ctypes.c_void_p) for name in ("theta", "h", "d", "v0")]
+        + [(name, ctypes.c_int64) for name in ("N", "M", "T", "Q", "points")]
+        + [(name, ctypes.c_int32) for name in ("is_signed", "max_spikes")]
+    )
+
+
 _P, _N, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _CODE, _SHAPE = ctypes.POINTER(_Code), ctypes.POINTER(_Shape)  # which take the structures themselves
 _ARGUMENTS = {
@@ -52,6 +62,7 @@ _ARGUMENTS = {
     "count": [_P, _P, _N, _N, _N, _CODE, _INT],
     "code_scores": [_P, _P, _P, _P, _N, _N, ctypes.c_double, _SHAPE, _CODE, _INT],
     "finish": [_P, _P, _P, _P, _P, ctypes.c_double, _SHAPE, _INT],
+    "segment_sums": [_P, _P, _P, _P, ctypes.POINTER(_Candidates), _INT],
     "norm": [_P, _P, _P, ctypes.c_double, _N, _N, _INT],
     "hadamard": [_P, _P, _P, _N, _N, _N, _INT],
     "attend": [_P, _P, _P, _N, _N, ctypes.c_double, _SHAPE, _CODE, _INT],
@@ -211,6 +222,21 @@ def hadamard(x: Tensor, left: Tensor, right: Tensor) -> Tensor | None:
     return y if done else None
 
 
+@_or_plain(segment_sums)
+def candidates(x: Tensor, weight: Tensor, share: Tensor, rows: Rows, digits: Digits) -> tuple[Tensor, ...] | None:
+    """`encode.segment_sums`."""
+    if not all(_served(each, rows.theta) for each in (x, weight, share)) or digits.populations > 1:
+        return None
+    x, weight, share = (each.contiguous() for each in (x, weight, share))
+    rows = rows.map(Tensor.contiguous)
+    (N, M, T), (Q, points) = rows.theta.shape, x.shape[2:]
+    shape = _Candidates(*(part.data_ptr() for part in rows), N, M, T, Q, points, digits.signed, digits.max_spikes or 0)
+    sums = x.new_empty(3, N, M, Q)
+    threads = _threads(N * M * Q * points * T)
+    done = _run("segment_sums", x, sums.data_ptr(), x.data_ptr(), weight.data_ptr(), share.data_ptr(), shape, threads)
+    return tuple(sums) if done else None
+
+
 @_or_plain(visible_ends)
 def ends(mask: Tensor, size: int) -> list[int] | None:
     """`attention.visible_ends`."""
@@ -230,5 +256,6 @@ KERNELS: dict[Callable, Callable] = {
     fire_plain: fire,
     count_plain: count,
     coded_mixture: mixture,
+    segment_sums: candidates,
     visible_ends: ends,
 }

@@ -15,23 +15,13 @@ from torch import Tensor
 from spikellm.calibration.statistics import FIT, SiteStatistics
 from spikellm.coding.neuron import PhaseTable
 from spikellm.kernels.compiled import chosen
-from spikellm.kernels.encode import Digits, Rows, respond
+from spikellm.kernels.encode import Digits, Rows, respond, segment_sums
 from spikellm.search.options import Options
 
 SEGMENTS = 64  # parts of as many points, for which sums are known: where an interval may end while tables evolve
 # Elements of a buffer: on a CPU 2 MiB stay in the cache, page faults took half of the time without; a GPU is filled.
 CHUNK = {"cpu": 2**19, "cuda": 2**24}
 MIXTURE = (0.7, 0.2, 0.1)  # shares of p^(1/3), mass and energy: most points where levels belong
-
-
-def segment_sums(x: Tensor, weight: Tensor, share: Tensor, rows: Rows, digits: Digits) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums of weight (y - x)^2, weight (y - x) and share * spikes over each segment [N, M, Q].
-
-    x, weight, share [N, 1, Q, points] of N groups in Q segments, M codes each: rows [N, M, T], v0 [N, M].
-    """
-    y, spikes = respond(x, rows.at((slice(None), slice(None), None)), digits)
-    off = y - x
-    return (weight * off.square()).sum(-1), (weight * off).sum(-1), (share * spikes).sum(-1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -108,8 +98,8 @@ def table_sums(
             tables_of.append(number)
     digits = replace(tables[0].digits, intervals=1)
     every = (torch.cat([x] * len(rows)), torch.cat(weights), torch.cat(shares))
-    # a compiler makes a kernel of its own for one group, or one member
-    groups, members = (2 if len(every[0]) == 1 else 1, 2) if compiled else (1, 1)
+    # on CUDA a compiler makes a kernel of its own for one group, or one member
+    groups, members = (2 if len(every[0]) == 1 else 1, 2) if compiled and not x.is_cpu else (1, 1)
     fill = max(1, -(-x.shape[1] // SEGMENTS)) * SEGMENTS - x.shape[1]
     x, weight, share = (torch.nn.functional.pad(each, (0, fill)).repeat(groups, 1) for each in every)
     points = Points(x=x, weight=weight, share=share, kernel=chosen(segment_sums, x, compiled=compiled), digits=digits)

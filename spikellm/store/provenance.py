@@ -18,6 +18,8 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1]
 # No figure depends on them beyond the values that the keys hold.
 LEFT_OUT = ("config", "store")
+# Folders of what a module computes by that is no Python.
+BESIDE = {"kernels.build": "cpp"}
 JOB = ("run.stages",)  # all that a job computes by; looked up without importing it, which would cost torch
 
 
@@ -76,9 +78,14 @@ def _module(package: Path, name: str) -> tuple[str, tuple[str, ...]]:
             imported |= {f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)}
         elif isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(node) is not None:
             node.body = node.body[1:]
+    other = (
+        "".join(each.read_text(encoding="utf-8") for each in sorted((_file(package, name).parent / BESIDE[name]).iterdir()))
+        if name in BESIDE
+        else ""
+    )
     inside = {each.removeprefix(f"{package.name}.") for each in imported if each.startswith(f"{package.name}.")}
     modules = tuple(sorted(each for each in inside if _file(package, each).is_file()))
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest(), modules
+    return hashlib.sha256((ast.dump(tree) + other).encode()).hexdigest(), modules
 
 
 def _file(package: Path, name: str) -> Path:

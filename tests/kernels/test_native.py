@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from spikellm.coding.neuron import PhaseTable, encode
 from spikellm.kernels import build, native
 from spikellm.kernels.attention import coded_mixture, visible_ends
-from spikellm.kernels.encode import Digits, Rows, count_plain, encode_plain, fire_plain
+from spikellm.kernels.encode import Digits, Rows, count_plain, encode_plain, fire_plain, segment_sums
 from spikellm.kernels.hadamard import hadamard_factors, hadamard_matrix
 from spikellm.kernels.transforms import kronecker
 from tests.codes import base2_table
@@ -66,6 +66,19 @@ def test_more_numbers_than_a_thread_takes_at_a_time():
         assert torch.equal(native.encode(x, rows, digits, cuts), encode_plain(x, rows, digits, cuts))
         assert torch.equal(native.count(x.mT[..., :groups].mT.transpose(0, 1), rows, digits, cuts).sum(-1),
                            count_plain(x.transpose(0, 1), rows, digits, cuts).sum(-1))  # fmt: skip
+
+
+@given(st.booleans(), st.sampled_from([None, 2]), st.sampled_from([4, 5, 16, 33]), st.sampled_from(DTYPES), st.integers(0, 1 << 30))
+@law
+def test_sums_of_candidates_are_those_of_the_plain_form(signed, max_spikes, points, dtype, seed):
+    """Candidates of a search may have thresholds below 0."""
+    numbers = torch.Generator().manual_seed(seed)
+    N, M, Q, T = 3, 4, 6, 5
+    rows = Rows(*(torch.rand(*shape, generator=numbers, dtype=dtype) - 0.1 for shape in ((N, M, T), (N, M, T), (N, M, T), (N, M))))
+    x, weight, share = (torch.rand(N, 1, Q, points, generator=numbers, dtype=dtype) for _ in range(3))
+    arguments = (x, weight, share, rows, Digits(signed=signed, max_spikes=max_spikes))
+    for found, wanted in zip(native.candidates(*arguments), segment_sums(*arguments), strict=True):
+        torch.testing.assert_close(found, wanted)
 
 
 def test_what_it_does_not_serve_is_left_to_the_plain_form():

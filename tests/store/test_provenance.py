@@ -29,7 +29,9 @@ MODULES = {
     "second.py": "def g(x):\n    from package import third\n    return third.h(x)\n",
     "third.py": "import package.deep.fourth\n\ndef h(x):\n    return x + 1\n",
     "deep/__init__.py": "",
-    "deep/fourth.py": "from package import first  # a circle\n",
+    "deep/fourth.py": "from package import first  # a circle\nfrom package.kernels import build\n",
+    "kernels/build.py": "SOURCES = 'cpp'\n",
+    "kernels/cpp/one.cpp": "int one() { return 1; }\n",
     "bystander.py": "import package.first\n",
     "config/schema.py": "DEFAULT = 1\n",
 }
@@ -37,6 +39,7 @@ SEEN = {
     "a constant": ("first.py", "RATE = 2.0", "RATE = 2.5"),
     "a formula": ("third.py", "x + 1", "x + 2"),
     "an import inside a function": ("second.py", "return third.h(x)", "return third.h(x) / 2"),
+    "a source in another language": ("kernels/cpp/one.cpp", "return 1", "return 2"),
     "a module of a folder": ("deep/fourth.py", "from package", "A = 1\nfrom package"),
 }
 NOT_SEEN = {
@@ -80,7 +83,7 @@ EDITS = {
     "PREFIX_WINDOWS": ("calibration.calibrate", {"calibrate"}),
     "GENERATIONS": ("search.evolution", {"search"}),
     "MEMBERS": ("search.evolution", {"search"}),
-    "segment_sums": ("search.points", {"search"}),
+    "segment_sums": ("kernels.encode", {"search"}),
     "REPRESENTATIVES": ("search.exchange", {"search"}),
     "find_prefix_tokens": ("model.prefix", {"calibrate"}),
     "rotate": ("model.rotation", {"calibrate", "weights"}),

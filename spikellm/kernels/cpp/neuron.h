@@ -80,10 +80,18 @@ template <class R> inline B<R> narrowed(M<R> wide) {
 
 template <class R> inline V<R> filled(R value) { return V<R>{} + value; }
 
+// Half and half, not lane by lane, which would wait for every sum.
 template <class R> inline R total(V<R> x) {
-    R sum = 0;
-    for (int i = 0; i < W<R>; i++) sum += x[i];
-    return sum;
+#if defined(__AVX512F__)
+    if constexpr (sizeof(R) == 4)
+        return _mm512_reduce_add_ps((__m512)x);
+    else
+        return _mm512_reduce_add_pd((__m512d)x);
+#else
+    for (int half = W<R> / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) x[i] += x[i + half];
+    return x[0];
+#endif
 }
 
 // What comes from Python: tables of C groups and P populations, see encode.py's `Rows` and `Digits`.

@@ -1,0 +1,123 @@
+// What candidates of the search make of a density in points: points.py's `segment_sums`.
+
+#include <type_traits>
+
+#include "neuron.h"
+
+namespace {
+
+// Rows of N groups with M candidates each, of one population; x > 0.
+template <class R> struct Candidates {
+    const R *theta, *h, *d, *v0;
+    int64_t N, M, T, Q, points;  // points of each of Q segments
+    int32_t is_signed, max_spikes;
+};
+
+// N registers of points: the values y and the numbers of spikes. BOTH: a threshold is below 0, which sends +1 and -1 at once, that is nothing.
+template <class R, bool SIGNED, bool BOUNDED, bool BOTH, int N>
+inline void respond(const V<R>* x, R v0, const R* theta, const R* h, const R* d, int64_t T, int max_spikes, V<R>* y, M<R>* spikes) {
+    V<R> v[N];
+#pragma GCC unroll 4
+    for (int n = 0; n < N; n++) v[n] = x[n] + v0;
+    for (int64_t t = 0; t < T; t++) {
+        const V<R> thetas = filled<R>(theta[t]), hs = filled<R>(h[t]), ds = filled<R>(d[t]);
+#pragma GCC unroll 4
+        for (int n = 0; n < N; n++) {
+            M<R> up = v[n] > thetas, down = {};
+            if (SIGNED) {
+                down = v[n] < -thetas;
+                if (BOTH) {
+                    const M<R> both = up & down;
+                    up ^= both, down ^= both;
+                }
+            }
+            if (BOUNDED) {
+                const M<R> awake = spikes[n] < max_spikes;
+                up &= awake, down &= awake;
+            }
+            v[n] = up ? v[n] - hs : v[n];
+            y[n] = up ? y[n] + ds : y[n];
+            if (SIGNED) {
+                v[n] = down ? v[n] + hs : v[n];
+                y[n] = down ? y[n] - ds : y[n];
+            }
+            spikes[n] = up ? spikes[n] + 1 : spikes[n];
+            if (SIGNED) spikes[n] = down ? spikes[n] + 1 : spikes[n];
+        }
+    }
+}
+
+template <class R, bool SIGNED, bool BOUNDED>
+void sums(R* out, const R* x, const R* weight, const R* share, const Candidates<R>& c, int threads) {
+    const int64_t width = c.Q * c.points, padded = (width + W<R> - 1) / W<R> * W<R>, part = c.N * c.M * c.Q;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        std::vector<R> square(padded), off(padded), count(padded);
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < c.N * c.M; row++) {
+            const int64_t group = row / c.M * width;
+            const R *theta = c.theta + row * c.T, *h = c.h + row * c.T, *d = c.d + row * c.T;
+            const auto keep = [&](int64_t i, V<R> at, V<R> w, V<R> s, V<R> y, M<R> fired) {
+                const V<R> error = y - at;
+                store(square.data() + i, w * (error * error));
+                store(off.data() + i, w * error);
+                store(count.data() + i, s * __builtin_convertvector(fired, V<R>));
+            };
+            bool both = false;
+            for (int64_t t = 0; t < c.T; t++) both |= SIGNED && theta[t] < 0;
+            const auto all = [&](auto below) {
+                constexpr bool BOTH = decltype(below)::value;
+                int64_t i = 0;
+                for (; i + U * W<R> <= width; i += U * W<R>) {
+                    V<R> at[U], y[U] = {};
+                    M<R> fired[U] = {};
+                    load_all<R, U>(at, x + group + i);
+                    respond<R, SIGNED, BOUNDED, BOTH, U>(at, c.v0[row], theta, h, d, c.T, c.max_spikes, y, fired);
+    #pragma GCC unroll 4
+                    for (int n = 0; n < U; n++) {
+                        const int64_t j = i + n * W<R>;
+                        keep(j, at[n], load<V<R>>(weight + group + j), load<V<R>>(share + group + j), y[n], fired[n]);
+                    }
+                }
+                for (; i < width; i += W<R>) {
+                    const int64_t n = width - i < W<R> ? width - i : W<R>;
+                    const V<R> at = load_some<V<R>>(x + group + i, n);
+                    V<R> y = {};
+                    M<R> fired = {};
+                    respond<R, SIGNED, BOUNDED, BOTH, 1>(&at, c.v0[row], theta, h, d, c.T, c.max_spikes, &y, &fired);
+                    keep(i, at, load_some<V<R>>(weight + group + i, n), load_some<V<R>>(share + group + i, n), y, fired);
+                }
+            };
+            both ? all(std::true_type{}) : all(std::false_type{});
+            R* to = out + row * c.Q;
+            for (const R* from : {square.data(), off.data(), count.data()}) {
+                for (int64_t q = 0; q < c.Q; q++, from += c.points) {
+                    V<R> many = {};
+                    R sum = 0;
+                    int64_t i = 0;
+                    for (; i + W<R> <= c.points; i += W<R>) many += load<V<R>>(from + i);
+                    for (; i < c.points; i++) sum += from[i];
+                    to[q] = c.points >= W<R> ? sum + total<R>(many) : sum;
+                }
+                to += part;
+            }
+        }
+    }
+}
+
+template <class R> int segment_sums(R* out, const R* x, const R* weight, const R* share, const Candidates<R>& c, int threads) {
+    if (c.is_signed) c.max_spikes ? sums<R, true, true>(out, x, weight, share, c, threads) : sums<R, true, false>(out, x, weight, share, c, threads);
+    else c.max_spikes ? sums<R, false, true>(out, x, weight, share, c, threads) : sums<R, false, false>(out, x, weight, share, c, threads);
+    return 0;
+}
+
+}  // namespace
+
+extern "C" {
+int segment_sums_f32(float* out, const float* x, const float* weight, const float* share, const Candidates<float>* c, int threads) {
+    return segment_sums(out, x, weight, share, *c, threads);
+}
+int segment_sums_f64(double* out, const double* x, const double* weight, const double* share, const Candidates<double>* c, int threads) {
+    return segment_sums(out, x, weight, share, *c, threads);
+}
+}
