@@ -183,7 +183,7 @@ def convert(
         rotation_seed: of R1's signs; None: no rotation.
         seed: of the search.
         query_block: queries per block of attention [tokens].
-        compiled: neurons and the search run fused (torch.compile).
+        compiled: neurons and the search run fused.
 
     Returns:
         The spiking model and its codes with their errors.

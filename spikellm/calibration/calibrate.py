@@ -30,8 +30,9 @@ from spikellm.config.choices import Amplitude
 from spikellm.config.labels import SiteKind
 from spikellm.config.snn import PrefixConfig
 from spikellm.model.attention import attending, attentions
-from spikellm.model.blocks import Block, enter
+from spikellm.model.blocks import Block, Row, enter
 from spikellm.model.conversion import get_neuron, set_neuron, site_groups
+from spikellm.model.passage import Keep, Passage, not_kept
 from spikellm.model.prefix import attach_prefix, find_prefix_tokens, keep_what_helps, why_no_prefix
 from spikellm.model.sites import (
     ACTIVATION,
@@ -84,14 +85,39 @@ class Calibration:
         return cls(statistics=statistics, prefix_tokens=record["prefix_tokens"])
 
 
+def save_block(path: Path, found: Calibration) -> None:
+    """Write what was found for one block, or before the first, to a file."""
+    tensors: dict[str, Tensor] = {"prefix_tokens": torch.tensor(found.prefix_tokens, dtype=torch.int64)}
+    for number, (name, site) in enumerate(found.statistics.items()):  # safetensors sorts what it holds
+        tensors |= site.tensors(f"{number:03d} {name}")
+    write_tensors(path, tensors)
+
+
+def load_block(path: Path) -> Calibration:
+    """What `save_block` wrote."""
+    tensors = load_file(path)
+    tokens = tensors.pop("prefix_tokens").tolist()
+    names = sorted({key.rpartition(".")[0] for key in tensors})
+    return Calibration(statistics={name[4:]: SiteStatistics.from_tensors(tensors, name) for name in names}, prefix_tokens=tokens)
+
+
 @torch.no_grad()
 def calibrate(
-    model: PreTrainedModel, windows: Int[Tensor, "W L"], prefix: PrefixConfig, *, amplitude: Amplitude = Amplitude.static
+    model: PreTrainedModel,
+    windows: Int[Tensor, "W L"],
+    prefix: PrefixConfig,
+    *,
+    amplitude: Amplitude = Amplitude.static,
+    keep: Keep[Calibration] = not_kept,
+    passage: Passage | None = None,
 ) -> Calibration:
     """Observe an installed model without neurons on `windows`; leaves it with its prefix and transparent slots.
 
-    Windows go to the parts of the statistics in the order of `PERIOD`; windows too few for that are cut into pieces. amplitude: of the
-    neurons that are to come, see `conversion.fill`.
+    Windows go to the parts of the statistics in the order of `PERIOD`; windows too few for that are cut into pieces.
+
+    Args:
+        amplitude: of the neurons that are to come, see `conversion.fill`.
+        keep, passage: where the prefix tokens, what finished blocks gave and the hidden states behind them are kept.
 
     Raises:
         ValueError: too little text for all parts, a prefix is asked for that the model cannot have, or a site saw NaN or infinite
@@ -99,13 +125,38 @@ def calibrate(
     """
     pieces = enough_pieces(windows)
     with attending(model, query_block=QUERY_BLOCK):
-        tokens = _prefix_tokens(model, windows[:PREFIX_WINDOWS], prefix) if prefix.enabled else []
+
+        def look() -> Calibration:
+            return Calibration(statistics={}, prefix_tokens=_prefix_tokens(model, windows[:PREFIX_WINDOWS], prefix))
+
+        tokens = keep("prefix", look).prefix_tokens if prefix.enabled else []
         attach_prefix(model, tokens)
         states, blocks = enter(model, pieces.split(1))
-        statistics: dict[str, SiteStatistics] = {}
-        for block in tqdm(blocks, desc="calibrate", unit="block", disable=None):
-            statistics |= calibrate_block(model, block, states, amplitude=amplitude)
-    return Calibration(statistics=statistics, prefix_tokens=tokens)
+        passage = passage or Passage()
+        finished, lying = passage.behind(len(blocks))
+        try:
+            found = [keep(block.name, _lost) for block in blocks.blocks[:finished]]
+        except LookupError:  # somebody has taken findings of a block away, but not the states behind it
+            finished, lying, found = 0, [], []
+        for index in range(len(lying)):
+            states[index] = lying[index].to(model.device)
+        ahead = Row(blocks.blocks[finished:])
+        for block in tqdm(ahead, desc="calibrate", unit="block", initial=finished, total=len(blocks), disable=None):
+            passed: list[bool] = []
+
+            def observe(block: Block = block, passed: list[bool] = passed) -> Calibration:
+                passed.append(True)
+                return Calibration(statistics=calibrate_block(model, block, states, amplitude=amplitude), prefix_tokens=tokens)
+
+            found.append(keep(block.name, observe))
+            if not passed:  # by whoever was killed before the states behind it were kept
+                block.advance(states)
+            passage.keep(len(found), states)
+    return Calibration(statistics={name: site for each in found for name, site in each.statistics.items()}, prefix_tokens=tokens)
+
+
+def _lost() -> Calibration:
+    raise LookupError("the findings of a finished block are not there")
 
 
 def calibrate_block(

@@ -11,8 +11,8 @@ two spikes", Nature Machine Intelligence 2021, eq. 1-3; the sign and v0 as in Zh
 
 Ours:
 
-* The T steps are fused into one pass over memory by `torch.compile` ("encode"), 20 times faster on a CPU than T passes; the
-  plain form is the fallback and the specification.
+* The T steps are fused into one pass over memory ("encode"), in C++ on a CPU, by `torch.compile` elsewhere; the plain form, many times
+  slower, is the fallback and the specification.
 * Groups: every group of neurons (an attention head, a block of channels) may have its own table.
 * Two sides: positive and negative inputs may have tables of their own, an ON and an OFF neuron as in the retina. SiLU's negative
   lobe ends at -0.28 and its positive one does not end: one amplitude for both wastes half of the negative spikes.
@@ -149,7 +149,7 @@ def encode(x: Float[Tensor, "A C I"], table: PhaseTable, *, compiled: bool = Tru
     Args:
         x: inputs, the group axis in the middle: A outer, C groups (1 or as many as the table has), I inner.
         table: on x's device.
-        compiled: one fused pass (first call per T and partition compiles for some seconds) or T plain ones.
+        compiled: one fused pass or T plain ones.
     """
     kernel = chosen(encode_plain, x, compiled=compiled)
     return kernel(x, table.rows, table.digits, table.cuts)

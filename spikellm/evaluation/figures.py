@@ -26,6 +26,8 @@ from spikellm.config.extras import require
 from spikellm.config.labels import NetworkName
 from spikellm.evaluation import texts, zero_shot
 from spikellm.evaluation.perplexity import perplexity
+from spikellm.model.offload import is_offloaded
+from spikellm.model.passage import Passes, StoredPasses
 from spikellm.store.artifacts import Artefact, ArtifactStore, read_json, write_json
 from spikellm.store.record import AccuracyRecord, AnytimeRecord, Findings, PerplexityRecord, Record
 from spikellm.store.sources import text_source
@@ -47,12 +49,13 @@ class Measurement(Record):
     anytime: list[float] | None = None  # read after 1 .. T steps
 
 
-def folded_perplexity(model: PreTrainedModel, windows: Int[Tensor, "W L"], label: str) -> Measurement:
+def folded_perplexity(model: PreTrainedModel, windows: Int[Tensor, "W L"], label: str, passes: Passes) -> Measurement:
     """`perplexity` as an artefact holds it."""
-    return Measurement(**asdict(perplexity(model, windows, label=label)))
+    return Measurement(**asdict(perplexity(model, windows, label=label, passes=passes if is_offloaded(model) else None)))
 
 
 Windows = Callable[[int], Int[Tensor, "W L"]]  # of a text, for a model of so many tokens
+KeptPasses = Callable[[Sequence[NetworkName]], Passes]  # where those are kept in which some networks are measured
 
 
 @runtime_checkable
@@ -64,7 +67,9 @@ class Together(Protocol):
         """Whether it pays: if not, each has a pass of its own."""
         ...
 
-    def measure(self, names: Sequence[NetworkName], windows: Windows, text: str) -> Iterator[tuple[NetworkName, Measurement]]:
+    def measure(
+        self, names: Sequence[NetworkName], windows: Windows, text: str, kept: KeptPasses
+    ) -> Iterator[tuple[NetworkName, Measurement]]:
         """What is found for each of these, in any order, as soon as it is; `text` is the name of one."""
 
 
@@ -76,7 +81,7 @@ class Network:
     inputs: dict[str, Any]  # everything its figures depend on beside the data
     build: Callable[[], PreTrainedModel]
     prefix_tokens: Callable[[], list[int]]  # stand before every sequence by themselves
-    measure: Callable[[PreTrainedModel, Tensor, str], Measurement] = folded_perplexity
+    measure: Callable[[PreTrainedModel, Tensor, str, Passes], Measurement] = folded_perplexity  # with a label, and where passes are kept
     together: Together | None = None  # measures it with all others that have the same; None: `measure` does
 
 
@@ -194,15 +199,18 @@ def _perplexities(store: ArtifactStore, networks: Sequence[Network], tokenizer: 
     def measured(missing: Sequence[Network]) -> Iterator[tuple[NetworkName, Measurement]]:
         first = missing[0]
         if first.together is not None:
-            yield from first.together.measure([network.name for network in missing], windows, name)
+            yield from first.together.measure([network.name for network in missing], windows, name, kept)
         else:
             model = first.build()
-            yield first.name, first.measure(model, windows(model.config.vocab_size), f"{first.name} {name}")
+            yield first.name, first.measure(model, windows(model.config.vocab_size), f"{first.name} {name}", kept([first.name]))
 
     def measure(folders: dict[int, Path]) -> Iterator[int]:
         for network, found in measured([networks[number] for number in folders]):
             write_json(folders[numbers[network]] / "perplexity.json", found.to_json())
             yield numbers[network]
+
+    def kept(names: Sequence[NetworkName]) -> Passes:
+        return StoredPasses(store, "evaluate_pass", {"networks": [inputs[numbers[network]] for network in names]})
 
     source = text_source(text, store.digests)
     inputs = [network.inputs | {"network": network.name.value, "text": source} for network in networks]

@@ -31,6 +31,8 @@ from spikellm.evaluation.side_by_side import SideBySide
 from spikellm.execution.memory import fitting_chunk
 from spikellm.execution.stepped import stepped
 from spikellm.model.integers import Rounding
+from spikellm.model.offload import is_offloaded
+from spikellm.model.passage import Passes
 from spikellm.model.replaced import ReplacedWeights
 from spikellm.model.sites import HEAD
 from spikellm.search.fit import CodeFit
@@ -165,11 +167,12 @@ def executed(snn: SpikingConfig) -> tuple[dict[str, object], Callable[..., Measu
 
 
 def stepped_perplexity(
-    model: PreTrainedModel, windows: Int[Tensor, "W L"], label: str, *, chunk: int | None, max_gib: float | None
+    model: PreTrainedModel, windows: Int[Tensor, "W L"], label: str, passes: Passes, *, chunk: int | None, max_gib: float | None
 ) -> Measurement:
     """Perplexity with spikes step by step, and as `anytime` what the logits give after 1 .. T steps.
 
     Args:
+        passes: where passes through layers on disk are kept.
         chunk: time steps per matrix product, at most; None: all.
         max_gib: bound on weights and activations that lowers it; None: none [GiB].
 
@@ -180,5 +183,6 @@ def stepped_perplexity(
     log.info("stepped execution: %d time steps per matrix product", chunk)
     with stepped(model, chunk=chunk):
         readouts: Any = model.get_submodule(HEAD)
-        curve = readout_perplexities(model, windows, readouts=readouts.readouts, label=f"{label}, stepped")
+        kept = passes if is_offloaded(model) else None
+        curve = readout_perplexities(model, windows, readouts=readouts.readouts, label=f"{label}, stepped", passes=kept)
     return Measurement(**asdict(curve[-1]), anytime=[point.value for point in curve])

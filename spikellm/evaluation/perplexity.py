@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from spikellm.execution.memory import LOGIT_ROWS
 from spikellm.model.blocks import Occupy, as_it_is, flights, walk_side_by_side
 from spikellm.model.offload import is_offloaded
+from spikellm.model.passage import Passage, Passes
 from spikellm.model.sites import HEAD
 
 Name = TypeVar("Name", bound=str)
@@ -47,7 +48,12 @@ class Perplexity:
 
 
 def perplexity(
-    model: PreTrainedModel, windows: Int[Tensor, "W L"], *, label: str = "of the model", in_flight: int | None = None
+    model: PreTrainedModel,
+    windows: Int[Tensor, "W L"],
+    *,
+    label: str = "of the model",
+    in_flight: int | None = None,
+    passes: Passes | None = None,
 ) -> Perplexity:
     """Perplexity of `model` on `windows`.
 
@@ -56,12 +62,14 @@ def perplexity(
         windows: token ids; every window starts anew.
         label: for the progress bar and messages.
         in_flight: windows that go through a block before the next block is called (None: `blocks.flights`); no result depends on it.
+        passes: where losses of windows are kept, and hidden states; None: nowhere.
 
     Raises:
         FloatingPointError: the loss is not finite.
     """
     head = model.get_submodule(HEAD)
-    return readout_perplexities(model, windows, readouts=lambda rows: [head(rows)], label=label, in_flight=in_flight)[0]
+    (found,) = readout_perplexities(model, windows, readouts=lambda rows: [head(rows)], label=label, in_flight=in_flight, passes=passes)
+    return found
 
 
 def readout_perplexities(
@@ -71,31 +79,37 @@ def readout_perplexities(
     readouts: Readouts,
     label: str,
     in_flight: int | None = None,
+    passes: Passes | None = None,
 ) -> list[Perplexity]:
     """Perplexities of several logits from the same hidden states; arguments and errors as in `perplexity`.
 
     Args:
         readouts: rows of the last hidden state to logits [rows, V], the same number of them at every call.
     """
-    (losses,) = _window_losses(model, windows, [as_it_is], readouts, label=label, in_flight=in_flight)
+    passes = passes or Passes()
+    (losses,) = _window_losses(model, windows, [as_it_is], readouts, label=label, in_flight=in_flight, passes=passes)
+    passes.forget()
     return _perplexities(losses, windows, label, model.dtype)
 
 
 def network_perplexities(
-    model: PreTrainedModel, windows: Int[Tensor, "W L"], networks: Mapping[Name, Occupy], *, label: str, in_flight: int | None = None
+    model: PreTrainedModel, windows: Int[Tensor, "W L"], networks: Mapping[Name, Occupy], *, label: str, passes: Passes
 ) -> Iterator[tuple[Name, Perplexity]]:
     """Perplexities of several networks of one model by their names, from one reading of its layers; arguments as in `perplexity`.
 
     Args:
         networks: see `blocks.walk_side_by_side`.
+        passes: where losses of windows are kept, and hidden states.
 
     Raises:
         FloatingPointError: the loss of one is not finite; those that are have come before.
     """
     head = model.get_submodule(HEAD)
+    label_of_all = f"{', '.join(networks)} {label}"
     every = _window_losses(
-        model, windows, list(networks.values()), lambda rows: [head(rows)], label=f"{', '.join(networks)} {label}", in_flight=in_flight
+        model, windows, list(networks.values()), lambda rows: [head(rows)], label=label_of_all, in_flight=None, passes=passes
     )
+    passes.forget()
     found = dict(zip(networks, every, strict=True))
     for name in sorted(found, key=lambda name: not _are_finite(found[name])):
         (only,) = _perplexities(found[name], windows, f"{name} {label}", model.dtype)
@@ -111,16 +125,21 @@ def _window_losses(
     *,
     label: str,
     in_flight: int | None,
+    passes: Passes,
 ) -> list[list[list[float]]]:
     """Mean token loss of every network in every window by every readout."""
     found: list[list[list[float]]] = [[] for _ in networks]
     name = f"perplexity {label}"
     parts = flights(model, windows.split(1), networks=len(networks)) if in_flight is None else map(by_one, windows.split(in_flight))
     with tqdm(total=len(windows), desc=name, unit="window", disable=None) as progress:
-        for part in parts:
-            every = walk_side_by_side(model, part, networks, label=name if is_offloaded(model) else None)
-            for losses, states in zip(found, every, strict=True):
-                losses += [_losses(state[0, :-1], window[0, 1:], readouts) for window, state in zip(part, states, strict=True)]
+        for number, part in enumerate(parts):
+
+            def walked(passage: Passage, part: list[Tensor] = part) -> list[list[list[float]]]:
+                every = walk_side_by_side(model, part, networks, label=name if is_offloaded(model) else None, passage=passage)
+                return [[_losses(s[0, :-1], window[0, 1:], readouts) for window, s in zip(part, states, strict=True)] for states in every]
+
+            for losses, own in zip(found, passes.find(number, walked), strict=True):
+                losses += own
             means = [sum(loss[-1] for loss in losses) / len(losses) for losses in found]
             progress.set_postfix_str(f"ppl={', '.join(f'{math.exp(min(mean, 80)):.3f}' for mean in means)}", refresh=False)
             progress.update(len(part))

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from spikellm.coding.neuron import Slot
 from spikellm.config.labels import NetworkName
-from spikellm.evaluation.figures import Measurement, Windows
+from spikellm.evaluation.figures import KeptPasses, Measurement, Windows
 from spikellm.evaluation.networks import Networks, Variant
 from spikellm.evaluation.perplexity import network_perplexities
 from spikellm.model.blocks import Block, Occupy
@@ -43,7 +43,9 @@ class SideBySide:
         """The converted model as one of the networks."""
         return self.models.take(self.variants[name](), self.prefix_tokens())
 
-    def measure(self, names: Sequence[NetworkName], windows: Windows, text: str) -> Iterator[tuple[NetworkName, Measurement]]:
+    def measure(
+        self, names: Sequence[NetworkName], windows: Windows, text: str, kept: KeptPasses
+    ) -> Iterator[tuple[NetworkName, Measurement]]:
         """Perplexities of some of the networks.
 
         Raises:
@@ -55,7 +57,7 @@ class SideBySide:
             model = self.models.transparent(self.prefix_tokens(), change)
             own = {name: occupying(model, variant.occupants) for name, variant in waiting.items() if variant.change == change}
             waiting = {name: variant for name, variant in waiting.items() if name not in own}
-            for name, found in network_perplexities(model, windows(model.config.vocab_size), own, label=text):
+            for name, found in network_perplexities(model, windows(model.config.vocab_size), own, label=text, passes=kept(list(own))):
                 yield name, Measurement(**asdict(found))
 
 

@@ -10,6 +10,7 @@ dtypes that differ, subclasses of tensors, codes of very many populations, gradi
 import ctypes
 from collections.abc import Callable
 from functools import cache, wraps
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -198,8 +199,7 @@ def mixture(
 
 
 @_or_plain(rms_norm)
-def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor | None:
-    """`transforms.rms_norm`."""
+def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor | None:
     if not _served(x, weight):
         return None
     x, weight = x.contiguous(), weight.contiguous()
@@ -210,8 +210,7 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor | None:
 
 
 @_or_plain(kronecker)
-def hadamard(x: Tensor, left: Tensor, right: Tensor) -> Tensor | None:
-    """`transforms.kronecker`, by sums and differences where the right factor is Sylvester's."""
+def _hadamard(x: Tensor, left: Tensor, right: Tensor) -> Tensor | None:
     P, n = len(left), len(right)
     if not _served(x, right) or n & (n - 1):
         return None
@@ -220,6 +219,40 @@ def hadamard(x: Tensor, left: Tensor, right: Tensor) -> Tensor | None:
     rows = x.numel() // (P * n)
     done = _run("hadamard", x, x.data_ptr(), y.data_ptr(), left.data_ptr(), rows, P, n, _threads(x.numel() * (P + n.bit_length())))
     return y if done else None
+
+
+class _WithGradient(torch.autograd.Function):
+    """A kernel's values with the plain form's derivatives: a network gives the same numbers whether or not somebody asks for gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, kernel: Callable, plain: Callable, *arguments: Any) -> Tensor:
+        ctx.plain, ctx.arguments = plain, arguments
+        return kernel(*arguments)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> Any:
+        wanted = ctx.needs_input_grad[2:]
+        with torch.enable_grad():
+            arguments = [each.detach().requires_grad_(want) if want else each for each, want in zip(ctx.arguments, wanted, strict=True)]
+            found = iter(
+                torch.autograd.grad(ctx.plain(*arguments), [a for a, want in zip(arguments, wanted, strict=True) if want], upstream)
+            )
+        return None, None, *(next(found) if want else None for want in wanted)
+
+
+def _differentiable(kernel: Callable, plain: Callable, *arguments: Any) -> Tensor:
+    learnt = torch.is_grad_enabled() and any(isinstance(each, Tensor) and each.requires_grad for each in arguments)
+    return _WithGradient.apply(kernel, plain, *arguments) if learnt and not torch.compiler.is_compiling() else kernel(*arguments)
+
+
+def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`transforms.rms_norm`."""
+    return _differentiable(_norm, rms_norm, x, weight, eps)
+
+
+def hadamard(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """`transforms.kronecker`, by sums and differences where the right factor is Sylvester's."""
+    return _differentiable(_hadamard, kronecker, x, left, right)
 
 
 @_or_plain(segment_sums)

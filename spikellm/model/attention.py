@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from spikellm.coding.neuron import PhaseNeuron, Slot, apply_wide
+from spikellm.coding.neuron import NoGradient, PhaseNeuron, Slot, apply_wide
 from spikellm.kernels import native
 from spikellm.kernels.attention import (
     coded_exponentials,
@@ -166,7 +166,9 @@ class SpikingAttention(nn.Module):
         if isinstance(neuron, PhaseNeuron) and neuron.compiled:
             code = (neuron.table.rows, neuron.digits, neuron.cuts)
             if query.is_cpu:
-                return fused(coded_mixture, "cpu")(query, key, value, mask, scaling, prefix, *code)
+                mixture = fused(coded_mixture, "cpu")
+                mixed = mixture(query.detach(), key.detach(), value.detach(), mask, scaling, prefix, *code)
+                return NoGradient.apply(query, mixed) if torch.is_grad_enabled() and query.requires_grad else mixed
         query = query * scaling
         scores = per_key_head(query, key.mT)
         if code is not None:

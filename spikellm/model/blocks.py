@@ -26,8 +26,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from spikellm.model.offload import is_offloaded, present, scratch_of
+from spikellm.model.passage import Passage
 from spikellm.model.sites import EMBEDDING, FINAL_NORM, LAYERS, Site, decoder_layers, sites
-from spikellm.model.states import States
+from spikellm.model.states import Chain, States
 
 Tokens = Int[Tensor, "_ _"]  # of a batch [B, L]; those of a list may differ in both
 STATES_BYTES = 2**30  # of hidden states in memory, where a block's weights are brought in for all of them together
@@ -41,6 +42,11 @@ class Block:
     module: nn.Module
     sites: list[Site]  # nine, or one
     arguments: dict[torch.Size, dict[str, object]]  # of the module beside a hidden state, by that one's shape
+
+    @property
+    def name(self) -> str:
+        """Of what is kept of the block."""
+        return "end" if self.layer is None else f"layer {self.layer}"
 
     def __call__(self, state: Float[Tensor, "B L D"]) -> Shaped[Tensor, "..."]:
         """A batch's hidden state behind the block; behind the last block it is what lm_head reads."""
@@ -94,21 +100,35 @@ def walk(model: PreTrainedModel, batches: Iterable[Tokens]) -> States:
 
 @torch.no_grad()
 def walk_side_by_side(
-    model: PreTrainedModel, batches: Iterable[Tokens], networks: Sequence[Occupy], *, label: str | None = None
+    model: PreTrainedModel,
+    batches: Iterable[Tokens],
+    networks: Sequence[Occupy],
+    *,
+    label: str | None = None,
+    passage: Passage | None = None,
 ) -> list[States]:
     """`walk` of several networks of one model: all of them through one block, then through the next.
 
     Args:
         networks: they share the model's weights, embedding and prefix; the model is left as the last one.
         label: of a progress bar; None: there is none.
+        passage: where the hidden states of all networks are kept; None: nowhere.
     """
     entered, blocks = enter(model, batches)
     found = [entered.copy() for _ in networks]
     del entered  # the state before the first block is held by nobody behind it
-    for block in tqdm(blocks, desc=label, unit="block", disable=True if label is None else None):
+    passage = passage or Passage()
+    finished, lying = passage.behind(len(blocks))
+    for number in range(len(lying)):
+        states = found[number // len(found[0])]
+        states[number % len(states)] = lying[number].to(model.device)
+    ahead = Row(blocks.blocks[finished:])
+    bar = tqdm(ahead, desc=label, unit="block", initial=finished, total=len(blocks), disable=True if label is None else None)
+    for number, block in enumerate(bar, finished + 1):
         for occupy, states in zip(networks, found, strict=True):
             occupy(block)
             block.advance(states)
+        passage.keep(number, Chain(found))
     return found
 
 

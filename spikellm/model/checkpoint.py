@@ -149,7 +149,7 @@ class SpikingModel(PreTrainedModel):
 
         Args:
             verify: hash all files beforehand, a second or two for each GB and core; else their sizes are compared, and all tables.
-            compiled: neurons run fused (torch.compile); None: as when it was saved.
+            compiled: neurons run fused; None: as when it was saved.
             query_block: queries per block of attention; None: as when it was saved [tokens].
 
         Raises:

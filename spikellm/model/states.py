@@ -5,7 +5,7 @@ such lists. A state that lies on disk is memory-mapped when it is asked for. Its
 the state, also after kill -9. It is written, not mapped and filled: a full disk is an error then, no signal.
 """
 
-from collections.abc import Iterable, MutableSequence
+from collections.abc import Iterable, MutableSequence, Sequence
 from mmap import mmap
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -75,6 +75,20 @@ class States(MutableSequence[Tensor]):
         if self.scratch is None or self.resident + state.nbytes <= self.room:
             return state
         return Lying(on_disk(state, self.scratch), state.device)
+
+
+class Chain(Sequence[Tensor]):
+    """Several lists of states behind one another, each state got when it is asked for."""
+
+    def __init__(self, lists: Sequence[Sequence[Tensor]]) -> None:
+        self.places = [(states, index) for states in lists for index in range(len(states))]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, number: Any) -> Any:
+        states, index = self.places[number]
+        return states[index]
 
 
 def on_disk(tensor: Tensor, folder: Path) -> Tensor:

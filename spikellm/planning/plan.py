@@ -22,8 +22,8 @@ from spikellm.planning.shape import Shape
 from spikellm.store.record import PlannedStage, PlanRecord
 
 GIB = 2**30
-COMPILER = GIB * 15 // 100  # Inductor and what it brings into the process
-COMPILE_SECONDS = 25.0  # kernels of a run, on a core that is free
+# On CUDA: Inductor and what it brings into the process; kernels of a run, on a core that is free. A CPU's are there, or made in 6 s.
+COMPILER, COMPILE_SECONDS = GIB * 15 // 100, 25.0
 SEARCH_FLOPS = 2.4e8  # of a group, time step and grain, at the rate of matrix products: fitted to searches of 1141 and 1361 groups
 OBSERVER_BYTES = 16  # a bin's count and its weight while they are added up
 STATISTICS_BYTES, STATISTICS_BINS = 8, 6000  # a bin's count and weight as they are kept; bins from the smallest to the largest value
@@ -118,7 +118,7 @@ class _Use:
         """Codes of all sites."""
         shape, job = self.shape, self.job
         groups = shape.layers * shape.groups + 1
-        seconds = SEARCH_FLOPS * groups * job.T * job.grains / self.machine.products + (COMPILE_SECONDS if job.compiled else 0)
+        seconds = SEARCH_FLOPS * groups * job.T * job.grains / self.machine.products + (COMPILE_SECONDS if self._inductor else 0)
         return self._planned(seconds, self._statistics, 0, 2 * self._statistics)
 
     def convert(self) -> PlannedStage:
@@ -149,7 +149,7 @@ class _Use:
         shape, job = self.shape, self.job
         held = shape.ends_bytes + READ_AHEAD * shape.layer * shape.weight_bytes if job.offload else shape.converted_bytes
         on_device = self.machine.device_memory is not None
-        own = job.resident + (COMPILER if job.compiled else 0)
+        own = job.resident + (COMPILER if self._inductor else 0)
         seconds += read / self.machine.reading + wrote / self.machine.writing
         return PlannedStage(
             seconds=seconds,
@@ -171,6 +171,11 @@ class _Use:
         shape = self.shape
         widened = min(shape.head, WIDENED) if shape.state_bytes > shape.weight_bytes else 0
         return shape.state_bytes * (LOGIT_COPIES * min(tokens, LOGIT_ROWS) * shape.vocabulary + widened)
+
+    @property
+    def _inductor(self) -> bool:
+        """Whether a compiler comes into the process."""
+        return self.job.compiled and self.machine.device_memory is not None
 
     @property
     def _end(self) -> int:

@@ -45,15 +45,13 @@ from spikellm.config.labels import SiteKind
 from spikellm.config.snn import CompensateConfig
 from spikellm.model.blocks import Block
 from spikellm.model.conversion import get_neuron
+from spikellm.model.passage import Keep, not_kept
 from spikellm.model.replaced import replace_weights
 from spikellm.model.sites import DOWN, GATE, LAYERS, LINEARS, MLP_NORM, OUTPUT, READERS, UP, decoder_layers
 from spikellm.reconstruction.streams import (
-    Keep,
     TwoStreams,
-    block_name,
     keeping,
     linears_of,
-    not_kept,
     stream_error,
     two_streams,
     without_neurons,
@@ -89,7 +87,7 @@ def compensate_spiking(
         ann = {name: linear.weight for name, linear in linears_of(block).items()}
         paths = {name: f"{LAYERS}.{streams.layer}.{name}" for name in LINEARS}
         replace_weights(block.module, {name: tuned[path] for name, path in paths.items() if path in tuned} if tuned else {})
-        result = keep(block_name(block), partial(compensate_block, model, streams, ann, options))
+        result = keep(block.name, partial(compensate_block, model, streams, ann, options))
         progress.set_postfix_str(f"{result.before:.4g} -> {result.after:.4g}")
         replace_weights(block.module, result.weights)
         found[streams.layer] = result

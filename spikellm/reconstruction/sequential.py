@@ -22,9 +22,9 @@ from spikellm.calibration.calibrate import QUERY_BLOCK, calibrate_block, enough_
 from spikellm.model.attention import attending
 from spikellm.model.blocks import Block, enter
 from spikellm.model.conversion import place
+from spikellm.model.passage import Keep, not_kept
 from spikellm.model.states import States
 from spikellm.reconstruction.amplitudes import choose_amplitudes
-from spikellm.reconstruction.streams import Keep, block_name, not_kept
 from spikellm.search.fit import CodeFit
 from spikellm.search.methods import find_codes
 from spikellm.search.options import Options
@@ -49,7 +49,7 @@ def fit_sequentially(model: PreTrainedModel, windows: Int[Tensor, "W L"], option
     with attending(model, query_block=QUERY_BLOCK):
         states, blocks = enter(model, enough_pieces(windows).split(1))
         for block in tqdm(blocks, desc="sequential", unit="block", disable=None):
-            fits |= keep(block_name(block), partial(fit_block, model, block, states, options))
+            fits |= keep(block.name, partial(fit_block, model, block, states, options))
             for site in block.sites:
                 place(model, site, fits[site.name].table, amplitude=options.snn.amplitude, compiled=options.compiled)
             block.advance(states)

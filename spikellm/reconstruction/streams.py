@@ -7,10 +7,10 @@ fitting or of the choosing part of the calibration text (`calibrate.PERIOD`); th
 Memory: hidden states of all windows, three at a time (`model/states.py`).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -23,20 +23,6 @@ from spikellm.coding.neuron import Slot
 from spikellm.model.blocks import Block, enter, output_error
 from spikellm.model.conversion import get_neuron, set_neuron
 from spikellm.model.sites import LINEARS
-
-Found = TypeVar("Found")
-# What is found for a block, by the block's name: what is kept of it already, or what the function finds.
-Keep = Callable[[str, Callable[[], Found]], Found]
-
-
-def not_kept(_block: str, find: Callable[[], Found]) -> Found:
-    """Nothing is kept: every block's result is found."""
-    return find()
-
-
-def block_name(block: Block) -> str:
-    """Of what is kept of a block."""
-    return "end" if block.layer is None else f"layer {block.layer}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -35,9 +35,10 @@ from spikellm.config.snn import TuneConfig
 from spikellm.model.blocks import Block, output_error
 from spikellm.model.conversion import get_neuron, set_neuron
 from spikellm.model.modules import wide
+from spikellm.model.passage import Keep, not_kept
 from spikellm.model.replaced import replace_weights
 from spikellm.model.sites import Site, decoder_layers
-from spikellm.reconstruction.streams import Keep, TwoStreams, block_name, keeping, linears_of, not_kept, stream_error, two_streams
+from spikellm.reconstruction.streams import TwoStreams, keeping, linears_of, stream_error, two_streams
 from spikellm.reconstruction.surrogate import TunableNeuron
 from spikellm.reconstruction.tuned import Tables, TunedBlock, Weights
 
@@ -80,7 +81,7 @@ def tune_spiking(
     progress = tqdm(two_streams(model, windows), desc="tune", unit="block", total=len(decoder_layers(model)), disable=None)
     for streams in progress:
         block = streams.block
-        result = keep(block_name(block), partial(tune_block, model, streams, options, seed=seed))
+        result = keep(block.name, partial(tune_block, model, streams, options, seed=seed))
         progress.set_postfix_str(f"{result.before:.4g} -> {result.after:.4g}")
         # what is kept lies on the CPU
         tables = {site.name: result.tables[site.name].to(neuron.table.theta) for site, neuron in neurons_of(model, block).items()}

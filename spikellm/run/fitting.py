@@ -7,20 +7,21 @@ search      statistics, T, grain                      -> one code per site; sear
 import logging
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from spikellm.calibration.calibrate import Calibration, calibrate
+from spikellm.calibration.calibrate import Calibration, calibrate, load_block, save_block
 from spikellm.config.checks import InputError
 from spikellm.config.choices import Amplitude, Device, ImportV0, Rounding, SearchMethod
 from spikellm.config.generate import GenerateConfig
 from spikellm.config.snn import CompensateConfig, PrefixConfig, RotationConfig, SearchConfig, TuneConfig, WeightsConfig
 from spikellm.model import integers
 from spikellm.model.load import model_config
+from spikellm.model.passage import Keep, kept_passage, not_kept
 from spikellm.model.rotation import orders
 from spikellm.reconstruction.sequential import fit_sequentially
-from spikellm.reconstruction.streams import Keep
 from spikellm.run.stage import KeyedStage, StageOutcome
 from spikellm.run.workspace import Workspace
 from spikellm.search.fit import CodeFit, load_fits, save_fits
@@ -67,12 +68,18 @@ class Calibrate(KeyedStage):
     def compute(self, work: Workspace, folder: Path) -> None:
         """Calibrate the installed model, its neurons transparent, its weights rounded where that needs no codes."""
         config, windows, model = work.config, work.calibration_windows, work.models.transparent([], to_nearest(work.config.weights))
-        try:
-            found = calibrate(model, windows, config.prefix, amplitude=config.snn.amplitude)
-        except ValueError as error:
-            raise InputError(f"calibrate with model={config.model.name}, dataset={config.dataset.name}: {error}") from error
-        found.save(folder)
-        write_json(folder / ROTATION, orders(model.config, config.rotation.acting))
+        with ExitStack() as within:
+            keep: Keep[Calibration] = not_kept
+            passage = None
+            if work.models.offloaded:  # where a block takes longer than it does to keep what it gave
+                keep = within.enter_context(self.kept_blocks(work, save_block, load_block))
+                passage = within.enter_context(kept_passage(work.store, f"{self.name}_states", self.inputs(work)))
+            try:
+                found = calibrate(model, windows, config.prefix, amplitude=config.snn.amplitude, keep=keep, passage=passage)
+            except ValueError as error:
+                raise InputError(f"calibrate with model={config.model.name}, dataset={config.dataset.name}: {error}") from error
+            found.save(folder)
+            write_json(folder / ROTATION, orders(model.config, config.rotation.acting))
 
     def rotation(self, work: Workspace) -> RotationRecord:
         """Which rotation, by which matrices: without the model, whose configuration can take seconds to read."""

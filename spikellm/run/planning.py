@@ -1,6 +1,7 @@
 """The plan of a job: what it would read, hold and take on this machine (`plan=true`); of large models what it will, before it starts."""
 
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from spikellm.planning.probe import probe
 from spikellm.planning.shape import Shape
 from spikellm.planning.watch import resident
 from spikellm.report.plan import plan_table
+from spikellm.run.stage import KeyedStage, Stage
 from spikellm.run.workspace import Workspace
 from spikellm.store.record import PlanRecord
 
@@ -67,14 +69,14 @@ def planned(work: Workspace) -> PlanRecord:
     return plan(shape, costs, machine, job)
 
 
-def planned_if_large(work: Workspace) -> PlanRecord | None:
-    """`planned`, of a large model or one whose layers stay on disk; None: not worth it, or stages are of a saved model.
+def planned_if_large(work: Workspace, stages: Iterable[Stage]) -> PlanRecord | None:
+    """`planned`, of a large model; None: not worth it, as the model is small, or saved, or all that the stages keep is there.
 
     Raises:
         InputError: as `planned`; the disk has no room for what the job leaves there.
     """
     source = work.config.model.source
-    if source in (ModelSource.spiking, ModelSource.gguf):
+    if source in (ModelSource.spiking, ModelSource.gguf) or all(stage.is_done(work) for stage in stages if isinstance(stage, KeyedStage)):
         return None
     known = model_config(work.model)
     shape = Shape.of(known, getattr(torch, work.config.model.dtype.value))

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
-from spikellm.reconstruction.streams import Found, Keep
+from spikellm.model.passage import Found, Keep
 from spikellm.run.workspace import Workspace
 from spikellm.store.artifacts import Artefact, artifact_key
 from spikellm.store.provenance import Code

@@ -62,7 +62,8 @@ def plan_stages(config: Config) -> PlanRecord:
 def _run(work: Workspace, progress: Callable[[Results], None]) -> Outcome:
     config = work.config
     asked = [stage for name, stage in registry(config).items() if name in config.stages]
-    for stage in with_needed(asked, work):
+    needed = with_needed(asked, work)
+    for stage in needed:
         stage.prepare(work)
     results = Results(
         schema=RESULTS_SCHEMA,
@@ -79,7 +80,7 @@ def _run(work: Workspace, progress: Callable[[Results], None]) -> Outcome:
         versions=versions(),
         inputs=job_inputs(replace(config, model=work.model), work.store.digests),
         reference=_published(config),
-        plan=planned_if_large(work),
+        plan=planned_if_large(work, needed),
     )
     tables: dict[str, list[Row]] = {}
     plots: list[Path] = []

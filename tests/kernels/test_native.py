@@ -158,6 +158,19 @@ def test_transforms_are_products_with_the_matrix(n, dtype):
     )
 
 
+@pytest.mark.parametrize(("kernel", "parameters"), [
+    (native.norm, (torch.linspace(0.5, 2, 32, dtype=torch.float64), 1e-5)),
+    (native.hadamard, hadamard_factors(32, dtype=torch.float64)[:2]),
+    (native.hadamard, hadamard_factors(192, dtype=torch.float64)[:2]),
+])  # fmt: skip
+def test_numbers_are_the_same_where_gradients_are_asked_for_and_these_are_right(kernel, parameters):
+    width = 192 if kernel is native.hadamard and len(parameters[0]) > 1 else 32
+    x = torch.randn(2, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    asked = x.clone().requires_grad_()
+    assert torch.equal(kernel(asked, *parameters).detach(), kernel(x, *parameters))
+    assert torch.autograd.gradcheck(lambda x: kernel(x, *parameters), asked)
+
+
 @given(st.integers(1, 20), st.integers(1, 24), st.integers(1, 24), st.floats(0, 1), st.integers(0, 1 << 30))
 @law
 def test_blocks_end_where_the_plain_form_says(L, S, size, density, seed):
