@@ -156,11 +156,16 @@ def evaluate(
     Returns:
         Perplexities, and accuracies where asked for; the artefacts that they are from.
     """
-    options, artefacts, anytime = dataset.zero_shot, [], None
+    options = dataset.zero_shot
+    artefacts: list[Artefact] = []
+    anytime: AnytimeRecord | None = None
     perplexities: dict[str, dict[str, Measurement]] = {key: {} for key in named_texts(dataset)}
     scored = options.scored([network.name for network in networks]) if options.tasks else []
     accuracies: dict[str, dict[str, AccuracyRecord]] = {name.value: {} for name in scored}
-    for own in passes(networks):
+
+    def measured(own: list[Network]) -> None:
+        """One pass; a function of its own, for a network that a loop's variable still names holds its model while the next is loaded."""
+        nonlocal anytime
         for key, text in named_texts(dataset).items():
             for network, artefact in zip(own, _perplexities(store, own, tokenizer, text, key), strict=True):
                 found = Measurement.from_json(read_json(artefact.folder / "perplexity.json"))
@@ -173,6 +178,9 @@ def evaluate(
                 artefact = _accuracy(store, network, tokenizer, options, task, benchmarks)
                 accuracies[network.name.value][task] = AccuracyRecord.from_json(read_json(artefact.folder / "accuracy.json"))
                 artefacts.append(artefact)
+
+    for own in passes(networks):
+        measured(own)
     by_text = {key.rpartition(".")[2]: _on_one_text(measured) for key, measured in perplexities.items()}
     findings = Findings(
         anytime=anytime,

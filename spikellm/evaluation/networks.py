@@ -26,6 +26,7 @@ from spikellm.config.checks import InputError
 from spikellm.config.choices import Amplitude, RotationKind, RotationPart, SoftmaxNorm
 from spikellm.config.model import HardwareConfig, ModelConfig
 from spikellm.config.snn import RotationConfig
+from spikellm.kernels import native
 from spikellm.kernels.transforms import HAS_CUDA_KERNEL
 from spikellm.model import conversion
 from spikellm.model.intake import CURE
@@ -142,7 +143,9 @@ class Networks:
             raise InputError(f"model={self.model.name}, model.path={self.model.path}: {error}") from error
         if seed is not None:
             taken = ", ".join(f"{part} {' + '.join(map(str, found))}" for part, found in orders(model.config, parts).items())
-            way = "fast-hadamard-transform" if HAS_CUDA_KERNEL else "matrix products"
+            on_cpu = "sums and differences" if native.library() is not None else "matrix products"
+            on_cuda = "fast-hadamard-transform" if HAS_CUDA_KERNEL else "matrix products"
+            way = on_cpu if model.device.type == "cpu" else on_cuda
             log.info("rotation: Hadamard matrices of order %s; online transforms by %s", taken or "none", way)
         return model
 

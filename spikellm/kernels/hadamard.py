@@ -12,8 +12,9 @@ Constructions, for n = K * 2^k with K the smallest order that one of them reache
   are constant on the cosets of a subgroup of the units of Z_m (Williamson 1944 found order 172 = 4 x 43 in this way).
 
 The transform never forms H_n: with n = P * R and H_n = H_P (x) H_R it is two matrix products on a [.., P, R] view,
-n (P + R) multiply-adds a row instead of n^2. Factors hold the signs alone, which every dtype represents exactly, and the scale
-multiplies the float32 sum: 1 / sqrt(n) rounded to bfloat16 is off by up to 0.4 %, and would scale what every layer writes.
+n (P + R) multiply-adds a row instead of n^2, and on a CPU n (P + log R) sums and differences (`native.py`). Factors hold
+the signs alone, which every dtype represents exactly, and the scale multiplies the float32 sum: 1 / sqrt(n) rounded to
+bfloat16 is off by up to 0.4 %, and would scale what every layer writes.
 
 Where none of them reaches n (head width 100 of OpenLLaMA-3B, odd MLP widths) two transforms of order b = 2^k > n / 2 act, one on the first
 b channels and then one on the last b: orthogonal, fast, without a dense factor, and no channel meets fewer than b. Between the two stand

@@ -1,17 +1,23 @@
 """Windowed perplexity against ten lines of transformers."""
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from spikellm.config.labels import NetworkName
+from spikellm.evaluation import figures
 from spikellm.evaluation.perplexity import perplexity, readout_perplexities
 from spikellm.execution.memory import LOGIT_ROWS
 from spikellm.execution.stepped import stepped
 from spikellm.model.conversion import fill, install, prepare
 from spikellm.model.prefix import attach_prefix
+from spikellm.store.artifacts import ArtifactStore
 from tests.codes import base2_tables
+from tests.configure import configure
 from tests.models import names_and_dtypes, tiny_model, watch
 
 
@@ -104,3 +110,25 @@ def test_a_loss_that_is_no_number_is_an_error(ids):
     model.lm_head.weight.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="broken"):
         perplexity(model, ids, label="broken")
+
+
+def test_a_network_is_gone_when_the_next_is_built(tmp_path):
+    """Two in memory at once are twice the weights: of a model that fits alone, none."""
+    config = configure("model=tiny", "dataset.evaluation.window=32", "dataset.evaluation.max_windows=1")
+    built: list[weakref.ref] = []
+
+    def build():
+        gc.collect()
+        assert [ref() for ref in built] == [None] * len(built)
+        model = tiny_model(seed=len(built))
+        built.append(weakref.ref(model))
+        return model
+
+    networks = [
+        figures.Network(name=name, inputs={"number": number}, build=build, prefix_tokens=list)
+        for number, name in enumerate([NetworkName.ann_prefix, NetworkName.base2, NetworkName.ann])
+    ]
+    benchmarks = figures.Benchmarks(config.dataset.zero_shot)
+    findings, _ = figures.evaluate(config.dataset, lambda: None, ArtifactStore(tmp_path), networks, benchmarks)
+    assert len(built) == 3
+    assert findings.perplexity is not None
