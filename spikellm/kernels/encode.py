@@ -152,6 +152,13 @@ def count_plain(x: Tensor, rows: Rows, digits: Digits, cuts: Tensor | None = Non
     return torch.stack(counts)
 
 
+def code_sums(x: Tensor, weight: Tensor, share: Tensor, rows: Rows, digits: Digits, cuts: Tensor | None) -> Tensor:
+    """Sums of weight (y - x)^2, weight (y - x) and share * spikes over the points x > 0 [C, points] of each group, [3, C]."""
+    y, spikes = respond(x, rows, digits, owners(x, x, None if cuts is None else cuts[..., None], digits))
+    off = y - x
+    return torch.stack([(weight * off.square()).sum(-1), (weight * off).sum(-1), (share * spikes).sum(-1)])
+
+
 def segment_sums(x: Tensor, weight: Tensor, share: Tensor, rows: Rows, digits: Digits) -> tuple[Tensor, Tensor, Tensor]:
     """Sums of weight (y - x)^2, weight (y - x) and share * spikes over each segment [N, M, Q], of one population.
 

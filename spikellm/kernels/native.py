@@ -17,7 +17,7 @@ from torch import Tensor
 
 from spikellm.kernels.attention import coded_mixture, per_key_head, visible_ends
 from spikellm.kernels.build import built
-from spikellm.kernels.encode import Digits, Rows, count_plain, encode_plain, fire_plain, segment_sums
+from spikellm.kernels.encode import Digits, Rows, code_sums, count_plain, encode_plain, fire_plain, segment_sums
 from spikellm.kernels.transforms import kronecker, rms_norm
 
 FEW = 8  # queries that are attended to head by head, without a matrix of scores: a decoding step's
@@ -64,6 +64,7 @@ _ARGUMENTS = {
     "code_scores": [_P, _P, _P, _P, _N, _N, ctypes.c_double, _SHAPE, _CODE, _INT],
     "finish": [_P, _P, _P, _P, _P, ctypes.c_double, _SHAPE, _INT],
     "segment_sums": [_P, _P, _P, _P, ctypes.POINTER(_Candidates), _INT],
+    "code_sums": [_P, _P, _P, _P, _N, _N, _CODE, _INT],
     "norm": [_P, _P, _P, ctypes.c_double, _N, _N, _INT],
     "hadamard": [_P, _P, _P, _N, _N, _N, _INT],
     "attend": [_P, _P, _P, _N, _N, ctypes.c_double, _SHAPE, _CODE, _INT],
@@ -270,6 +271,18 @@ def candidates(x: Tensor, weight: Tensor, share: Tensor, rows: Rows, digits: Dig
     return tuple(sums) if done else None
 
 
+@_or_plain(code_sums)
+def sums(x: Tensor, weight: Tensor, share: Tensor, rows: Rows, digits: Digits, cuts: Tensor | None) -> Tensor | None:
+    """`encode.code_sums`."""
+    if not all(_served(each, rows.theta) for each in (x, weight, share)) or len(x) * digits.populations != rows.v0.shape[0]:
+        return None
+    x, weight, share = (each.contiguous() for each in (x, weight, share))
+    code, _alive = _code(rows, digits, cuts)
+    found = x.new_empty(3, len(x))
+    addresses = (each.data_ptr() for each in (found, x, weight, share))
+    return found if _run("code_sums", x, *addresses, *x.shape, code, _threads(x.numel() * code.steps)) else None
+
+
 @_or_plain(visible_ends)
 def ends(mask: Tensor, size: int) -> list[int] | None:
     """`attention.visible_ends`."""
@@ -290,5 +303,6 @@ KERNELS: dict[Callable, Callable] = {
     count_plain: count,
     coded_mixture: mixture,
     segment_sums: candidates,
+    code_sums: sums,
     visible_ends: ends,
 }

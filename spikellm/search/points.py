@@ -15,11 +15,11 @@ from torch import Tensor
 from spikellm.calibration.statistics import FIT, SiteStatistics
 from spikellm.coding.neuron import PhaseTable
 from spikellm.kernels.compiled import chosen
-from spikellm.kernels.encode import Digits, Rows, respond, segment_sums
+from spikellm.kernels.encode import Digits, Rows, code_sums, respond, segment_sums
 from spikellm.search.options import Options
 
 SEGMENTS = 64  # parts of as many points, for which sums are known: where an interval may end while tables evolve
-# Elements of a buffer: on a CPU 2 MiB stay in the cache, page faults took half of the time without; a GPU is filled.
+# Elements of a buffer: on a CPU, in plain form, 2 MiB stay in the cache, page faults took half of the time without; a GPU is filled.
 CHUNK = {"cpu": 2**19, "cuda": 2**24}
 MIXTURE = (0.7, 0.2, 0.1)  # shares of p^(1/3), mass and energy: most points where levels belong
 
@@ -57,6 +57,8 @@ class Points:
     def sums(self, rows: Rows) -> Float[Tensor, "3 N M Q"]:
         """Squared errors, errors and spikes of codes [N, M] in each segment."""
         x, weight, share = (each.unflatten(1, (SEGMENTS, -1))[:, None] for each in (self.x, self.weight, self.share))
+        if x.is_cpu and self.kernel is not segment_sums:  # in C++, without buffers
+            return torch.stack(self.kernel(x, weight, share, rows, self.digits))
         count = -(-len(x) * rows.v0.shape[1] * self.x.shape[1] // CHUNK[x.device.type])
         # equal parts: a compiler makes a kernel of its own for a part of one group
         parts = torch.arange(len(x)).tensor_split(min(count, len(x)))
@@ -82,31 +84,9 @@ def table_sums(
     *,
     compiled: bool,
 ) -> Float[Tensor, "3 J C"]:
-    """Squared errors, errors and spikes of J tables, which differ in their intervals alone, on points x > 0; of one side.
-
-    Each population is a code of its own on the points of its interval, and the kernel the one that searches have.
-    """
-    rows, weights, shares, tables_of = [], [], [], []
-    for number, table in enumerate(tables):
-        bounds = [None, *([] if table.cuts is None else table.cuts[..., None]), None]
-        for own, above, most in zip(table.populations, bounds, bounds[1:], strict=False):
-            inside = torch.ones_like(x) if above is None else (x > above).to(x.dtype)
-            inside = inside if most is None else inside * (x <= most)
-            rows.append(own)
-            weights.append(weight * inside)
-            shares.append(share * inside)
-            tables_of.append(number)
-    digits = replace(tables[0].digits, intervals=1)
-    every = (torch.cat([x] * len(rows)), torch.cat(weights), torch.cat(shares))
-    # on CUDA a compiler makes a kernel of its own for one group, or one member
-    groups, members = (2 if len(every[0]) == 1 else 1, 2) if compiled and not x.is_cpu else (1, 1)
-    fill = max(1, -(-x.shape[1] // SEGMENTS)) * SEGMENTS - x.shape[1]
-    x, weight, share = (torch.nn.functional.pad(each, (0, fill)).repeat(groups, 1) for each in every)
-    points = Points(x=x, weight=weight, share=share, kernel=chosen(segment_sums, x, compiled=compiled), digits=digits)
-    codes = Rows(*(torch.stack([torch.cat(part * groups)] * members, 1) for part in zip(*rows, strict=True)))
-    sums = points.sums(codes)[:, : len(every[0]), 0].sum(-1).unflatten(1, (len(rows), -1))
-    index = torch.tensor(tables_of, device=x.device)
-    return sums.new_zeros(3, len(tables), sums.shape[-1]).index_add_(1, index, sums)
+    """Squared errors, errors and spikes of J tables on points x > 0; of one side."""
+    kernel = chosen(code_sums, x, compiled=compiled and x.is_cpu)  # on CUDA a few launches are sooner done than compiled
+    return torch.stack([kernel(x, weight, share, table.rows, table.digits, table.cuts) for table in tables], 1)
 
 
 def enough_points(options: Options, K: int) -> int:

@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from spikellm.coding.neuron import PhaseTable, encode
 from spikellm.kernels import build, native
 from spikellm.kernels.attention import coded_mixture, visible_ends
-from spikellm.kernels.encode import Digits, Rows, count_plain, encode_plain, fire_plain, segment_sums
+from spikellm.kernels.encode import Digits, Rows, code_sums, count_plain, encode_plain, fire_plain, segment_sums
 from spikellm.kernels.hadamard import hadamard_factors, hadamard_matrix
 from spikellm.kernels.transforms import kronecker
 from tests.codes import base2_table
@@ -56,6 +56,25 @@ def test_codes_trains_and_counts_are_those_of_the_plain_form_to_the_last_bit(dig
     assert torch.equal(native.fire(x, rows, digits, cuts), fire_plain(x, rows, digits, cuts))
     many = x.transpose(0, 1).contiguous()  # [C, I, J]
     assert torch.equal(native.count(many, rows, digits, cuts), count_plain(many, rows, digits, cuts))
+
+
+@given(
+    every_digits.filter(lambda digits: digits.sides == 1),
+    st.integers(1, 3),
+    st.integers(1, 200),
+    st.sampled_from(DTYPES),
+    st.integers(0, 1 << 30),
+)
+@law
+def test_sums_of_a_code_are_those_of_its_values_and_spikes(digits, groups, points, dtype, seed):
+    numbers = torch.Generator().manual_seed(seed)
+    rows, cuts = code(digits, groups, 5, dtype, numbers)
+    x, weight, share = (torch.rand(groups, points, generator=numbers, dtype=dtype) + 1e-3 for _ in range(3))
+    off = encode_plain(x[None], rows, digits, cuts)[0].double() - x.double()
+    spikes = fire_plain(x[None], rows, digits, cuts)[:, 0].abs().sum(0).double()
+    wanted = torch.stack([(weight * off.square()).sum(-1), (weight * off).sum(-1), (share * spikes).sum(-1)])
+    for found in (native.sums(x, weight, share, rows, digits, cuts), code_sums(x, weight, share, rows, digits, cuts)):
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_more_numbers_than_a_thread_takes_at_a_time():

@@ -111,11 +111,66 @@ template <class R> int segment_sums(R* out, const R* x, const R* weight, const R
     return 0;
 }
 
+// Sums of weight (y - x)^2, weight (y - x) and share * spikes over the points x > 0 of each group: out [3, C].
+template <class R>
+int code_sums(R* out, const R* x, const R* weight, const R* share, int64_t C, int64_t points, const Code<R>& code, int threads) {
+    if (!served(code)) return 1;
+    const std::vector<Table<R>> tables = tables_of(code);
+    with_kind(code, [&](auto kind) {
+        using K = decltype(kind);
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+        for (int64_t c = 0; c < C; c++) {
+            V<R> squares = {}, offs = {}, counts = {};
+            const auto add = [&](const V<R>* at, const V<R>* w, const V<R>* s, auto number) {
+                constexpr int N = decltype(number)::value;
+                V<R> y[N] = {};
+                M<R> fired[N] = {};
+                fire<R, K, N>(tables[c], Inputs<R, N>::template of<K::many>(tables[c], at), [&](int, int n, M<R> up, M<R> down, V<R> d) {
+                    y[n] = up ? y[n] + d : y[n];
+                    fired[n] = up ? fired[n] + 1 : fired[n];
+                    if (K::is_signed) {
+                        y[n] = down ? y[n] - d : y[n];
+                        fired[n] = down ? fired[n] + 1 : fired[n];
+                    }
+                });
+#pragma GCC unroll 4
+                for (int n = 0; n < N; n++) {
+                    const V<R> error = y[n] - at[n];
+                    squares += w[n] * (error * error), offs += w[n] * error;
+                    counts += s[n] * __builtin_convertvector(fired[n], V<R>);
+                }
+            };
+            const R *xs = x + c * points, *ws = weight + c * points, *ss = share + c * points;
+            V<R> at[U], w[U], s[U];
+            int64_t i = 0;
+            for (; i + U * W<R> <= points; i += U * W<R>) {
+                load_all<R, U>(at, xs + i), load_all<R, U>(w, ws + i), load_all<R, U>(s, ss + i);
+                add(at, w, s, std::integral_constant<int, U>{});
+            }
+            for (; i < points; i += W<R>) {  // lanes behind the last point weigh 0
+                const int64_t n = points - i < W<R> ? points - i : W<R>;
+                at[0] = load_some<V<R>>(xs + i, n), w[0] = load_some<V<R>>(ws + i, n), s[0] = load_some<V<R>>(ss + i, n);
+                add(at, w, s, std::integral_constant<int, 1>{});
+            }
+            out[c] = total<R>(squares), out[C + c] = total<R>(offs), out[2 * C + c] = total<R>(counts);
+        }
+    });
+    return 0;
+}
+
 }  // namespace
 
 extern "C" {
 int segment_sums_f32(float* out, const float* x, const float* weight, const float* share, const Candidates<float>* c, int threads) {
     return segment_sums(out, x, weight, share, *c, threads);
+}
+int code_sums_f32(float* out, const float* x, const float* weight, const float* share, int64_t C, int64_t points, const Code<float>* code,
+                  int threads) {
+    return code_sums(out, x, weight, share, C, points, *code, threads);
+}
+int code_sums_f64(double* out, const double* x, const double* weight, const double* share, int64_t C, int64_t points, const Code<double>* code,
+                  int threads) {
+    return code_sums(out, x, weight, share, C, points, *code, threads);
 }
 int segment_sums_f64(double* out, const double* x, const double* weight, const double* share, const Candidates<double>* c, int threads) {
     return segment_sums(out, x, weight, share, *c, threads);
