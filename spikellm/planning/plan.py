@@ -27,7 +27,8 @@ COMPILER, COMPILE_SECONDS = GIB * 15 // 100, 25.0
 SEARCH_FLOPS = 2.4e8  # of a group, time step and grain, at the rate of matrix products: fitted to searches of 1141 and 1361 groups
 OBSERVER_BYTES = 16  # a bin's count and its weight while they are added up
 STATISTICS_BYTES, STATISTICS_BINS = 8, 6000  # a bin's count and weight as they are kept; bins from the smallest to the largest value
-WIDE_COPIES, SCORE_COPIES, LOGIT_COPIES, STATE_COPIES = 5, 5, 4, 4  # of these tensors that live together
+WIDE_COPIES, SCORE_COPIES, LOGIT_COPIES, STATE_COPIES = 5, 5, 2, 4  # of these tensors that live together
+LOGIT_PASSES = 4  # over the logits, for their cross entropy
 READ_AHEAD = 2  # layers in memory where they lie on disk: one that computes, and the next
 PRETRAINED_PASSES = 3  # through PREFIX_LENGTH tokens of the first windows, while prefix tokens are looked for
 COUNTED = 2.0  # a forward in which spikes are counted, in folded ones
@@ -185,7 +186,7 @@ class _Use:
     def _readout(self, tokens: int) -> float:
         """Seconds of lm_head for a window: its products, and the passes of cross entropy over the logits."""
         shape, machine = self.shape, self.machine
-        passes = LOGIT_COPIES * tokens * shape.vocabulary * shape.state_bytes
+        passes = LOGIT_PASSES * tokens * shape.vocabulary * shape.state_bytes
         return 2 * tokens * shape.head / machine.products + passes / machine.copying
 
     @property

@@ -79,7 +79,7 @@ def test_times_are_sums_over_layers_windows_and_networks():
     looked = 4 * (1e-3 * 512 + 1e-6 * 512**2)  # for prefix tokens
     drawn = shape.checkpoint_bytes / 2 / MACHINE.normals
     assert found["calibrate"].seconds == pytest.approx(32 * (2 + observed + looked) + drawn + reading)
-    head = 2 * (2 * 1000 * 4096 * 128256 / 1e11 + planning.LOGIT_COPIES * 4 * 1000 * 128256 / 1e10)
+    head = 2 * (2 * 1000 * 4096 * 128256 / 1e11 + planning.LOGIT_PASSES * 4 * 1000 * 128256 / 1e10)
     plain, spiking = 2 * 32 * (1e-3 * 1000 + 1e-6 * 1000**2), 2 * 32 * 3
     assert found["evaluate"].seconds == pytest.approx(2 * plain + 4 * spiking + 6 * head + reading)
     more = plan(shape, COSTS, MACHINE, replace(JOB, spike_windows=1, networks=[NetworkName.snn])).stages["evaluate"]
