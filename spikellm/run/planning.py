@@ -25,6 +25,7 @@ from spikellm.store.record import PlanRecord
 
 # What large models leave in the store: layers on disk, and saved models.
 LARGE_ARTEFACTS = ("weights_on_disk", "convert")
+PLANNED = ("calibrate", "search", "convert")  # stages whose work is planned, but for figures
 GIB = 2**30
 
 log = logging.getLogger(__name__)
@@ -76,7 +77,9 @@ def planned_if_large(work: Workspace, stages: Iterable[Stage]) -> PlanRecord | N
         InputError: as `planned`; the disk has no room for what the job leaves there.
     """
     source = work.config.model.source
-    if source in (ModelSource.spiking, ModelSource.gguf) or all(stage.is_done(work) for stage in stages if isinstance(stage, KeyedStage)):
+    if source in (ModelSource.spiking, ModelSource.gguf):
+        return None
+    if all(stage.is_done(work) for stage in stages if isinstance(stage, KeyedStage) and stage.name in PLANNED):
         return None
     known = model_config(work.model)
     shape = Shape.of(known, getattr(torch, work.config.model.dtype.value))
