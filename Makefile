@@ -52,6 +52,7 @@ docs: setup  ## the documentation site: site/index.html, read without a network
 
 bench: setup  ## speed and memory, as ratios measured side by side
 	$(BIN)/python experiments/bench/bench.py
+	$(BIN)/python experiments/bench/bench_decode.py
 	$(BIN)/python experiments/bench/bench_stepped.py
 	$(BIN)/python experiments/bench/bench_search.py
 

@@ -12,16 +12,13 @@ from contextlib import nullcontext
 from functools import partial
 
 import torch
-from bench import MODEL, peak_mib, spiking
+from bench import HARDWARE, MODEL, peak_mib, windows
 
-from spikellm.config.choices import DatasetSource, Device
-from spikellm.config.dataset import TextConfig
-from spikellm.config.model import HardwareConfig
+import spikellm
 from spikellm.evaluation.perplexity import perplexity
-from spikellm.evaluation.texts import token_windows
 from spikellm.execution.memory import peak_bytes
 from spikellm.execution.stepped import stepped
-from spikellm.model.load import load_model, load_tokenizer
+from spikellm.model.load import load_model
 
 
 def seconds(work: Callable[[], object], repeats: int) -> float:
@@ -40,18 +37,16 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
-    hardware = HardwareConfig(device=Device.cpu)
-    text = TextConfig(source=DatasetSource.pydocs, split="evaluation", window=arguments.window, max_windows=1)
-    windows = token_windows(text, "dataset.evaluation", load_tokenizer(MODEL))
-    model = spiking(load_model(MODEL, hardware), windows, arguments.T, hardware.query_block)
+    text = windows(arguments.window)
+    model = spikellm.convert(load_model(MODEL, HARDWARE), text, T=arguments.T, grain=1, method="base2").model
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()) / 2**20
     print(f"window {arguments.window}, T={arguments.T}, {torch.get_num_threads()} threads, weights {weights:.0f} MiB")
     reference: tuple[float, float] | None = None
     for name, chunk in (("folded", None), ("stepped, all T steps a product", arguments.T), ("stepped, snn.step_chunk=1", 1)):
         with stepped(model, chunk=chunk) if chunk else nullcontext():
-            perplexity(model, windows, label=f"{name}, warm-up")
-            peak = weights + peak_mib(partial(perplexity, model, windows, label=f"{name}, memory"))
-            spent = seconds(partial(perplexity, model, windows, label=name), arguments.repeats)
+            perplexity(model, text, label=f"{name}, warm-up")
+            peak = weights + peak_mib(partial(perplexity, model, text, label=f"{name}, memory"))
+            spent = seconds(partial(perplexity, model, text, label=name), arguments.repeats)
         line = f"{name:<32} {spent:7.2f} s  {peak:6.0f} MiB"
         if reference and chunk:
             estimate = peak_bytes(model, arguments.window, chunk=chunk) / 2**20
