@@ -47,6 +47,7 @@ def planned(work: Workspace) -> PlanRecord:
     shape = Shape.of(known, dtype)
     texts = [_extent(work, key, text) for key, text in named_texts(config.dataset).items()]
     calibration = _extent(work, "dataset.calibration", config.dataset.calibration)
+    before = resident()  # a layer that was timed leaves pages behind, which the run fills again
     machine = measure(torch.device("cpu" if work.device == "cpu" else "cuda"), Path(config.output_root))
     longest = max(tokens for _, tokens in [calibration, *texts])
     costs = probe(known, dtype, machine, config.hardware, config.rotation, work.options, window=longest)
@@ -65,7 +66,7 @@ def planned(work: Workspace) -> PlanRecord:
         random=random,
         compiled=config.hardware.compile,
         query_block=config.hardware.query_block,
-        resident=resident(),
+        resident=before,
     )
     return plan(shape, costs, machine, job)
 
