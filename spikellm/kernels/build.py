@@ -86,8 +86,9 @@ def _processor() -> str:
 
 def _folder() -> Path:
     """Where compiled kernels are kept: $XDG_CACHE_HOME/spikellm, or ~/.cache/spikellm, or a temporary folder."""
-    kept = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "spikellm"
-    for folder in (kept, Path(tempfile.gettempdir()) / f"spikellm-{os.getuid() if hasattr(os, 'getuid') else 0}"):
+    kept = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "spikellm"  # ~ stays where nobody has a home
+    own = Path(tempfile.gettempdir()) / f"spikellm-{os.getuid() if hasattr(os, 'getuid') else 0}"
+    for folder in (kept, own) if kept.is_absolute() else (own,):
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError:

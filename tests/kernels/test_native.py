@@ -220,6 +220,15 @@ def test_it_is_compiled_once_for_a_machine(fresh, monkeypatch):
     assert build.built() == first
 
 
+def test_where_nobody_has_a_home_it_is_kept_among_temporary_files(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setattr("spikellm.kernels.build.os.path.expanduser", lambda path: path)
+    monkeypatch.setattr("spikellm.kernels.build.tempfile.gettempdir", lambda: str(tmp_path))
+    folder = build._folder()
+    assert folder.parent == tmp_path
+    assert folder.stat().st_mode & 0o077 == 0
+
+
 def compiler_that(folder: Path, does: str) -> str:
     script = folder / "compiler"
     script.write_text(f"#!/bin/sh\n{does}\n")
