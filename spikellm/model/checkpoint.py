@@ -179,6 +179,14 @@ class SpikingModel(PreTrainedModel):
             neuron.compiled = neuron.compiled if compiled is None else compiled
         return found if output_loading_info else model
 
+    def half(self, *_: object) -> Any:
+        """Weights in float16, which transformers refuses for whatever a quantizer has loaded; tables stay as they are."""
+        return nn.Module.to(self, torch.float16)
+
+    def float(self, *_: object) -> Any:
+        """Weights in float32."""
+        return nn.Module.to(self, torch.float32)
+
     def save_pretrained(self, save_directory: Any, *arguments: Any, push_to_hub: bool = False, **options: Any) -> None:
         """Save weights, neurons and the description of both, as transformers' own.
 

@@ -127,6 +127,18 @@ def test_saving_changes_nothing_in_the_model(tmp_path, ids):
     assert torch.equal(model(ids).logits, before)
 
 
+def test_a_loaded_model_is_cast_as_any_other(tmp_path, ids):
+    """transformers refuses `half` and `float` for whatever a quantizer has loaded."""
+    spikellm.model.checkpoint.save(spiking(), tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    wanted = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float16)(ids).logits
+    assert torch.equal(model.half()(ids).logits, wanted)
+    assert model.dtype == torch.float16
+    assert model.float().dtype == torch.float32
+    assert torch.equal(model(ids).logits, wanted)
+    assert model.double().dtype == torch.float64
+
+
 def test_amplitudes_of_tokens_are_saved_and_loaded(tmp_path, ids):
     model, static = (spiking(tables=mixed_tables, amplitude=amplitude) for amplitude in (Amplitude.token, Amplitude.static))
     wanted = model(ids).logits
