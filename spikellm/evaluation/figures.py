@@ -51,7 +51,7 @@ class Measurement(Record):
 
 def folded_perplexity(model: PreTrainedModel, windows: Int[Tensor, "W L"], label: str, passes: Passes) -> Measurement:
     """`perplexity` as an artefact holds it."""
-    return Measurement(**asdict(perplexity(model, windows, label=label, passes=passes if is_offloaded(model) else None)))
+    return Measurement(**asdict(perplexity(model, windows, label=label, passes=passes)))
 
 
 Windows = Callable[[int], Int[Tensor, "W L"]]  # of a text, for a model of so many tokens
@@ -210,7 +210,8 @@ def _perplexities(store: ArtifactStore, networks: Sequence[Network], tokenizer: 
             yield from first.together.measure([network.name for network in missing], windows, name, kept)
         else:
             model = first.build()
-            yield first.name, first.measure(model, windows(model.config.vocab_size), f"{first.name} {name}", kept([first.name]))
+            passes = kept([first.name]) if is_offloaded(model) else Passes()
+            yield first.name, first.measure(model, windows(model.config.vocab_size), f"{first.name} {name}", passes)
 
     def measure(folders: dict[int, Path]) -> Iterator[int]:
         for network, found in measured([networks[number] for number in folders]):

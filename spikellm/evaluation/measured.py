@@ -31,7 +31,6 @@ from spikellm.evaluation.side_by_side import SideBySide
 from spikellm.execution.memory import fitting_chunk
 from spikellm.execution.stepped import stepped
 from spikellm.model.integers import Rounding
-from spikellm.model.offload import is_offloaded
 from spikellm.model.passage import Passes
 from spikellm.model.replaced import ReplacedWeights
 from spikellm.model.sites import HEAD
@@ -172,7 +171,7 @@ def stepped_perplexity(
     """Perplexity with spikes step by step, and as `anytime` what the logits give after 1 .. T steps.
 
     Args:
-        passes: where passes through layers on disk are kept.
+        passes: where losses of windows are kept, and hidden states.
         chunk: time steps per matrix product, at most; None: all.
         max_gib: bound on weights and activations that lowers it; None: none [GiB].
 
@@ -183,6 +182,5 @@ def stepped_perplexity(
     log.info("stepped execution: %d time steps per matrix product", chunk)
     with stepped(model, chunk=chunk):
         readouts: Any = model.get_submodule(HEAD)
-        kept = passes if is_offloaded(model) else None
-        curve = readout_perplexities(model, windows, readouts=readouts.readouts, label=f"{label}, stepped", passes=kept)
+        curve = readout_perplexities(model, windows, readouts=readouts.readouts, label=f"{label}, stepped", passes=passes)
     return Measurement(**asdict(curve[-1]), anytime=[point.value for point in curve])

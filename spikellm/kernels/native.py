@@ -1,10 +1,10 @@
 """Kernels of a CPU: the C++ of `cpp/`, compiled on this machine (`build.py`) and called by address.
 
 Vector registers and one pass over memory: a step of a neuron costs as few instructions as it has comparisons and sums, so that T steps of a
-few numbers are hidden behind reading them. Compiling takes 3 s, once for all T, shapes and kinds of digits; calling, 10 microseconds.
+few numbers are hidden behind reading them. Compiling takes 6 s, once for all T, shapes and kinds of digits; calling, 10 microseconds.
 
-Each kernel stands for a plain form of `encode.py` or `attention.py`, takes the same arguments, and leaves to it what it does not serve:
-dtypes that differ, subclasses of tensors, codes of very many populations, gradients, and graphs that somebody traces.
+Each kernel stands for a plain form of `encode.py`, `attention.py` or `transforms.py`, takes the same arguments, and leaves to it what it
+does not serve: dtypes that differ, subclasses of tensors, codes of very many populations, gradients, and graphs that somebody traces.
 """
 
 import ctypes
@@ -132,40 +132,39 @@ def _or_plain(plain: Callable) -> Callable[[Callable], Callable]:
     return decorate
 
 
+def _elementwise(
+    name: str, x: Tensor, groups: int, rows: Rows, digits: Digits, cuts: Tensor | None, room: Callable[[Tensor, int], Tensor]
+) -> Tensor | None:
+    """A kernel that takes every input by itself; `room` for what comes of x in so many steps."""
+    if not _served(x, rows.theta) or groups * digits.populations != rows.v0.shape[0]:
+        return None
+    x = x.contiguous()
+    code, _alive = _code(rows, digits, cuts)
+    found = room(x, code.steps)
+    done = _run(name, x, x.data_ptr(), found.data_ptr(), *x.shape, code, _threads(x.numel() * code.steps))
+    return found if done else None
+
+
 @_or_plain(encode_plain)
 def encode(x: Tensor, rows: Rows, digits: Digits, cuts: Tensor | None = None) -> Tensor | None:
     """`encode.encode_plain`."""
-    if not _served(x, rows.theta) or x.shape[1] * digits.populations != rows.v0.shape[0]:
-        return None
-    x = x.contiguous()
-    y = torch.empty_like(x)
-    code, _alive = _code(rows, digits, cuts)
-    done = _run("encode", x, x.data_ptr(), y.data_ptr(), *x.shape, code, _threads(x.numel() * code.steps))
-    return y if done else None
+    return _elementwise("encode", x, x.shape[1], rows, digits, cuts, lambda x, _: torch.empty_like(x))
 
 
 @_or_plain(fire_plain)
 def fire(x: Tensor, rows: Rows, digits: Digits, cuts: Tensor | None = None) -> Tensor | None:
     """`encode.fire_plain`."""
-    if not _served(x, rows.theta) or x.shape[1] * digits.populations != rows.v0.shape[0]:
-        return None
-    x = x.contiguous()
-    code, _alive = _code(rows, digits, cuts)
-    z = x.new_empty(code.steps * digits.populations, *x.shape, dtype=torch.int8)
-    done = _run("fire", x, x.data_ptr(), z.data_ptr(), *x.shape, code, _threads(z.numel()))
-    return z if done else None
+
+    def room(x: Tensor, T: int) -> Tensor:
+        return x.new_empty(T * digits.populations, *x.shape, dtype=torch.int8)
+
+    return _elementwise("fire", x, x.shape[1], rows, digits, cuts, room)
 
 
 @_or_plain(count_plain)
 def count(x: Tensor, rows: Rows, digits: Digits, cuts: Tensor | None = None) -> Tensor | None:
     """`encode.count_plain`."""
-    if not _served(x, rows.theta) or x.shape[0] * digits.populations != rows.v0.shape[0]:
-        return None
-    x = x.contiguous()
-    code, _alive = _code(rows, digits, cuts)
-    counts = x.new_empty(code.steps, *x.shape[:2], dtype=torch.int64)
-    done = _run("count", x, x.data_ptr(), counts.data_ptr(), *x.shape, code, _threads(x.numel() * code.steps))
-    return counts if done else None
+    return _elementwise("count", x, x.shape[0], rows, digits, cuts, lambda x, T: x.new_empty(T, *x.shape[:2], dtype=torch.int64))
 
 
 @_or_plain(coded_mixture)
@@ -304,5 +303,4 @@ KERNELS: dict[Callable, Callable] = {
     coded_mixture: mixture,
     segment_sums: candidates,
     code_sums: sums,
-    visible_ends: ends,
 }

@@ -1,4 +1,4 @@
-// The softmax whose exponentials are spikes, normalised after they are coded: attention.py's `coded_exponentials` and `coded_mixture`.
+// The softmax whose exponentials are spikes, normalised after they are coded: attention.py's `coded_mixture`.
 
 #include <cmath>
 
@@ -39,11 +39,11 @@ inline V<double> exponential(V<double> x) {
     return none ? V<double>{} : y;
 }
 
-// Scores of one query with S keys, which a row of the mask shows (1) or hides (0), to the coded exponentials of their multiples, in place.
 template <class R> struct Row {
     R sum, top;  // of the exponentials; the largest score that is seen, finite where none is
 };
 
+// Scores of one query with S keys, which a row of the mask shows (1) or hides (0), to the coded exponentials of their multiples, in place.
 template <class R, class K> Row<R> code_row(const Table<R>& table, R* scores, const uint8_t* mask, int64_t S, R scaling) {
     int64_t last = S;
     while (last > 0 && !mask[last - 1]) last--;

@@ -6,14 +6,14 @@
 
 namespace {
 
-// `each(table, run, start, end)` for pieces of A x C runs of I inputs, which lie one behind the other; a run has one group's table.
-template <class R, class Each> void over_runs(const Code<R>& code, int64_t A, int64_t C, int64_t I, int threads, Each each) {
+// `each(table, run, start, end)` for pieces of runs of I inputs, which lie one behind the other; `together` of them in a row have a group's table.
+template <class R, class Each> void over_runs(const Code<R>& code, int64_t runs, int64_t together, int64_t I, int threads, Each each) {
     const std::vector<Table<R>> tables = tables_of(code);
     const int64_t pieces = (I + PIECE - 1) / PIECE;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (int64_t job = 0; job < A * C * pieces; job++) {
+    for (int64_t job = 0; job < runs * pieces; job++) {
         const int64_t run = job / pieces, start = job % pieces * PIECE;
-        each(tables[run % C], run, start, start + PIECE < I ? start + PIECE : I);
+        each(tables[run / together % code.groups], run, start, start + PIECE < I ? start + PIECE : I);
     }
 }
 
@@ -21,7 +21,7 @@ template <class R> int encode_all(const R* x, R* y, int64_t A, int64_t C, int64_
     if (!served(code)) return 1;
     with_kind(code, [&](auto kind) {
         using K = decltype(kind);
-        over_runs(code, A, C, I, threads, [&](const Table<R>& table, int64_t run, int64_t start, int64_t end) {
+        over_runs(code, A * C, 1, I, threads, [&](const Table<R>& table, int64_t run, int64_t start, int64_t end) {
             const R* from = x + run * I;
             R* to = y + run * I;
             V<R> some[U];
@@ -48,7 +48,7 @@ template <class R> int spikes(const R* x, int8_t* z, int64_t A, int64_t C, int64
     with_kind(code, [&](auto kind) {
         using K = decltype(kind);
         const int P = code.populations();
-        over_runs(code, A, C, I, threads, [&](const Table<R>& table, int64_t run, int64_t start, int64_t end) {
+        over_runs(code, A * C, 1, I, threads, [&](const Table<R>& table, int64_t run, int64_t start, int64_t end) {
             for (int64_t i = start; i < end; i += W<R>) {
                 const int64_t n = end - i < W<R> ? end - i : W<R>;
                 const V<R> some = load_some<V<R>>(x + run * I + i, n);
@@ -72,20 +72,15 @@ template <class R> int spikes(const R* x, int8_t* z, int64_t A, int64_t C, int64
 template <class R> int count(const R* x, int64_t* counts, int64_t C, int64_t N, int64_t J, const Code<R>& code, int threads) {
     if (!served(code)) return 1;
     std::memset(counts, 0, sizeof(int64_t) * code.steps * C * N);
-    const std::vector<Table<R>> tables = tables_of(code);
-    const int64_t pieces = (J + PIECE - 1) / PIECE;
     with_kind(code, [&](auto kind) {
         using K = decltype(kind);
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-        for (int64_t job = 0; job < C * N * pieces; job++) {
-            const int64_t run = job / pieces, start = job % pieces * PIECE, end = start + PIECE < J ? start + PIECE : J;
-            const Table<R>& table = tables[run / N];
+        over_runs(code, C * N, N, J, threads, [&](const Table<R>& table, int64_t run, int64_t start, int64_t end) {
             std::vector<M<R>> sums(code.steps, M<R>{});
             const auto add = [&](V<R>* some, auto number) {
-                constexpr int N = decltype(number)::value;
-                M<R> awake[N];
-                for (int n = 0; n < N; n++) awake[n] = (some[n] < 0) | (some[n] > 0);
-                fire<R, K, N>(table, Inputs<R, N>::template of<K::many>(table, some),
+                constexpr int many = decltype(number)::value;
+                M<R> awake[many];
+                for (int n = 0; n < many; n++) awake[n] = (some[n] < 0) | (some[n] > 0);
+                fire<R, K, many>(table, Inputs<R, many>::template of<K::many>(table, some),
                               [&](int t, int n, M<R> up, M<R> down, V<R>) { sums[t] -= (up | down) & awake[n]; });
             };
             V<R> some[U];
@@ -104,7 +99,7 @@ template <class R> int count(const R* x, int64_t* counts, int64_t C, int64_t N, 
 #pragma omp atomic
                 counts[int64_t(t) * C * N + run] += sum;
             }
-        }
+        });
     });
     return 0;
 }
