@@ -1,9 +1,8 @@
 """Streaming observers: what calibration keeps of a site's activations.
 
-One histogram of |x| per neuron group over bins that need no range in advance: a float32's exponent and its leading
-`MANTISSA_BITS` mantissa bits are the bin. Every octave has 256 bins, so that near the maximum a bin is half a step of an
-8-bit code, and the fine structure near zero (where most of the mass lies, for probabilities over twenty octaves) is
-resolved as well. Memory does not depend on the number of tokens; nothing leaves the device while observing.
+One histogram of |x| per neuron group over bins that need no range in advance (`kernels/histogram.py`). Every octave has 256 bins, so that
+near the maximum a bin is half a step of an 8-bit code, and the fine structure near zero (where most of the mass lies, for probabilities
+over twenty octaves) is resolved as well. Memory does not depend on the number of tokens; nothing leaves the device while observing.
 
 An activation may carry an importance, what a squared error of it counts further down: the weights of the histogram. Where they
 come from: `model/attention.py` (softmax) and `calibrate.py` (MLP). Where neurons have their amplitude from the token (`snn.amplitude`) what
@@ -20,19 +19,15 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from spikellm.coding.neuron import Slot, token_amplitude
+from spikellm.kernels.compiled import fused
+from spikellm.kernels.histogram import BINS, FIRST, LOWEST_EXPONENT, OCTAVES, SHIFT, Tally, tally_plain
 
-MANTISSA_BITS = 8
-LOWEST_EXPONENT, OCTAVES = -40, 64  # values below 2^-40 count as zero; 2^24 and above are refused
-BINS = OCTAVES << MANTISSA_BITS
 FIT, CHOOSE, REPORT = range(3)
 PARTS = 3
-_SHIFT = 23 - MANTISSA_BITS
-_FIRST = (127 + LOWEST_EXPONENT) << MANTISSA_BITS
-_CODES = 1 << (8 + MANTISSA_BITS)  # of a non-negative float32, exponent and leading mantissa bits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -69,7 +64,7 @@ class SiteStatistics:
         """Bounds of the bins, one more than bins [units of x]."""
         last = self.first_bin + self.counts.shape[-1] + 1
         index = torch.arange(self.first_bin, last, dtype=torch.int32, device=self.counts.device)
-        return ((index + _FIRST) << _SHIFT).view(torch.float32)
+        return ((index + FIRST) << SHIFT).view(torch.float32)
 
     @property
     def centers(self) -> Float[Tensor, " bins"]:
@@ -121,7 +116,7 @@ class Observer(Slot):
         site: name, for messages.
         groups: C, slices of `axis` that get histograms of their own.
         axis: see `PhaseNeuron`.
-        row_stride: look at every n-th index of the last axis but one (attention has L^2 probabilities).
+        row_stride: of the last axis but one, attention's queries, every so manieth is shown (attention has L^2 probabilities).
         held: hold what passed until `weigh` tells its importance and which of it stand for neurons.
         sides: 2 counts negative activations apart (`kernels.encode.Digits`).
         per_token: count x / m with m the `token_amplitude`; the last axis is the token's.
@@ -171,7 +166,7 @@ class Observer(Slot):
             raise ValueError(f"site {self.site}: nothing is held; call weigh once after each forward of an observer with held=True")
         x, self._passed = self._passed, None
         if self.summed and neurons is not None:
-            lengths = neurons[..., :: self.row_stride, :].sum(-1).double()
+            lengths = neurons.sum(-1).double()
             self._lengths += torch.stack([lengths.sum(), lengths.square().sum()]).cpu()
         self._count(x, *(None if each is None else each.expand(x.shape) for each in (importance, neurons)))
 
@@ -180,45 +175,24 @@ class Observer(Slot):
             m = token_amplitude(x)
             x, power = x / m, m.double().square().expand(x.shape)
             importance = power if importance is None else importance * power
-        values = self._grouped(x).float()
-        hidden = None if neurons is None else ~self._grouped(neurons)
-        if hidden is not None:
-            values = values.masked_fill(hidden, 0)
         if self.counts is None or self.maximum is None:
             self.counts = torch.zeros(PARTS, self.rows, BINS, dtype=torch.int64, device=x.device)
             self.maximum = torch.zeros(PARTS, self.rows, device=x.device)
-        # amax and amin carry NaN and infinity through to `result`
-        highest, lowest = values.amax(1), -values.amin(1)
-        peaks = torch.cat([highest, lowest]).clamp_min(0) if self.sides == 2 else torch.maximum(highest, lowest)
-        self.maximum[self.part] = torch.maximum(self.maximum[self.part], peaks)
-        index = values.abs().contiguous().view(torch.int32) >> _SHIFT
-        if self.groups > 1:
-            index += torch.arange(0, self.groups * _CODES, _CODES, dtype=torch.int32, device=x.device)[:, None]
-        if self.sides == 2:
-            index += (values < 0) * (self.groups * _CODES)
-        if hidden is not None:
-            index.masked_fill_(hidden, self.rows * _CODES)  # behind the last row: counted nowhere
-        self.counts[self.part] += self._histogram(index, None)
-        if importance is not None:
-            if self.weights is None:
-                self.weights = torch.zeros(PARTS, self.rows, BINS, dtype=torch.float64, device=x.device)
-            self.weights[self.part] += self._histogram(index, self._grouped(importance).double().flatten())
+        if importance is not None and self.weights is None:
+            self.weights = torch.zeros(PARTS, self.rows, BINS, dtype=torch.float64, device=x.device)
+        tally = Tally(self.counts[self.part], None if self.weights is None else self.weights[self.part], self.maximum[self.part])
+        parts = [None if each is None else self._grouped(each) for each in (importance, neurons)]
+        count = fused(tally_plain, "cpu") if x.is_cpu else tally_plain
+        count(self._grouped(x).float(), *parts, tally)
 
-    def _histogram(self, index: Tensor, weights: Tensor | None) -> Tensor:
-        """Counts or summed weights of the bins [C, BINS]; bin 0 takes in everything below it."""
-        every = torch.bincount(index.flatten(), weights=weights, minlength=self.rows * _CODES)
-        every = every[: self.rows * _CODES].view(self.rows, _CODES)
-        found = every[:, _FIRST : _FIRST + BINS].clone()
-        found[:, 0] += every[:, :_FIRST].sum(1)
-        return found
-
-    def _grouped(self, x: Tensor) -> Tensor:
-        """Every `row_stride`-th row, as [C, n]."""
-        axis = self.axis % x.ndim
-        x = x.detach()[..., :: self.row_stride, :] if self.row_stride > 1 else x.detach()
-        if self.groups > 1:
-            x = x.unflatten(axis, (self.groups, -1)).movedim(axis, 0)
-        return x.reshape(self.groups, -1)
+    def _grouped(self, x: Tensor) -> Shaped[Tensor, "A C J K"]:
+        """C groups of the activations: outer, groups, rows, numbers of a row."""
+        x, axis = x.detach(), self.axis % x.ndim
+        if self.groups == 1:
+            return x.reshape(1, 1, -1, x.shape[-1] if x.ndim else 1)
+        outer = x.shape[:axis].numel()
+        x = x.unflatten(axis, (self.groups, -1))
+        return x.reshape(outer, self.groups, -1, x.shape[-1])
 
     def result(self) -> SiteStatistics:
         """What was seen so far.

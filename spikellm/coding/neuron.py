@@ -201,6 +201,7 @@ class Slot(nn.Module):
     """
 
     held = False  # whether what has passed waits for `weigh`: only then is an importance worth computing
+    row_stride = 1  # of so many queries one is looked at, where `held`
 
     _apply = apply_wide
 

@@ -54,14 +54,22 @@ def coded_mixture(
     mask: Bool[Tensor, "B 1 l s"],
     scaling: float,
     prefix: tuple[Float[Tensor, "1 K P E"], Float[Tensor, "1 K P E"]] | None,
-    rows: Rows,
+    rows: Rows | None,
     digits: Digits,
     cuts: Tensor | None,
 ) -> Float[Tensor, "B H l E"]:
-    """Values mixed by coded exponentials, normalised afterwards: (c sum_j e^_j v_j + a V) / (c sum_j e^_j + a), see model/attention.py."""
+    """Values mixed by coded exponentials, normalised afterwards: (c sum_j e^_j v_j + a V) / (c sum_j e^_j + a), see model/attention.py.
+
+    rows: None: exponentials are not coded.
+    """
     query = query * scaling
-    weights, total, top = coded_exponentials(per_key_head(query, key.mT), mask, rows, digits, cuts)
-    return normalised(per_key_head(weights, value), total, top, query, prefix)[0]
+    scores = per_key_head(query, key.mT)
+    if rows is None:
+        weights, top = exponentials(scores, mask)
+        total = weights.sum(-1, keepdim=True)
+    else:
+        weights, total, top = coded_exponentials(scores, mask, rows, digits, cuts)
+    return normalised(per_key_head(weights, value), total, top, query, prefix)
 
 
 def normalised(
@@ -70,16 +78,54 @@ def normalised(
     top: Float[Tensor, "B H l 1"],
     query: Float[Tensor, "B H l E"],
     prefix: tuple[Float[Tensor, "1 K P E"], Float[Tensor, "1 K P E"]] | None,
-) -> tuple[Float[Tensor, "B H l E"], Float[Tensor, "B H l 1"]]:
-    """Mixtures of exponentials over their sums, the prefix among both; and the share that one exponential has, c / sum."""
-    share = torch.ones_like(top)
+) -> Float[Tensor, "B H l E"]:
+    """Mixtures of exponentials over their sums, the prefix among both."""
+    total, share, sink = beside_prefix(total, top, query, prefix)
+    if prefix is not None and sink is not None:
+        mixed = torch.addcmul(per_key_head(sink, prefix[1].expand(len(query), -1, -1, -1)), share, mixed)
+    return mixed / total
+
+
+def beside_prefix(
+    total: Float[Tensor, "B H l 1"],
+    top: Float[Tensor, "B H l 1"],
+    query: Float[Tensor, "B H l E"],
+    prefix: tuple[Float[Tensor, "1 K P E"], Float[Tensor, "1 K P E"]] | None,
+) -> tuple[Float[Tensor, "B H l 1"], Float[Tensor, "B H l 1"], Float[Tensor, "B H l P"] | None]:
+    """What a row's mixture is divided by, c = exp(m - M), and the exponentials of the prefix; from `total`, the sum of the others."""
+    share, sink = torch.ones_like(top), None
     if prefix is not None:
-        sink_key, sink_value = (each.expand(len(query), -1, -1, -1) for each in prefix)
-        sink, share = prefix_weights(per_key_head(query, sink_key.mT), top)
-        mixed = torch.addcmul(per_key_head(sink, sink_value), share, mixed)
+        sink, share = prefix_weights(per_key_head(query, prefix[0].expand(len(query), -1, -1, -1).mT), top)
         total = torch.addcmul(sink.sum(-1, keepdim=True), share, total)
-    total = torch.where(total == 0, 1, total)  # no spike was sent, and there is no prefix: nothing is mixed
-    return mixed / total, share / total
+    return torch.where(total == 0, 1, total), share, sink  # 0: no spike was sent, and there is no prefix: nothing is mixed
+
+
+def mixture_plain(
+    query: Float[Tensor, "B H L E"],
+    key: Float[Tensor, "B K S E"],
+    value: Float[Tensor, "B K S E"],
+    mask: Bool[Tensor, "B 1 L S"],
+    scaling: float,
+    prefix: tuple[Float[Tensor, "1 K P E"], Float[Tensor, "1 K P E"]] | None,
+    rows: Rows | None,
+    digits: Digits,
+    cuts: Tensor | None,
+    block: int,
+) -> Float[Tensor, "B H L E"]:
+    """`coded_mixture`, `block` queries at a time. The specification."""
+    return torch.cat(
+        [
+            coded_mixture(query[:, :, some], key[:, :, seen], value[:, :, seen], mask[:, :, some, seen], scaling, prefix, rows, digits, cuts)
+            for some, seen in visible_blocks(mask.shape[2], visible_ends(mask, block), block)
+        ],
+        dim=2,
+    )
+
+
+def visible_blocks(queries: int, ends: list[int], size: int) -> list[tuple[slice, slice]]:
+    """(queries, keys) of every block of `size` queries: the keys up to the last that any of its queries may see, `visible_ends`."""
+    starts = range(0, queries, size)
+    return [(slice(start, min(start + size, queries)), slice(0, end)) for start, end in zip(starts, ends, strict=True)]
 
 
 def visible_ends(mask: Bool[Tensor, "B 1 L S"], size: int) -> list[int]:

@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spikellm.kernels.attention import coded_mixture, per_key_head, visible_ends
+from spikellm.kernels.attention import mixture_plain, visible_ends
 from spikellm.kernels.build import built
+from spikellm.kernels.chains import chained_plain, worth_plain
 from spikellm.kernels.encode import Digits, Rows, code_sums, count_plain, encode_plain, fire_plain, segment_sums
+from spikellm.kernels.histogram import BINS, FIRST, SHIFT, Tally, tally_plain
 from spikellm.kernels.transforms import kronecker, rms_norm
 
 FEW = 8  # queries that are attended to head by head, without a matrix of scores: a decoding step's
@@ -55,18 +57,35 @@ class _Candidates(ctypes.Structure):
     )
 
 
+class _Costs(ctypes.Structure):
+    """`Costs` of chains.cpp."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in ("errors", "spikes", "price")] + [(name, ctypes.c_int64) for name in "NMQ"]
+
+
+class _Layout(ctypes.Structure):
+    """`Layout` of histogram.cpp."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in ("A", "C", "J", "K", "sides", "bins", "shift", "first")]
+
+
+class _Strided(ctypes.Structure):
+    """`Strided` of histogram.cpp."""
+
+    _fields_ = [("at", ctypes.c_void_p)] + [(name, ctypes.c_int64) for name in "acjk"]
+
+
 _P, _N, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _CODE, _SHAPE = ctypes.POINTER(_Code), ctypes.POINTER(_Shape)  # which take the structures themselves
 _ARGUMENTS = {
     "encode": [_P, _P, _N, _N, _N, _CODE, _INT],
     "fire": [_P, _P, _N, _N, _N, _CODE, _INT],
     "count": [_P, _P, _N, _N, _N, _CODE, _INT],
-    "code_scores": [_P, _P, _P, _P, _N, _N, ctypes.c_double, _SHAPE, _CODE, _INT],
-    "finish": [_P, _P, _P, _P, _P, ctypes.c_double, _SHAPE, _INT],
     "segment_sums": [_P, _P, _P, _P, ctypes.POINTER(_Candidates), _INT],
     "code_sums": [_P, _P, _P, _P, _N, _N, _CODE, _INT],
     "norm": [_P, _P, _P, ctypes.c_double, _N, _N, _INT],
     "hadamard": [_P, _P, _P, _N, _N, _N, _INT],
+    "mix": [_P, _P, _P, _N, _N, ctypes.c_double, _SHAPE, _CODE, _INT],
     "attend": [_P, _P, _P, _N, _N, ctypes.c_double, _SHAPE, _CODE, _INT],
 }
 
@@ -82,6 +101,11 @@ def library() -> ctypes.CDLL | None:
         for suffix in SUFFIX.values():
             kernel = getattr(loaded, f"{name}_{suffix}")
             kernel.argtypes, kernel.restype = arguments, _INT
+    for suffix in SUFFIX.values():
+        kernel = getattr(loaded, f"tally_{suffix}")
+        kernel.argtypes, kernel.restype = [_P, _P, _P, *[ctypes.POINTER(_Strided)] * 3, ctypes.POINTER(_Layout), _INT], None
+    loaded.chained.argtypes, loaded.chained.restype = [_P, _P, ctypes.POINTER(_Costs), _INT], None
+    loaded.worth.argtypes, loaded.worth.restype = [_P, _P, _P, ctypes.POINTER(_Costs), _INT], None
     loaded.visible_ends.argtypes, loaded.visible_ends.restype = [_P, _P, _N, _N, _N, _N, _N, _N], None
     return loaded
 
@@ -98,8 +122,10 @@ def _served(x: Tensor, other: Tensor) -> bool:
     )
 
 
-def _code(rows: Rows, digits: Digits, cuts: Tensor | None) -> tuple[_Code, object]:
-    """A code for the library, and what must live as long as it is used."""
+def _code(rows: Rows | None, digits: Digits, cuts: Tensor | None) -> tuple[_Code, object]:
+    """A code for the library, and what must live as long as it is used; no rows: numbers pass whole."""
+    if rows is None:
+        return _Code(), None
     theta, h, d, v0 = rows = rows.map(Tensor.contiguous)
     cuts = None if cuts is None else cuts.contiguous()
     R, T = theta.shape
@@ -167,15 +193,16 @@ def count(x: Tensor, rows: Rows, digits: Digits, cuts: Tensor | None = None) -> 
     return _elementwise("count", x, x.shape[0], rows, digits, cuts, lambda x, T: x.new_empty(T, *x.shape[:2], dtype=torch.int64))
 
 
-@_or_plain(coded_mixture)
+@_or_plain(mixture_plain)
 def mixture(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, prefix: tuple[Tensor, Tensor] | None,
-    rows: Rows, digits: Digits, cuts: Tensor | None,
+    rows: Rows | None, digits: Digits, cuts: Tensor | None, block: int,
 ) -> Tensor | None:  # fmt: skip
-    """`attention.coded_mixture`; of many queries, products of matrices are torch's."""
+    """`attention.mixture_plain`, in blocks of its own; of few queries head by head."""
     every = (query, key, value, *(prefix or ()))
-    groups = rows.v0.shape[0] // digits.populations
-    plain = all(_served(each, rows.theta) and each.stride(-1) == 1 for each in every) and mask.stride(-1) == 1
+    groups = 1 if rows is None else rows.v0.shape[0] // digits.populations
+    like = query if rows is None else rows.theta
+    plain = all(_served(each, like) and each.stride(-1) == 1 for each in every) and mask.stride(-1) == 1
     if not plain or groups not in (1, query.shape[1]):
         return None
     N, H, L, E = query.shape
@@ -186,15 +213,7 @@ def mixture(
     out = query.new_empty(N, L, H, E)
     threads = _threads(N * H * L * S * (2 * E + code.steps))
     hidden = (mask.data_ptr(), mask.stride(0), mask.stride(2), scaling)
-    if L <= FEW:
-        done = _run("attend", query, out.data_ptr(), heads, *hidden, shape, code, threads)
-        return out.transpose(1, 2) if done else None
-    scores = per_key_head(query, key.mT)
-    sums, tops = (scores.new_empty(N, H, L) for _ in range(2))
-    if not _run("code_scores", scores, scores.data_ptr(), sums.data_ptr(), tops.data_ptr(), *hidden, shape, code, threads):
-        return None
-    mixed = per_key_head(scores, value)
-    done = _run("finish", mixed, out.data_ptr(), mixed.data_ptr(), sums.data_ptr(), tops.data_ptr(), heads, scaling, shape, threads)
+    done = _run("attend" if L <= FEW else "mix", query, out.data_ptr(), heads, *hidden, shape, code, threads)
     return out.transpose(1, 2) if done else None
 
 
@@ -282,6 +301,60 @@ def sums(x: Tensor, weight: Tensor, share: Tensor, rows: Rows, digits: Digits, c
     return found if _run("code_sums", x, *addresses, *x.shape, code, _threads(x.numel() * code.steps)) else None
 
 
+def _costs(sums: Tensor, price: Tensor, *others: Tensor) -> tuple[_Costs, int, object] | None:
+    """Costs for the library, threads that it is worth, and what must live meanwhile; None: it does not serve them."""
+    price = price.double()
+    if library() is None or sums.dtype != torch.float32 or not all(type(each) is Tensor and each.is_cpu for each in (sums, price, *others)):
+        return None
+    errors, spikes = (part.contiguous() for part in sums)
+    costs = _Costs(*(part.data_ptr() for part in (errors, spikes, price)), *errors.shape)
+    return costs, _threads(errors.numel() * 4), (errors, spikes, price)
+
+
+@_or_plain(chained_plain)
+def chained(before: Tensor, sums: Tensor, price: Tensor) -> Tensor | None:
+    """`chains.chained_plain`."""
+    if (found := _costs(sums, price, before)) is None:
+        return None
+    costs, threads, _alive = found
+    before = before.contiguous()
+    out = torch.empty_like(before)
+    library().chained(out.data_ptr(), before.data_ptr(), costs, threads)  # type: ignore[union-attr]
+    return out
+
+
+@_or_plain(worth_plain)
+def worth(before: Tensor, sums: Tensor, price: Tensor, behind: Tensor) -> Tensor | None:
+    """`chains.worth_plain`."""
+    if (found := _costs(sums, price, before, behind)) is None:
+        return None
+    costs, threads, _alive = found
+    before, behind = before.contiguous(), behind.contiguous()
+    out = before.new_empty(sums.shape[1:3])
+    library().worth(out.data_ptr(), before.data_ptr(), behind.data_ptr(), costs, threads)  # type: ignore[union-attr]
+    return out
+
+
+@_or_plain(tally_plain)
+def tally(x: Tensor, importance: Tensor | None, neurons: Tensor | None, tally: Tally) -> Tally | None:
+    """`histogram.tally_plain`."""
+    loaded = library()
+    importance = importance if importance is None or importance.dtype in SUFFIX else importance.float()
+    if loaded is None or torch.compiler.is_compiling() or not all(part is None or type(part) is Tensor for part in (x, importance, neurons)):
+        return None
+
+    def strided(part: Tensor | None) -> _Strided:
+        return _Strided() if part is None else _Strided(part.data_ptr(), *part.stride())
+
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    A, C, J, K = x.shape
+    layout = _Layout(A, C, J, K, len(tally.peaks) // C, BINS, SHIFT, FIRST)
+    into = (part if part is None else part.data_ptr() for part in (tally.counts, None if importance is None else tally.weights, tally.peaks))
+    kernel = getattr(loaded, f"tally_{SUFFIX[torch.float32 if importance is None else importance.dtype]}")
+    kernel(*into, strided(x), strided(importance), strided(neurons), layout, _threads(x.numel()))
+    return tally
+
+
 @_or_plain(visible_ends)
 def ends(mask: Tensor, size: int) -> list[int] | None:
     """`attention.visible_ends`."""
@@ -300,7 +373,10 @@ KERNELS: dict[Callable, Callable] = {
     encode_plain: encode,
     fire_plain: fire,
     count_plain: count,
-    coded_mixture: mixture,
+    mixture_plain: mixture,
     segment_sums: candidates,
     code_sums: sums,
+    tally_plain: tally,
+    chained_plain: chained,
+    worth_plain: worth,
 }

@@ -37,15 +37,17 @@ from transformers.masking_utils import sdpa_mask
 from spikellm.coding.neuron import NoGradient, PhaseNeuron, Slot, apply_wide
 from spikellm.kernels import native
 from spikellm.kernels.attention import (
-    coded_exponentials,
-    coded_mixture,
+    beside_prefix,
     exponentials,
+    mixture_plain,
     normalised,
     per_key_head,
     probabilities,
     squared_distances,
 )
-from spikellm.kernels.compiled import fused
+from spikellm.kernels.attention import visible_blocks as blocks_of
+from spikellm.kernels.compiled import chosen
+from spikellm.kernels.encode import BINARY, Digits, Rows
 from spikellm.model.modules import OnlineHadamard, wide
 from spikellm.model.sites import ATTENTION, SPIKING_ATTENTION, decoder_layers
 
@@ -136,13 +138,23 @@ class SpikingAttention(nn.Module):
         if prefix is not None and not self.normalise_after:
             own = (each.expand(len(key), -1, -1, -1) for each in (self.key(prefix[0]), self.value(prefix[1])))
             key, value = (torch.cat(each, dim=2) for each in zip(own, (key, value), strict=True))
-            mask = behind_prefix(mask, prefix[0].shape[2])
-        mix = self._mix_then_normalise if self.normalise_after else self._normalise_then_mix
-        blocks = [
-            mix(query[:, :, rows], key[:, :, keys], value[:, :, keys], mask[:, :, rows, keys], scaling, prefix).transpose(1, 2)
-            for rows, keys in visible_blocks(mask, self.query_block)
-        ]
-        return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
+            mask, prefix = behind_prefix(mask, prefix[0].shape[2]), None
+        code = self._code
+        if self.normalise_after and code is not None:
+            whole = (query, key, value) if code[0] is None else (query.detach(), key.detach(), value.detach())
+            output = chosen(mixture_plain, query, compiled=True)(*whole, mask, scaling, prefix, *code, self.query_block).transpose(1, 2)
+            if code[0] is not None and torch.is_grad_enabled() and query.requires_grad:
+                output = NoGradient.apply(query, output)
+        else:
+            mix = self._mix_then_normalise if self.normalise_after else self._normalise_then_mix
+            blocks = [
+                mix(query[:, :, rows], key[:, :, keys], value[:, :, keys], mask[:, :, rows, keys], scaling, prefix).transpose(1, 2)
+                for rows, keys in visible_blocks(mask, self.query_block)
+            ]
+            output = blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
+        if self.softmax.held:
+            self._show(query * scaling, key, value, mask, prefix, output.transpose(1, 2))
+        return output
 
     @property
     def prefix(self) -> tuple[Float[Tensor, "1 K P E"], Float[Tensor, "1 K P E"]] | None:
@@ -151,43 +163,61 @@ class SpikingAttention(nn.Module):
             return None
         return self.rotate(self.prefix_key[None]), self.prefix_value[None].to(wide(self.prefix_value.dtype))
 
+    @property
+    def _sends(self) -> bool:
+        """Whether the softmax is coded; else it passes whole, and observers are shown of it what they look at."""
+        return not (self.softmax.transparent or self.softmax.held)
+
+    @property
+    def _code(self) -> tuple[Rows | None, Digits, Tensor | None] | None:
+        """What kernels code the softmax with, no rows where it passes whole; None: what sits there has to be asked."""
+        neuron = self.softmax
+        if not self._sends:
+            return None, BINARY, None
+        return (neuron.table.rows, neuron.digits, neuron.cuts) if isinstance(neuron, PhaseNeuron) and neuron.compiled else None
+
     def _normalise_then_mix(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, _: object
     ) -> Float[Tensor, "B H l E"]:
-        weights = self.softmax(probabilities(per_key_head(query * scaling, key.mT), mask))
-        self.softmax.weigh(None, mask)
-        return per_key_head(weights, value)
+        weights = probabilities(per_key_head(query * scaling, key.mT), mask)
+        return per_key_head(self.softmax(weights) if self._sends else weights, value)
 
     def _mix_then_normalise(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, prefix: tuple[Tensor, Tensor] | None
     ) -> Float[Tensor, "B H l E"]:
-        neuron = self.softmax
-        code = None
-        if isinstance(neuron, PhaseNeuron) and neuron.compiled:
-            code = (neuron.table.rows, neuron.digits, neuron.cuts)
-            if query.is_cpu:
-                mixture = fused(coded_mixture, "cpu")
-                mixed = mixture(query.detach(), key.detach(), value.detach(), mask, scaling, prefix, *code)
-                return NoGradient.apply(query, mixed) if torch.is_grad_enabled() and query.requires_grad else mixed
         query = query * scaling
-        scores = per_key_head(query, key.mT)
-        if code is not None:
-            weights, total, top = fused(coded_exponentials, scores.device.type)(scores, mask, *code)
-        else:
-            weights, top = exponentials(scores, mask)
-            weights = neuron(weights)
-            total = weights.sum(-1, keepdim=True)
-        output, share = normalised(per_key_head(weights, value), total, top, query, prefix)
-        if neuron.held:
-            neuron.weigh(share.square() * squared_distances(output, value), mask)
-        return output
+        weights, top = exponentials(per_key_head(query, key.mT), mask)
+        weights = self.softmax(weights)
+        return normalised(per_key_head(weights, value), weights.sum(-1, keepdim=True), top, query, prefix)
+
+    def _show(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor,
+        prefix: tuple[Tensor, Tensor] | None,
+        output: Float[Tensor, "B H L E"],
+    ) -> None:
+        """What the softmax of some queries, scaled ones, sends, and what an error of it counts: their outputs are at hand."""
+        looked_at = slice(None, None, self.softmax.row_stride)
+        query, mask, output = query[:, :, looked_at], mask[:, :, looked_at], output[:, :, looked_at]
+        for rows, keys in visible_blocks(mask, self.query_block):
+            some, shown = query[:, :, rows], mask[:, :, rows, keys]
+            scores = per_key_head(some, key[:, :, keys].mT)
+            if not self.normalise_after:
+                self.softmax(probabilities(scores, shown))
+                self.softmax.weigh(None, shown)
+                continue
+            weights, top = exponentials(scores, shown)
+            total, share, _ = beside_prefix(weights.sum(-1, keepdim=True), top, some, prefix)
+            self.softmax(weights)
+            self.softmax.weigh((share / total).square() * squared_distances(output[:, :, rows], value[:, :, keys]), shown)
 
 
 def visible_blocks(mask: Bool[Tensor, "B 1 L S"], size: int) -> list[tuple[slice, slice]]:
     """(queries, keys) of every block of `size` queries: the keys up to the last that any of its queries may see."""
-    L = mask.shape[2]
-    starts = range(0, L, size)
-    return [(slice(start, min(start + size, L)), slice(0, end)) for start, end in zip(starts, native.ends(mask, size), strict=True)]
+    return blocks_of(mask.shape[2], native.ends(mask, size), size)
 
 
 def behind_prefix(mask: Bool[Tensor, "B 1 L S"], prefix: int) -> Bool[Tensor, "B 1 L S_and_P"]:

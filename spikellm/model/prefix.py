@@ -70,11 +70,13 @@ def keep_what_helps(
     """
     if len(tokens) < 2:
         return tokens
-    remaining = []
-    for candidate in (tokens[-1:], tokens):
+
+    def remaining(candidate: list[int]) -> float:
         attach_prefix(model, candidate)
-        remaining.append(_outliers(model, windows, eta).sum((1, 2)).max().item())
-    if not len(windows) <= remaining[0] >= 4 * remaining[1]:
+        return _outliers(model, windows, eta).sum((1, 2)).max().item()
+
+    alone = remaining(tokens[-1:])
+    if alone < len(windows) or alone < 4 * remaining(tokens):
         return tokens[-1:]
     losses = []
     for candidate in (tokens[-1:], tokens):

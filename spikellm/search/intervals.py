@@ -14,6 +14,7 @@ Ours. Ranges of an activation as grains of a code: Zheng et al., ICLR 2026, in t
 """
 
 from collections.abc import Callable
+from itertools import accumulate
 
 import torch
 from jaxtyping import Float, Int
@@ -21,6 +22,8 @@ from torch import Tensor
 
 from spikellm.coding.codes import FIXED, Codes, IntervalCodes
 from spikellm.coding.grains import assignments
+from spikellm.kernels.chains import chained_plain, running_costs, running_sums, through, worth_plain
+from spikellm.kernels.compiled import chosen
 from spikellm.search.evolution import GENERATIONS, SIGNED_GENERATIONS, Objective, bounds, first_population, propose
 from spikellm.search.options import Options
 from spikellm.search.points import Points
@@ -28,10 +31,9 @@ from spikellm.search.points import Points
 JITTER = 0.12  # of the first intervals' ends, as a share of all points
 
 
-def running(points: Points, codes: Codes) -> Float[Tensor, "2 N M Q1"]:
-    """Errors and spikes of codes [N, M] on the points before each edge, the first edge before all points."""
-    error, _, spikes = points.sums(codes.spell())
-    return running_sums(torch.stack([error, spikes]))
+def sums_of(points: Points, codes: Codes) -> Float[Tensor, "2 N M Q"]:
+    """Errors and spikes of codes [N, M] in each segment."""
+    return points.sums(codes.spell())[::2]
 
 
 def running_everywhere(points: Points, codes: Codes) -> Float[Tensor, "2 N 1 Q1"]:
@@ -48,41 +50,36 @@ def ends(points: Points, edge: Int[Tensor, "ends N"]) -> Float[Tensor, "ends N"]
     return ((below + above) / 2).gather(1, edge.mT).mT
 
 
-def running_sums(each: Float[Tensor, "*n Q"]) -> Float[Tensor, "*n Q1"]:
-    """Sums of what comes before each edge, from 0 on; in float64: a table's error far from its interval would hide that inside."""
-    return torch.nn.functional.pad(each.double().cumsum(-1), (1, 0))
-
-
-def through(before: Float[Tensor, "N Q1"], sums: Float[Tensor, "N M Q1"]) -> Float[Tensor, "N M Q1"]:
-    """Least costs of the points before each edge when every member in turn takes over from `before`, wherever is best."""
-    return (before[:, None] - sums).cummin(-1).values + sums
-
-
-def prefix(sums: list[Float[Tensor, "N M Q1"]], like: Float[Tensor, "N M Q1"]) -> Float[Tensor, "N Q1"]:
-    """Least costs of the points before each edge with the best of some populations, whose members' running costs these are."""
-    found = torch.full_like(like[:, 0], torch.inf)
+def prefix(sums: list[Float[Tensor, "2 N M Q"]], price: Float[Tensor, " N"], Q: int) -> Float[Tensor, "N Q1"]:
+    """Least costs of the points before each edge with the best of some populations, whose members' sums these are."""
+    found = price.new_full((len(price), Q + 1), torch.inf, dtype=torch.float64)
     found[:, 0] = 0
     for each in sums:
-        found = through(found, each).amin(1)
+        found = chosen(chained_plain, each, compiled=each.is_cpu)(found, each, price)
     return found
 
 
-def suffix(sums: list[Float[Tensor, "N M Q1"]], like: Float[Tensor, "N M Q1"]) -> Float[Tensor, "N Q1"]:
+def suffix(sums: list[Float[Tensor, "2 N M Q"]], price: Float[Tensor, " N"], Q: int) -> Float[Tensor, "N Q1"]:
     """Least costs of the points behind each edge."""
-    return prefix([(each[..., -1:] - each).flip(-1) for each in reversed(sums)], like).flip(-1)
+    return prefix([each.flip(-1) for each in reversed(sums)], price, Q).flip(-1)
 
 
-def worth(before: Float[Tensor, "N Q1"], sums: Float[Tensor, "N M Q1"], behind: Float[Tensor, "N Q1"]) -> Float[Tensor, "N M"]:
+def worth(
+    before: Float[Tensor, "N Q1"], sums: Float[Tensor, "2 N M Q"], price: Float[Tensor, " N"], behind: Float[Tensor, "N Q1"]
+) -> Float[Tensor, "N M"]:
     """The least cost of a whole code with each member in its place, between the best of the others."""
-    return (through(before, sums) + behind[:, None]).amin(-1)
+    return chosen(worth_plain, sums, compiled=sums.is_cpu)(before, sums, price, behind)
 
 
 def best_chain(sums: list[Float[Tensor, "N M Q1"]]) -> tuple[Int[Tensor, "K N"], Int[Tensor, "ends N"]]:
     """Of every population the member, and the K-1 edges, of the whole code of least cost."""
     edge = torch.full((len(sums[0]),), sums[0].shape[-1] - 1, device=sums[0].device)
+    start = torch.full_like(sums[0][:, 0], torch.inf)
+    start[:, 0] = 0
+    before = list(accumulate(sums[:-1], lambda found, each: through(found, each).amin(1), initial=start))
     members, edges = [], []
     for k in range(len(sums) - 1, -1, -1):
-        lowest, where = (prefix(sums[:k], sums[k])[:, None] - sums[k]).cummin(-1)
+        lowest, where = (before[k][:, None] - sums[k]).cummin(-1)
         at = edge[:, None, None].expand(-1, sums[k].shape[1], 1)
         member = (lowest + sums[k]).gather(-1, at)[..., 0].argmin(1)
         members.append(member)
@@ -172,32 +169,26 @@ def evolve_chains(
 ) -> tuple[IntervalCodes, Float[Tensor, " N"]]:
     """The best whole code and its objective, squared error and the price of its spikes."""
     limits = bounds(populations[0], maximum, signed=objective.points.digits.signed)
-    kept = [running(objective.points, population) for population in populations]
-    price = objective.spike_price[:, None, None]
+    kept = [sums_of(objective.points, population) for population in populations]
+    price, Q = objective.spike_price, kept[0].shape[-1]
     for _ in range(generations):
         for k in range(len(populations)):
-            every = _priced(kept, price)
-            before, behind = prefix(every[:k], every[k]), suffix(every[k + 1 :], every[k])
-            found = worth(before, every[k], behind)
+            before, behind = prefix(kept[:k], price, Q), suffix(kept[k + 1 :], price, Q)
+            found = worth(before, kept[k], price, behind)
             trial = propose(populations[k], found, limits, generator)
-            tried = running(objective.points, trial)
-            (cost,) = _priced([tried], price)
-            better = worth(before, cost, behind) <= found
+            tried = sums_of(objective.points, trial)
+            better = worth(before, tried, price, behind) <= found
             populations[k] = trial.where(better, populations[k])
-            kept[k] = torch.where(better[..., None], tried, kept[k])
-    members, _ = best_chain(_priced(kept, price))
+            kept[k][:, better] = tried[:, better]
+    members, _ = best_chain([running_costs(each, price) for each in kept])
     row = torch.arange(len(maximum), device=maximum.device)
-    chosen = [population.at((row, member)) for population, member in zip(populations, members, strict=True)]
+    best = [population.at((row, member)) for population, member in zip(populations, members, strict=True)]
     # the tables meet anywhere, not only at the edges
-    final = [running_everywhere(objective.points, codes) for codes in chosen]
-    members, edges = best_chain(_priced(final, price))
+    final = [running_everywhere(objective.points, codes) for codes in best]
+    members, edges = best_chain([errors + price[:, None, None] * spikes for errors, spikes in final])
     error, spikes = totals(final, members, edges)
-    codes = Codes(values=torch.stack([each.values for each in chosen]), assignment=torch.stack([each.assignment for each in chosen]))
+    codes = Codes(values=torch.stack([each.values for each in best]), assignment=torch.stack([each.assignment for each in best]))
     return IntervalCodes(codes=codes, cuts=ends(objective.points, edges)), (error + objective.spike_price * spikes).float()
-
-
-def _priced(sums: list[Float[Tensor, "2 N M Q1"]], price: Float[Tensor, "N 1 1"]) -> list[Float[Tensor, "N M Q1"]]:
-    return [errors + price * spikes for errors, spikes in sums]
 
 
 def totals(

@@ -11,11 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from spikellm import cores
 from spikellm.coding.neuron import PhaseTable, encode
 from spikellm.kernels import build, native
-from spikellm.kernels.attention import coded_mixture, visible_ends
+from spikellm.kernels.attention import coded_mixture, mixture_plain, visible_ends
 from spikellm.kernels.encode import Digits, Rows, code_sums, count_plain, encode_plain, fire_plain, segment_sums
 from spikellm.kernels.hadamard import hadamard_factors, hadamard_matrix
+from spikellm.kernels.histogram import BINS, Tally, tally_plain
 from spikellm.kernels.transforms import kronecker
 from tests.codes import base2_table
 
@@ -116,15 +118,15 @@ def test_what_it_does_not_serve_is_left_to_the_plain_form():
 
 
 @given(
-    every_digits.filter(lambda digits: digits.sides == 1), st.sampled_from([1, 3, 8, 9, 21]), st.integers(1, 70),
-    st.sampled_from([4, 24, 64]), st.booleans(), st.booleans(), st.integers(0, 1 << 30),
+    st.none() | every_digits.filter(lambda digits: digits.sides == 1), st.sampled_from([1, 3, 8, 9, 21, 150]), st.integers(1, 300),
+    st.sampled_from([4, 24, 37, 64, 80]), st.booleans(), st.booleans(), st.integers(0, 1 << 30),
 )  # fmt: skip
 @law
 def test_mixtures_are_those_of_the_plain_form(digits, L, S, E, own, prefix, seed):
-    """In float64: no exponential is so near a threshold that rounding decides."""
+    """In float64: no exponential is so near a threshold that rounding decides. No digits: exponentials pass whole."""
     numbers = torch.Generator().manual_seed(seed)
     N, H, K = 2, 4, 2
-    rows, cuts = code(digits, H if own else 1, 5, torch.float64, numbers)
+    rows, cuts = code(digits, H if own else 1, 5, torch.float64, numbers) if digits else (None, None)
 
     def randn(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=numbers, dtype=torch.float64)
@@ -132,8 +134,10 @@ def test_mixtures_are_those_of_the_plain_form(digits, L, S, E, own, prefix, seed
     query, key, value = randn(N, L, H, E).transpose(1, 2), randn(N, K, S + 3, E)[:, :, 3:], randn(N, K, S, E)
     sinks = (randn(1, K, 2, E), randn(1, K, 2, E)) if prefix else None
     mask = (torch.rand(1, 1, L, S, generator=numbers) < 0.7).expand(N, -1, -1, -1)
-    given_scores = (query, key, value, mask, E**-0.5, sinks, rows, digits, cuts)
-    torch.testing.assert_close(native.mixture(*given_scores), coded_mixture(*given_scores), rtol=1e-9, atol=1e-9)
+    given_scores = (query, key, value, mask, E**-0.5, sinks, rows, digits or Digits(), cuts)
+    found = native.mixture(*given_scores, 8)
+    torch.testing.assert_close(found, coded_mixture(*given_scores), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(mixture_plain(*given_scores, 8), found, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(("dtype", "T"), [(torch.float32, 20), (torch.float64, 32)])
@@ -144,7 +148,7 @@ def test_with_a_fine_code_it_is_the_softmax(dtype, T, L):
     mask = torch.ones(1, 1, L, 90, dtype=torch.bool)
     fine = base2_table(1.0, T).to(dtype)
     rows = Rows(*(part * 2 for part in fine.rows))
-    found = native.mixture(query, key, value, mask, 0.7, None, rows, fine.digits, None)
+    found = native.mixture(query, key, value, mask, 0.7, None, rows, fine.digits, None, 8)
     wanted = (query.double() @ key.double().mT * 0.7).softmax(-1) @ value.double()
     assert (found - wanted).abs().max() < 90 * 2.0**-T
 
@@ -197,6 +201,48 @@ def test_blocks_end_where_the_plain_form_says(L, S, size, density, seed):
     assert native.ends(mask, size) == visible_ends(mask, size)
     shared = mask[:1].expand(3, -1, -1, -1)
     assert native.ends(shared, size) == visible_ends(shared, size)
+
+
+@given(st.integers(1, 3), st.integers(1, 4), st.booleans(), st.booleans(), st.booleans(), st.sampled_from(DTYPES), st.integers(0, 1 << 30))
+@law
+def test_histograms_are_those_of_the_plain_form(outer, groups, two_sided, weighed, masked, dtype, seed):
+    """Counts and peaks to the last number; importance comes row by row or number by number, sums of it are rounded in another order."""
+    numbers = torch.Generator().manual_seed(seed)
+    x = torch.randn(outer, 5, groups, 37, generator=numbers) * 10.0 ** torch.randint(-13, 7, (outer, 5, groups, 37), generator=numbers)
+    special = torch.tensor([0.0, -0.0, torch.nan, -torch.inf, 2.0**24, 1e-45])
+    x.view(-1)[: len(special)] = special
+    x = x.transpose(1, 2)  # [A, C, J, K], not contiguous
+    importance = torch.rand(outer, 1, 5, 1 if seed % 2 else 37, generator=numbers, dtype=dtype).expand(x.shape) if weighed else None
+    neurons = (torch.rand(1, 1, 5, 37, generator=numbers) < 0.6).expand(x.shape) if masked else None
+    rows = (2 if two_sided else 1) * groups
+    found, wanted = (
+        Tally(torch.ones(rows, BINS, dtype=torch.int64), torch.ones(rows, BINS, dtype=torch.float64), torch.zeros(rows)) for _ in range(2)
+    )
+    native.tally(x, importance, neurons, found)
+    tally_plain(x, importance, neurons, wanted)
+    assert torch.equal(found.counts, wanted.counts)
+    torch.testing.assert_close(found.weights, wanted.weights, rtol=1e-12, atol=0)
+    for side in range(rows // groups):  # a side without numbers has no NaN of its own
+        some = slice(side * groups, (side + 1) * groups)
+        finite = wanted.peaks[some].isfinite()
+        assert torch.equal(found.peaks[some][finite], wanted.peaks[some][finite])
+    assert (found.peaks.isfinite().view(-1, groups).all(0) == wanted.peaks.isfinite().view(-1, groups).all(0)).all()
+
+
+def test_sums_of_importance_do_not_depend_on_threads():
+    """In parts of their own, added in their order."""
+    numbers = torch.Generator().manual_seed(0)
+    x, importance = torch.randn(1, 1, 700, 600, generator=numbers), torch.rand(1, 1, 700, 600, generator=numbers)
+    found = []
+    for threads in (1, 3):
+        tally = Tally(torch.zeros(1, BINS, dtype=torch.int64), torch.zeros(1, BINS, dtype=torch.float64), torch.zeros(1))
+        with cores.threads(threads):
+            native.tally(x, importance, None, tally)
+        found.append(tally)
+    assert torch.equal(found[0].weights, found[1].weights)
+    assert torch.equal(found[0].counts, found[1].counts)
+    assert found[0].counts.sum() == x.numel()
+    assert found[0].weights.sum().item() == pytest.approx(importance.double().sum().item())
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 // The softmax whose exponentials are spikes, normalised after they are coded: attention.py's `coded_mixture`.
 
 #include <cmath>
+#include <type_traits>
 
 #include "neuron.h"
 
@@ -43,10 +44,18 @@ template <class R> struct Row {
     R sum, top;  // of the exponentials; the largest score that is seen, finite where none is
 };
 
+struct Whole {};  // instead of a kind of digits: exponentials are not coded
+
+template <class R> constexpr int64_t GROUP = U * W<R>;  // keys that are coded together
+
 // Scores of one query with S keys, which a row of the mask shows (1) or hides (0), to the coded exponentials of their multiples, in place.
-template <class R, class K> Row<R> code_row(const Table<R>& table, R* scores, const uint8_t* mask, int64_t S, R scaling) {
+// loud: of every group of keys whether any of them sends a spike, or may; the others are left out of what follows, for most keys of most
+// queries have exponentials below the smallest that fires.
+template <class R, class K> Row<R> code_row(const Table<R>& table, R* scores, const uint8_t* mask, int64_t S, R scaling, uint8_t* loud) {
     int64_t last = S;
     while (last > 0 && !mask[last - 1]) last--;
+    // exponentials are right to 2 units in the last place, far less than this distance
+    const R quiet = table.silent > 0 ? R(std::log(double(table.silent)) - 1e-5) : -std::numeric_limits<R>::infinity();
     const R none = sizeof(R) == 4 ? R(-3.4028234663852886e38) : R(-1.7976931348623157e308);
     V<R> top = filled<R>(none);
     const auto look = [&](V<R> s, B<R> shown) {
@@ -59,23 +68,38 @@ template <class R, class K> Row<R> code_row(const Table<R>& table, R* scores, co
     R largest = none;
     for (int lane = 0; lane < W<R>; lane++) largest = top[lane] > largest ? top[lane] : largest;
     largest = largest == none ? none : largest * scaling;
-    V<R> sum = {};
-    const auto exponentials = [&](V<R> s, B<R> shown) {
-        return widened<R>(shown) != 0 ? exponential(s * scaling - largest) : V<R>{};
+    V<R> sum = {}, some[U];
+    const auto coded = [&]([[maybe_unused]] auto number) {
+        if constexpr (!std::is_same<K, Whole>::value) encode<R, K, decltype(number)::value>(table, some);
     };
-    V<R> some[U];
-    for (j = 0; j + U * W<R> <= last; j += U * W<R>) {
+    M<R> shown[U];
+    std::memset(loud, 0, (S + GROUP<R> - 1) / GROUP<R>);
+    for (j = 0; j + GROUP<R> <= last; j += GROUP<R>) {
+        M<R> any = {};
 #pragma GCC unroll 4
-        for (int n = 0; n < U; n++) some[n] = exponentials(load<V<R>>(scores + j + n * W<R>), load<B<R>>(mask + j + n * W<R>));
-        encode<R, K, U>(table, some);
+        for (int n = 0; n < U; n++) {
+            shown[n] = widened<R>(load<B<R>>(mask + j + n * W<R>)) != 0;
+            some[n] = load<V<R>>(scores + j + n * W<R>) * scaling - largest;
+            any |= shown[n] & ~M<R>(some[n] <= quiet);
+        }
+        if (!some_lane<R>(any)) {
+            std::memset(scores + j, 0, GROUP<R> * sizeof(R));
+            continue;
+        }
+        loud[j / GROUP<R>] = 1;
+#pragma GCC unroll 4
+        for (int n = 0; n < U; n++) some[n] = shown[n] ? exponential(some[n]) : V<R>{};
+        coded(std::integral_constant<int, U>{});
         store_all<R, U>(scores + j, some);
 #pragma GCC unroll 4
         for (int n = 0; n < U; n++) sum += some[n];
     }
+    if (j < last) loud[j / GROUP<R>] = 1;
     for (; j < last; j += W<R>) {
         const int64_t n = last - j < W<R> ? last - j : W<R>;
-        some[0] = exponentials(load_some<V<R>>(scores + j, n), load_some<B<R>>(mask + j, n));
-        encode<R, K, 1>(table, some);
+        some[0] = load_some<V<R>>(scores + j, n) * scaling - largest;
+        some[0] = widened<R>(load_some<B<R>>(mask + j, n)) != 0 ? exponential(some[0]) : V<R>{};
+        coded(std::integral_constant<int, 1>{});
         store_some(scores + j, some[0], n);
         sum += some[0];
     }
@@ -83,29 +107,13 @@ template <class R, class K> Row<R> code_row(const Table<R>& table, R* scores, co
     return {total<R>(sum), largest};
 }
 
-template <class R> using Coder = Row<R> (*)(const Table<R>&, R*, const uint8_t*, int64_t, R);
+template <class R> using Coder = Row<R> (*)(const Table<R>&, R*, const uint8_t*, int64_t, R, uint8_t*);
 
 // `code_row` for the kind of digits.
 template <class R> Coder<R> coder_of(const Code<R>& code) {
-    Coder<R> found = nullptr;
-    with_kind(code, [&](auto kind) { found = code_row<R, decltype(kind)>; });
+    Coder<R> found = code_row<R, Whole>;
+    if (code.theta) with_kind(code, [&](auto kind) { found = code_row<R, decltype(kind)>; });
     return found;
-}
-
-template <class R>
-int code_scores(R* scores, R* sums, R* tops, const uint8_t* mask, int64_t batch_stride, int64_t row_stride, R scaling, Shape n,
-                const Code<R>& code, int threads) {
-    if (!served(code)) return 1;
-    const std::vector<Table<R>> tables = tables_of(code);
-    const Coder<R> coded = coder_of(code);
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (int64_t row = 0; row < n.N * n.H * n.L; row++) {
-        const int64_t b = row / (n.H * n.L), h = row / n.L % n.H, l = row % n.L;
-        const uint8_t* shown = mask + b * batch_stride + l * row_stride;
-        const Row<R> found = coded(tables[h % code.groups], scores + row * n.S, shown, n.S, scaling);
-        sums[row] = found.sum, tops[row] = found.top;
-    }
-    return 0;
 }
 
 // Queries, keys and values of attention, of E numbers each; strides in numbers, of sequences, heads and tokens.
@@ -150,7 +158,7 @@ inline void finish(R* out, R* mixed, Row<R> row, const R* query, Heads<R> sink_k
 template <class R>
 int attend(R* out, Heads<R> query, Heads<R> key, Heads<R> value, Heads<R> sink_key, Heads<R> sink_value, const uint8_t* mask,
            int64_t batch_stride, int64_t row_stride, R scaling, Shape n, const Code<R>& code, int threads) {
-    if (!served(code) || n.P > 64) return 1;
+    if ((code.theta && !served(code)) || n.P > 64) return 1;
     const std::vector<Table<R>> tables = tables_of(code);
     const Coder<R> coded = coder_of(code);
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
@@ -158,9 +166,10 @@ int attend(R* out, Heads<R> query, Heads<R> key, Heads<R> value, Heads<R> sink_k
         const int64_t b = row / (n.H * n.L), h = row / n.L % n.H, l = row % n.L, k = h / (n.H / n.K);
         const uint8_t* shown = mask + b * batch_stride + l * row_stride;
         std::vector<R> scores(n.S), mixed(n.E);
+        std::vector<uint8_t> loud(n.S / GROUP<R> + 1);
         for (int64_t j = 0; j < n.S; j++)
             if (shown[j]) scores[j] = dot(query(b, h, l), key(b, k, j), n.E);
-        const Row<R> found = coded(tables[h % code.groups], scores.data(), shown, n.S, scaling);
+        const Row<R> found = coded(tables[h % tables.size()], scores.data(), shown, n.S, scaling, loud.data());
         for (int64_t j = 0; j < n.S; j++)
             if (scores[j] != 0) add(mixed.data(), value(b, k, j), scores[j], n.E);
         finish(out + ((b * n.L + l) * n.H + h) * n.E, mixed.data(), found, query(b, h, l), sink_key, sink_value, scaling, n, k);
@@ -168,16 +177,111 @@ int attend(R* out, Heads<R> query, Heads<R> key, Heads<R> value, Heads<R> sink_k
     return 0;
 }
 
-// Mixtures [N, H, L, E] of coded exponentials, whose sums and largest scores are known, to heads' outputs [N, L, H, E].
+// Rows and registers of a tile of a product: its sums, a row of the right factor and a number of the left one fill the registers there are.
+constexpr int ROWS = BYTES == 64 ? 6 : 4, REGISTERS = BYTES == 64 ? 4 : 2;
+constexpr int64_t STRETCH = 128;  // keys whose values stay in the first cache while they meet all queries of a block
+constexpr int64_t ROOM = 1 << 20;  // bytes of a block's scores: they stay in the second cache
+
+// y = x m, or y += x m, of ROWS rows and C registers of columns: x [ROWS, n], m [n, ..], y [ROWS, ..], with strides between rows.
+template <class R, int C, bool ADD> inline void tile(R* y, int64_t y_row, const R* x, int64_t x_row, const R* m, int64_t m_row, int64_t n) {
+    V<R> sums[ROWS][C];
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 4
+        for (int c = 0; c < C; c++) sums[r][c] = ADD ? load<V<R>>(y + r * y_row + c * W<R>) : V<R>{};
+    for (int64_t i = 0; i < n; i++) {
+        V<R> some[C];
+#pragma GCC unroll 4
+        for (int c = 0; c < C; c++) some[c] = load<V<R>>(m + i * m_row + c * W<R>);
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; r++) {
+            const V<R> weight = filled<R>(x[r * x_row + i]);
+#pragma GCC unroll 4
+            for (int c = 0; c < C; c++) sums[r][c] += weight * some[c];
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 4
+        for (int c = 0; c < C; c++) store(y + r * y_row + c * W<R>, sums[r][c]);
+}
+
+// y += x m of up to REGISTERS registers.
+template <class R> inline void add_tile(int registers, R* y, int64_t y_row, const R* x, int64_t x_row, const R* m, int64_t m_row, int64_t n) {
+    if (registers == 1) tile<R, 1, true>(y, y_row, x, x_row, m, m_row, n);
+    else if (registers == 2) tile<R, 2, true>(y, y_row, x, x_row, m, m_row, n);
+    else if (registers == 3) tile<R, 3, true>(y, y_row, x, x_row, m, m_row, n);
+    else tile<R, 4, true>(y, y_row, x, x_row, m, m_row, n);
+}
+
+inline int64_t rounded(int64_t number, int64_t unit) { return (number + unit - 1) / unit * unit; }
+
+// Many queries: a block of them, of all heads that share keys, meets the keys that it sees; scores stay with its thread.
 template <class R>
-int finish_all(R* out, R* mixed, const R* sums, const R* tops, Heads<R> query, Heads<R> sink_key, Heads<R> sink_value, R scaling, Shape n,
-               int threads) {
-    if (n.P > 64) return 1;
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (int64_t row = 0; row < n.N * n.H * n.L; row++) {
-        const int64_t b = row / (n.H * n.L), h = row / n.L % n.H, l = row % n.L;
-        finish(out + ((b * n.L + l) * n.H + h) * n.E, mixed + row * n.E, Row<R>{sums[row], tops[row]}, query(b, h, l), sink_key, sink_value,
-               scaling, n, h / (n.H / n.K));
+int mix(R* out, Heads<R> query, Heads<R> key, Heads<R> value, Heads<R> sink_key, Heads<R> sink_value, const uint8_t* mask,
+        int64_t batch_stride, int64_t row_stride, R scaling, Shape n, const Code<R>& code, int threads) {
+    if ((code.theta && !served(code)) || n.P > 64) return 1;
+    const std::vector<Table<R>> tables = tables_of(code);
+    const Coder<R> coded = coder_of(code);
+    const int64_t G = n.H / n.K, panel = REGISTERS * W<R>, width = rounded(n.S, panel) + W<R>, padded = rounded(n.E, W<R>);
+    int64_t block = ROOM / int64_t(sizeof(R)) / (G * width);
+    block = block < 4 ? 4 : block > 64 ? 64 : block;
+    const int64_t panels = width / panel, blocks = (n.L + block - 1) / block, rows = rounded(G * block, ROWS), groups = n.S / GROUP<R> + 1;
+    // keys in panels of columns [S / panel, E, panel], values in rows of whole registers [S, padded]
+    std::vector<R> keys(n.N * n.K * width * n.E), values(n.N * n.K * n.S * padded);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+#pragma omp for schedule(static)
+        for (int64_t part = 0; part < n.N * n.K * panels; part++) {
+            const int64_t head = part / panels, first = part % panels * panel, b = head / n.K, k = head % n.K;
+            R* to = keys.data() + head * width * n.E + first * n.E;
+            for (int64_t j = 0; j < panel && first + j < n.S; j++) {
+                const R *from = key(b, k, first + j), *read = value(b, k, first + j);
+                for (int64_t e = 0; e < n.E; e++) to[e * panel + j] = from[e];
+                std::memcpy(values.data() + (head * n.S + first + j) * padded, read, n.E * sizeof(R));
+            }
+        }
+        std::vector<R> queries(rows * n.E), scores(rows * width), mixed(rows * padded);
+        std::vector<Row<R>> found(rows);
+        std::vector<uint8_t> loud(rows * groups);
+#pragma omp for schedule(dynamic)
+        for (int64_t job = 0; job < n.N * n.K * blocks; job++) {
+            const int64_t start = (blocks - 1 - job / (n.N * n.K)) * block, head = job % (n.N * n.K), b = head / n.K, k = head % n.K;
+            const int64_t some = start + block < n.L ? block : n.L - start, used = rounded(G * some, ROWS);
+            int64_t end = 1;
+            for (int64_t l = start; l < start + some; l++) {
+                const uint8_t* shown = mask + b * batch_stride + l * row_stride;
+                int64_t last = n.S;
+                while (last > end && !shown[last - 1]) last--;
+                end = last;
+            }
+            for (int64_t row = 0; row < G * some; row++)
+                std::memcpy(queries.data() + row * n.E, query(b, k * G + row / some, start + row % some), n.E * sizeof(R));
+            std::memset(mixed.data(), 0, used * padded * sizeof(R));
+            for (int64_t j = 0; j < end; j += panel)
+                for (int64_t row = 0; row < used; row += ROWS)
+                    tile<R, REGISTERS, false>(scores.data() + row * width + j, width, queries.data() + row * n.E, n.E,
+                                              keys.data() + head * width * n.E + j * n.E, panel, n.E);
+            for (int64_t row = 0; row < G * some; row++)
+                found[row] = coded(tables[(k * G + row / some) % tables.size()], scores.data() + row * width,
+                                   mask + b * batch_stride + (start + row % some) * row_stride, end, scaling, loud.data() + row * groups);
+            for (int64_t j = 0; j < end; j += STRETCH)
+                for (int64_t row = 0; row < used; row += ROWS)
+                    for (int64_t i = j; i < end && i < j + STRETCH; i += GROUP<R>) {
+                        bool any = false;
+                        for (int r = 0; r < ROWS; r++) any |= loud[(row + r) * groups + i / GROUP<R>];
+                        if (!any) continue;
+                        for (int64_t e = 0; e < padded; e += panel)
+                            add_tile<R>(int((padded - e < panel ? padded - e : panel) / W<R>), mixed.data() + row * padded + e, padded,
+                                        scores.data() + row * width + i, width, values.data() + (head * n.S + i) * padded + e, padded,
+                                        i + GROUP<R> < end ? GROUP<R> : end - i);
+                    }
+            for (int64_t row = 0; row < G * some; row++) {
+                const int64_t h = k * G + row / some, l = start + row % some;
+                finish(out + ((b * n.L + l) * n.H + h) * n.E, mixed.data() + row * padded, found[row], query(b, h, l), sink_key, sink_value,
+                       scaling, n, k);
+            }
+        }
     }
     return 0;
 }
@@ -200,19 +304,13 @@ void visible(int64_t* ends, const uint8_t* mask, int64_t batch_stride, int64_t r
 }  // namespace
 
 extern "C" {
-int code_scores_f32(float* scores, float* sums, float* tops, const uint8_t* mask, int64_t batch_stride, int64_t row_stride, double scaling,
-                    const Shape* shape, const Code<float>* code, int threads) {
-    return code_scores(scores, sums, tops, mask, batch_stride, row_stride, float(scaling), *shape, *code, threads);
+int mix_f32(float* out, const Heads<float>* heads, const uint8_t* mask, int64_t batch_stride, int64_t row_stride, double scaling,
+            const Shape* shape, const Code<float>* code, int threads) {
+    return mix(out, heads[0], heads[1], heads[2], heads[3], heads[4], mask, batch_stride, row_stride, float(scaling), *shape, *code, threads);
 }
-int finish_f32(float* out, float* mixed, const float* sums, const float* tops, const Heads<float>* heads, double scaling, const Shape* shape, int threads) {
-    return finish_all(out, mixed, sums, tops, heads[0], heads[3], heads[4], float(scaling), *shape, threads);
-}
-int code_scores_f64(double* scores, double* sums, double* tops, const uint8_t* mask, int64_t batch_stride, int64_t row_stride, double scaling,
-                    const Shape* shape, const Code<double>* code, int threads) {
-    return code_scores(scores, sums, tops, mask, batch_stride, row_stride, double(scaling), *shape, *code, threads);
-}
-int finish_f64(double* out, double* mixed, const double* sums, const double* tops, const Heads<double>* heads, double scaling, const Shape* shape, int threads) {
-    return finish_all(out, mixed, sums, tops, heads[0], heads[3], heads[4], double(scaling), *shape, threads);
+int mix_f64(double* out, const Heads<double>* heads, const uint8_t* mask, int64_t batch_stride, int64_t row_stride, double scaling,
+            const Shape* shape, const Code<double>* code, int threads) {
+    return mix(out, heads[0], heads[1], heads[2], heads[3], heads[4], mask, batch_stride, row_stride, scaling, *shape, *code, threads);
 }
 int attend_f32(float* out, const Heads<float>* heads, const uint8_t* mask, int64_t batch_stride, int64_t row_stride, double scaling,
                const Shape* shape, const Code<float>* code, int threads) {

@@ -4,8 +4,11 @@
 
 #pragma once
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <vector>
 #if defined(__AVX2__) || defined(__AVX512F__)
 #include <immintrin.h>
@@ -80,6 +83,18 @@ template <class R> inline B<R> narrowed(M<R> wide) {
 
 template <class R> inline V<R> filled(R value) { return V<R>{} + value; }
 
+// Whether any lane of a mask is set.
+template <class R> inline bool some_lane(M<R> mask) {
+#if defined(__AVX512F__)
+    return _mm512_test_epi64_mask((__m512i)mask, (__m512i)mask) != 0;
+#else
+    typename Vector<double>::M halves = (typename Vector<double>::M)mask;
+    int64_t any = 0;
+    for (int i = 0; i < W<double>; i++) any |= halves[i];
+    return any != 0;
+#endif
+}
+
 // Half and half, not lane by lane, which would wait for every sum.
 template <class R> inline R total(V<R> x) {
 #if defined(__AVX512F__)
@@ -106,6 +121,9 @@ template <class R> struct Table {
     std::vector<R> lanes;  // theta, h, d of each step, then v0; W numbers each
     std::vector<R> cuts;   // of each interval's lower end: one for each side
     int steps, sides, intervals, max_spikes;
+    R silent = -1;  // nobody fires for |x| up to it; below 0: nobody knows
+
+    Table() = default;
 
     Table(const Code<R>& code, int64_t group)
         : lanes((3 * code.steps + 1) * W<R>), cuts(2 * (code.intervals - 1)), steps(code.steps), sides(code.sides),
@@ -123,11 +141,20 @@ template <class R> struct Table {
         for (int k = 0; k + 1 < intervals; k++)
             for (int side = 0; side < 2; side++)
                 cuts[2 * k + side] = code.cuts[(int64_t(k) * sides + (side < sides ? side : 0)) * code.groups + group];
+        silent = std::numeric_limits<R>::infinity();
+        for (int p = 0; p < P; p++) {
+            const int64_t row = int64_t(p) * code.groups + group;
+            const R least = *std::min_element(code.theta + row * steps, code.theta + (row + 1) * steps), v0 = code.v0[row];
+            const R slack = 8 * std::numeric_limits<R>::epsilon() * (std::abs(least) + std::abs(v0));  // of |x| + v0 as it is rounded
+            silent = std::min(silent, code.is_signed && v0 < slack - least ? R(-1) : least - v0 - slack);
+        }
     }
 };
 
+// Of a code without tables one that nobody reads.
 template <class R> std::vector<Table<R>> tables_of(const Code<R>& code) {
     std::vector<Table<R>> tables;
+    if (!code.theta) tables.emplace_back();
     for (int64_t group = 0; group < code.groups; group++) tables.emplace_back(code, group);
     return tables;
 }
