@@ -38,13 +38,18 @@ def exponentials(scores: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return (scores - top).exp(), top
 
 
-def coded_exponentials(scores: Tensor, mask: Tensor, rows: Rows, digits: Digits, cuts: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """`exponentials` sent through neurons (a table per head, or one for all), their row sums, and m."""
-    weights, top = exponentials(scores, mask)
+def coded(weights: Float[Tensor, "B H l s"], rows: Rows, digits: Digits, cuts: Tensor | None) -> Float[Tensor, "B H l s"]:
+    """Weights sent through neurons, a table per head or one for all."""
     B, H, L, S = weights.shape
     groups = len(rows.v0) // digits.populations
-    coded = encode_plain(weights.view(B * H // groups, groups, L * S), rows, digits, cuts).view(B, H, L, S)
-    return coded, coded.sum(-1, keepdim=True), top
+    return encode_plain(weights.view(B * H // groups, groups, L * S), rows, digits, cuts).view(B, H, L, S)
+
+
+def coded_exponentials(scores: Tensor, mask: Tensor, rows: Rows, digits: Digits, cuts: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """`exponentials`, `coded`, their row sums, and m."""
+    weights, top = exponentials(scores, mask)
+    weights = coded(weights, rows, digits, cuts)
+    return weights, weights.sum(-1, keepdim=True), top
 
 
 def coded_mixture(
@@ -62,6 +67,20 @@ def coded_mixture(
     query = query * scaling
     weights, total, top = coded_exponentials(per_key_head(query, key.mT), mask, rows, digits, cuts)
     return normalised(per_key_head(weights, value), total, top, query, prefix)[0]
+
+
+def coded_average(
+    query: Float[Tensor, "B H l E"],
+    key: Float[Tensor, "B K s E"],
+    value: Float[Tensor, "B K s E"],
+    mask: Bool[Tensor, "B 1 l s"],
+    scaling: float,
+    rows: Rows,
+    digits: Digits,
+    cuts: Tensor | None,
+) -> Float[Tensor, "B H l E"]:
+    """Values mixed by coded probabilities, which are normalised before: sum_j p^_j v_j, see model/attention.py."""
+    return per_key_head(coded(probabilities(per_key_head(query * scaling, key.mT), mask), rows, digits, cuts), value)
 
 
 def normalised(

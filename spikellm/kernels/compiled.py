@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.fx.experimental import _config
 
 from spikellm.kernels import native
+from spikellm.kernels.encode import Digits, Rows
 
 log = logging.getLogger(__name__)
 
@@ -23,15 +24,20 @@ def chosen(function: Callable, like: Tensor, *, compiled: bool) -> Callable:
 def fused(function: Callable, device_type: str) -> Callable:
     """`function` compiled into one kernel for any shape; `function` itself, with a warning, where there is no compiler.
 
-    On a CPU by hand, where `native` has it; else by Inductor.
+    On a CPU by hand, where `native` has it, on a GPU where `gpu` has it; else by Inductor.
     """
     if device_type == "cpu" and native.library() is None:
         return function
     if device_type == "cpu" and function in native.KERNELS:
         return native.KERNELS[function]
-    if device_type == "cuda" and find_spec("triton") is None:
-        log.warning("no Triton found: neurons run unfused, several times slower; pip install triton cures it")
-        return function
+    if device_type == "cuda":
+        if find_spec("triton") is None:
+            log.warning("no Triton found: neurons run unfused, several times slower; pip install triton cures it")
+            return function
+        from spikellm.kernels import gpu
+
+        if function in gpu.KERNELS:
+            return gpu.KERNELS[function]
     # a process that sweeps over T compiles once per T and kind of shape; dynamo's default of 8 would end it
     kernel = torch.compile(function, dynamic=True, fullgraph=True, recompile_limit=128)  # type: ignore[call-overload]
 
@@ -45,3 +51,15 @@ def fused(function: Callable, device_type: str) -> Callable:
             _config.use_duck_shape = before
 
     return run
+
+
+def without_scores(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, prefix: tuple[Tensor, Tensor] | None,
+    rows: Rows, digits: Digits, cuts: Tensor | None,
+) -> bool:  # fmt: skip
+    """Whether attention with coded weights holds no matrix of scores on this device: queries need not come in blocks then."""
+    if not query.is_cuda or find_spec("triton") is None:
+        return False
+    from spikellm.kernels import gpu
+
+    return gpu.attends(query, key, value, mask, prefix, rows, digits, cuts)

@@ -118,7 +118,7 @@ def _run(name: str, x: Tensor, *arguments: object) -> bool:
     return loaded is not None and getattr(loaded, f"{name}_{SUFFIX[x.dtype]}")(*arguments) == 0
 
 
-def _or_plain(plain: Callable) -> Callable[[Callable], Callable]:
+def or_plain(plain: Callable) -> Callable[[Callable], Callable]:
     """A kernel that may answer None, which leaves it to the plain form."""
 
     def decorate(kernel: Callable) -> Callable:
@@ -145,13 +145,13 @@ def _elementwise(
     return found if done else None
 
 
-@_or_plain(encode_plain)
+@or_plain(encode_plain)
 def encode(x: Tensor, rows: Rows, digits: Digits, cuts: Tensor | None = None) -> Tensor | None:
     """`encode.encode_plain`."""
     return _elementwise("encode", x, x.shape[1], rows, digits, cuts, lambda x, _: torch.empty_like(x))
 
 
-@_or_plain(fire_plain)
+@or_plain(fire_plain)
 def fire(x: Tensor, rows: Rows, digits: Digits, cuts: Tensor | None = None) -> Tensor | None:
     """`encode.fire_plain`."""
 
@@ -161,13 +161,13 @@ def fire(x: Tensor, rows: Rows, digits: Digits, cuts: Tensor | None = None) -> T
     return _elementwise("fire", x, x.shape[1], rows, digits, cuts, room)
 
 
-@_or_plain(count_plain)
+@or_plain(count_plain)
 def count(x: Tensor, rows: Rows, digits: Digits, cuts: Tensor | None = None) -> Tensor | None:
     """`encode.count_plain`."""
     return _elementwise("count", x, x.shape[0], rows, digits, cuts, lambda x, T: x.new_empty(T, *x.shape[:2], dtype=torch.int64))
 
 
-@_or_plain(coded_mixture)
+@or_plain(coded_mixture)
 def mixture(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, prefix: tuple[Tensor, Tensor] | None,
     rows: Rows, digits: Digits, cuts: Tensor | None,
@@ -198,7 +198,7 @@ def mixture(
     return out.transpose(1, 2) if done else None
 
 
-@_or_plain(rms_norm)
+@or_plain(rms_norm)
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor | None:
     if not _served(x, weight):
         return None
@@ -209,7 +209,7 @@ def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor | None:
     return y if done else None
 
 
-@_or_plain(kronecker)
+@or_plain(kronecker)
 def _hadamard(x: Tensor, left: Tensor, right: Tensor) -> Tensor | None:
     P, n = len(left), len(right)
     if not _served(x, right) or n & (n - 1):
@@ -255,7 +255,7 @@ def hadamard(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return _differentiable(_hadamard, kronecker, x, left, right)
 
 
-@_or_plain(segment_sums)
+@or_plain(segment_sums)
 def candidates(x: Tensor, weight: Tensor, share: Tensor, rows: Rows, digits: Digits) -> tuple[Tensor, ...] | None:
     """`encode.segment_sums`."""
     if not all(_served(each, rows.theta) for each in (x, weight, share)) or digits.populations > 1:
@@ -270,7 +270,7 @@ def candidates(x: Tensor, weight: Tensor, share: Tensor, rows: Rows, digits: Dig
     return tuple(sums) if done else None
 
 
-@_or_plain(code_sums)
+@or_plain(code_sums)
 def sums(x: Tensor, weight: Tensor, share: Tensor, rows: Rows, digits: Digits, cuts: Tensor | None) -> Tensor | None:
     """`encode.code_sums`."""
     if not all(_served(each, rows.theta) for each in (x, weight, share)) or len(x) * digits.populations != rows.v0.shape[0]:
@@ -282,7 +282,7 @@ def sums(x: Tensor, weight: Tensor, share: Tensor, rows: Rows, digits: Digits, c
     return found if _run("code_sums", x, *addresses, *x.shape, code, _threads(x.numel() * code.steps)) else None
 
 
-@_or_plain(visible_ends)
+@or_plain(visible_ends)
 def ends(mask: Tensor, size: int) -> list[int] | None:
     """`attention.visible_ends`."""
     if torch.compiler.is_compiling() or type(mask) is not Tensor or not mask.is_cpu or mask.stride(-1) != 1:

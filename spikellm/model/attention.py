@@ -20,8 +20,10 @@ A key and a value are coded once, when they are made: what attention gets, and a
 spelled (`cache.py`). Only queries and the softmax are coded here.
 
 Queries are taken in blocks, and keys that no query of a block may see are left out: half of the work and a fraction of
-the memory of the full [H, L, S] matrix. Scores, exponentials and sums are float32 at least, whatever the model's dtype: transformers'
-eager attention rounds scores to bfloat16, by 0.06 at a score of 20.
+the memory of the full [H, L, S] matrix. On a GPU a kernel does so by itself and holds no such matrix (`kernels/gpu.py`).
+
+Scores, exponentials and sums are float32 at least, whatever the model's dtype: transformers' eager attention rounds scores to bfloat16, by
+0.06 at a score of 20.
 """
 
 from collections.abc import Iterator
@@ -37,6 +39,7 @@ from transformers.masking_utils import sdpa_mask
 from spikellm.coding.neuron import NoGradient, PhaseNeuron, Slot, apply_wide
 from spikellm.kernels import native
 from spikellm.kernels.attention import (
+    coded_average,
     coded_exponentials,
     coded_mixture,
     exponentials,
@@ -45,7 +48,8 @@ from spikellm.kernels.attention import (
     probabilities,
     squared_distances,
 )
-from spikellm.kernels.compiled import fused
+from spikellm.kernels.compiled import fused, without_scores
+from spikellm.kernels.encode import Digits, Rows
 from spikellm.model.modules import OnlineHadamard, wide
 from spikellm.model.sites import ATTENTION, SPIKING_ATTENTION, decoder_layers
 
@@ -78,7 +82,7 @@ class SpikingAttention(nn.Module):
         head_width: E.
         rotated: apply R3.
         normalise_after: see the module's text.
-        query_block: queries per block [tokens].
+        query_block: queries per block, where scores are held in memory [tokens].
         dtype: of activations.
     """
 
@@ -138,9 +142,11 @@ class SpikingAttention(nn.Module):
             key, value = (torch.cat(each, dim=2) for each in zip(own, (key, value), strict=True))
             mask = behind_prefix(mask, prefix[0].shape[2])
         mix = self._mix_then_normalise if self.normalise_after else self._normalise_then_mix
+        code, every = self._code, (query.detach(), key.detach(), value.detach())
+        whole = code is not None and without_scores(*every, mask, prefix, *code)
         blocks = [
-            mix(query[:, :, rows], key[:, :, keys], value[:, :, keys], mask[:, :, rows, keys], scaling, prefix).transpose(1, 2)
-            for rows, keys in visible_blocks(mask, self.query_block)
+            mix(query[:, :, rows], key[:, :, keys], value[:, :, keys], mask[:, :, rows, keys], scaling, prefix, whole).transpose(1, 2)
+            for rows, keys in ([(slice(None), slice(None))] if whole else visible_blocks(mask, self.query_block))
         ]
         return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
 
@@ -151,24 +157,30 @@ class SpikingAttention(nn.Module):
             return None
         return self.rotate(self.prefix_key[None]), self.prefix_value[None].to(wide(self.prefix_value.dtype))
 
+    @property
+    def _code(self) -> tuple[Rows, Digits, Tensor | None] | None:
+        """Of the softmax, for kernels; None: something else sits there, or its neurons are not to be compiled."""
+        neuron = self.softmax
+        return (neuron.table.rows, neuron.digits, neuron.cuts) if isinstance(neuron, PhaseNeuron) and neuron.compiled else None
+
     def _normalise_then_mix(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, _: object
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, _: object, whole: bool
     ) -> Float[Tensor, "B H l E"]:
+        code = self._code
+        if code is not None and whole:
+            average = fused(coded_average, query.device.type)
+            return _without_gradient(query, average(query.detach(), key.detach(), value.detach(), mask, scaling, *code))
         weights = self.softmax(probabilities(per_key_head(query * scaling, key.mT), mask))
         self.softmax.weigh(None, mask)
         return per_key_head(weights, value)
 
     def _mix_then_normalise(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, prefix: tuple[Tensor, Tensor] | None
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, prefix: tuple[Tensor, Tensor] | None, whole: bool
     ) -> Float[Tensor, "B H l E"]:
-        neuron = self.softmax
-        code = None
-        if isinstance(neuron, PhaseNeuron) and neuron.compiled:
-            code = (neuron.table.rows, neuron.digits, neuron.cuts)
-            if query.is_cpu:
-                mixture = fused(coded_mixture, "cpu")
-                mixed = mixture(query.detach(), key.detach(), value.detach(), mask, scaling, prefix, *code)
-                return NoGradient.apply(query, mixed) if torch.is_grad_enabled() and query.requires_grad else mixed
+        neuron, code = self.softmax, self._code
+        if code is not None and (query.is_cpu or whole):
+            mixture = fused(coded_mixture, query.device.type)
+            return _without_gradient(query, mixture(query.detach(), key.detach(), value.detach(), mask, scaling, prefix, *code))
         query = query * scaling
         scores = per_key_head(query, key.mT)
         if code is not None:
@@ -181,6 +193,10 @@ class SpikingAttention(nn.Module):
         if neuron.held:
             neuron.weigh(share.square() * squared_distances(output, value), mask)
         return output
+
+
+def _without_gradient(query: Tensor, mixed: Tensor) -> Tensor:
+    return NoGradient.apply(query, mixed) if torch.is_grad_enabled() and query.requires_grad else mixed
 
 
 def visible_blocks(mask: Bool[Tensor, "B 1 L S"], size: int) -> list[tuple[slice, slice]]:
