@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,9 +29,9 @@ TINY = {"hidden_size": 64, "intermediate_size": 144, "num_attention_heads": 4, "
 VOCABULARY = 1024
 
 
-def network(layers: int, sizes: dict[str, int], device: str) -> PreTrainedModel:
+def network(layers: int, sizes: dict[str, Any], device: str) -> PreTrainedModel:
     """The ANN; every call makes the same."""
-    config = LlamaConfig(**sizes, num_hidden_layers=layers, vocab_size=VOCABULARY, max_position_embeddings=8192, rope_theta=500000.0)
+    config = LlamaConfig(**sizes, num_hidden_layers=layers, vocab_size=VOCABULARY, max_position_embeddings=8192)
     torch.manual_seed(0)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")

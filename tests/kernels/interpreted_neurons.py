@@ -29,8 +29,7 @@ def awkward(x: torch.Tensor, rows: Rows) -> torch.Tensor:
     return x
 
 
-@pytest.mark.parametrize(("groups", "width"), [(1, 300), (3, 131)])
-@pytest.mark.parametrize("digits", PARTITIONS, ids=str)
+@pytest.mark.parametrize(("digits", "groups", "width"), [*((digits, 3, 131) for digits in PARTITIONS), (PARTITIONS[4], 1, 300)], ids=str)
 def test_neurons_send_the_same_spikes(digits, groups, width):
     table = partitioned_table([1.0, 1.3, 0.7][:groups], 4, digits)
     x = awkward(randn(2, groups, width), table.rows)
