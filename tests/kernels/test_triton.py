@@ -121,7 +121,7 @@ def test_attention_compiles_for_cards(binaries, capability, E, L, own, prefix, b
     from spikellm.kernels import gpu
 
     found = binaries(capability)
-    H, K, digits = 4, 1 if own else 4, Digits(intervals=2)
+    H, K, digits = 4, 1 if own else 4, Digits(intervals=2) if own else Digits(signed=True)  # without cuts
     table = partitioned_table([1.0] * (H if own else 1), 8, digits)
     query, key, value = torch.zeros(1, H, L, E), torch.zeros(1, K, L, E), torch.zeros(1, K, L, E)
     sinks = (torch.zeros(1, K, 1, E), torch.zeros(1, K, 1, E)) if prefix else None
