@@ -10,12 +10,14 @@ from spikellm.calibration.calibrate import calibrate
 from spikellm.coding.neuron import count_spikes, encode, fire
 from spikellm.config.snn import PrefixConfig
 from spikellm.execution.stepped import stepped
+from spikellm.kernels.attention import average_plain, mixture_plain
+from spikellm.kernels.compiled import fused
 from spikellm.kernels.hadamard import Factors, hadamard_factors, hadamard_transform
 from spikellm.model.conversion import fill, prepare
 from spikellm.model.prefix import attach_prefix
 from spikellm.reconstruction.surrogate import differentiable_encode
 from spikellm.search.methods import find_codes
-from tests.codes import PARTITIONS, asked, partitioned_table, partitioned_tables
+from tests.codes import PARTITIONS, asked, base2_table, partitioned_table, partitioned_tables
 from tests.models import TINY, norm_ratio, tiny_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -35,6 +37,78 @@ def test_neurons_fire_the_same_spikes(digits, compiled):
     assert torch.equal(fire(x.cuda(), there, compiled=compiled).cpu(), fire(x, table))
     rows = x.transpose(0, 1).contiguous()
     assert torch.equal(count_spikes(rows.cuda(), there, compiled=compiled).cpu(), count_spikes(rows, table, compiled=False))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_neurons_of_other_dtypes_fire_the_same_spikes(dtype):
+    table, x = partitioned_table([1.0, 1.3], 4, PARTITIONS[-2]), inputs().to(dtype)
+    found, wanted = encode(x.cuda(), table.to("cuda")), encode(x, table, compiled=False)
+    assert found.dtype == wanted.dtype
+    assert torch.equal(found.cpu(), wanted)
+
+
+def attention_inputs(L: int, S: int, E: int, dtype: torch.dtype = torch.float32):
+    """Queries, keys and values of 4 and 2 heads, and a prefix; a causal mask, whose first sequence is padded."""
+    sizes = [(2, 4, L, E), (2, 2, S, E), (2, 2, S, E), (1, 2, 3, E), (1, 2, 3, E)]
+    numbers = torch.Generator().manual_seed(0)
+    query, key, value, *prefix = (torch.randn(*size, generator=numbers).to(dtype) for size in sizes)
+    mask = torch.ones(L, S, dtype=torch.bool).tril(S - L).repeat(2, 1, 1, 1)
+    mask[0, :, :, :3] = False
+    return query, key, value, mask, tuple(prefix)
+
+
+def attended(given, table, *, before: bool, device: str, dtype: torch.dtype) -> torch.Tensor:
+    """Compiled on a GPU, in plain form on the CPU."""
+    query, key, value, mask, prefix = given
+    query, key, value, *prefix = (each.to(device, dtype) for each in (query, key, value, *prefix))
+    table, mask = table.to(device, torch.promote_types(dtype, torch.float32)), mask.to(device)
+    code = (table.rows, table.digits, table.cuts)
+    plain = average_plain if before else mixture_plain
+    if device == "cuda":
+        from spikellm.kernels import gpu
+
+        assert gpu.attends(query, key, value, mask, None if before else tuple(prefix), *code)
+    function = fused(plain, device) if device == "cuda" else plain
+    return function(query, key, value, mask, query.shape[-1] ** -0.5, *([] if before else [tuple(prefix)]), *code, 256).cpu().double()
+
+
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("E", [64, 80, 128, 256])
+@pytest.mark.parametrize(("L", "S"), [(1, 700), (5, 300), (40, 40), (300, 310)])
+def test_attention_with_a_fine_code(L, S, E, dtype, before):
+    """A spike on the other side of a threshold is worth 2^-20 of base 2: rounding cannot be seen. The truth is in float64."""
+    given, table = attention_inputs(L, S, E, dtype), base2_table(2.0, 21)
+    wanted = attended(given, table, before=before, device="cpu", dtype=torch.float64)
+    assert norm_ratio(attended(given, table, before=before, device="cuda", dtype=dtype), wanted) < (1e-5 if not before else 1e-4)
+
+
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("L", [2, 300])
+@pytest.mark.parametrize("digits", PARTITIONS, ids=str)
+def test_attention_with_every_kind_of_digits(digits, L, before):
+    """Rounding moves a spike in some rows: of each a few hundred weights, one in a hundred thousand of which is so near a threshold."""
+    given, table = attention_inputs(L, 310, 64), partitioned_table([1.0, 1.1, 0.9, 1.2], 4, digits)
+    wanted, found = (attended(given, table, before=before, device=device, dtype=dtype)
+                     for device, dtype in (("cpu", torch.float64), ("cuda", torch.float32)))  # fmt: skip
+    same = (found - wanted).norm(dim=-1) <= 1e-5 * wanted.norm(dim=-1) + 1e-9
+    assert same.double().mean() > 0.9
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_attention_holds_no_scores(before):
+    H, L, E = 2, 4096, 64
+    query, key, value = (torch.randn(1, H, L, E, device="cuda") for _ in range(3))
+    mask, table = torch.ones(1, 1, L, L, dtype=torch.bool, device="cuda").tril(), base2_table(1.0, 6).to("cuda")
+    function, given = (
+        fused(average_plain if before else mixture_plain, "cuda"),
+        (query, key, value, mask, E**-0.5, *([] if before else [None])),
+    )
+    function(*given, table.rows, table.digits, table.cuts, 256)
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated()
+    function(*given, table.rows, table.digits, table.cuts, 256)
+    assert torch.cuda.max_memory_allocated() - held < 4 * L * L / 8  # bytes; the output is 1/16 of a head's scores
 
 
 @pytest.mark.parametrize("digits", [PARTITIONS[0], PARTITIONS[-1]], ids=str)

@@ -27,6 +27,8 @@ def jaxtyped(*, typechecker):
     """In place of jaxtyping's own: the same where an annotation has shapes, or may have, else the type checker alone."""
 
     def decorate(it):
+        if ".triton_" in it.__module__:  # is compiled from its source, and its annotations are the compiler's
+            return it
         if isclass(it) or any(map(_has_shapes, it.__annotations__.values())):
             return WITH_SHAPES(it, typechecker=typechecker)
         return typechecker(it)

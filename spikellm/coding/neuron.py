@@ -11,7 +11,7 @@ two spikes", Nature Machine Intelligence 2021, eq. 1-3; the sign and v0 as in Zh
 
 Ours:
 
-* The T steps are fused into one pass over memory ("encode"), in C++ on a CPU, by `torch.compile` elsewhere; the plain form, many times
+* The T steps are fused into one pass over memory ("encode"), in C++ on a CPU, in Triton on a GPU; the plain form, many times
   slower, is the fallback and the specification.
 * Groups: every group of neurons (an attention head, a block of channels) may have its own table.
 * Two sides: positive and negative inputs may have tables of their own, an ON and an OFF neuron as in the retina. SiLU's negative

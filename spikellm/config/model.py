@@ -49,9 +49,9 @@ class HardwareConfig:
     device: Device = MISSING
     """where the network is run"""
     compile: bool = True
-    """fuse each neuron's T steps into one pass (C++ on a CPU, torch.compile on CUDA)"""
+    """fuse each neuron's T steps into one pass (C++ on a CPU, Triton on CUDA)"""
     query_block: int = 256
-    """queries per block of attention; bounds memory [tokens]"""
+    """queries per block of attention; bounds memory where scores are held in it, which Triton on CUDA does not do [tokens]"""
     threads: int | None = None
     """CPU threads; null: torch's choice, or fewer where the container has a share of fewer cores"""
     offload: bool | None = None

@@ -38,13 +38,18 @@ def exponentials(scores: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return (scores - top).exp(), top
 
 
-def coded_exponentials(scores: Tensor, mask: Tensor, rows: Rows, digits: Digits, cuts: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """`exponentials` sent through neurons (a table per head, or one for all), their row sums, and m."""
-    weights, top = exponentials(scores, mask)
+def coded(weights: Float[Tensor, "B H l s"], rows: Rows, digits: Digits, cuts: Tensor | None) -> Float[Tensor, "B H l s"]:
+    """Weights sent through neurons, a table per head or one for all."""
     B, H, L, S = weights.shape
     groups = len(rows.v0) // digits.populations
-    coded = encode_plain(weights.view(B * H // groups, groups, L * S), rows, digits, cuts).view(B, H, L, S)
-    return coded, coded.sum(-1, keepdim=True), top
+    return encode_plain(weights.view(B * H // groups, groups, L * S), rows, digits, cuts).view(B, H, L, S)
+
+
+def coded_exponentials(scores: Tensor, mask: Tensor, rows: Rows, digits: Digits, cuts: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """`exponentials`, `coded`, their row sums, and m."""
+    weights, top = exponentials(scores, mask)
+    weights = coded(weights, rows, digits, cuts)
+    return weights, weights.sum(-1, keepdim=True), top
 
 
 def coded_mixture(
@@ -70,6 +75,20 @@ def coded_mixture(
     else:
         weights, total, top = coded_exponentials(scores, mask, rows, digits, cuts)
     return normalised(per_key_head(weights, value), total, top, query, prefix)
+
+
+def coded_average(
+    query: Float[Tensor, "B H l E"],
+    key: Float[Tensor, "B K s E"],
+    value: Float[Tensor, "B K s E"],
+    mask: Bool[Tensor, "B 1 l s"],
+    scaling: float,
+    rows: Rows,
+    digits: Digits,
+    cuts: Tensor | None,
+) -> Float[Tensor, "B H l E"]:
+    """Values mixed by coded probabilities, which are normalised before: sum_j p^_j v_j, see model/attention.py."""
+    return per_key_head(coded(probabilities(per_key_head(query * scaling, key.mT), mask), rows, digits, cuts), value)
 
 
 def normalised(
@@ -115,7 +134,30 @@ def mixture_plain(
     """`coded_mixture`, `block` queries at a time. The specification."""
     return torch.cat(
         [
-            coded_mixture(query[:, :, some], key[:, :, seen], value[:, :, seen], mask[:, :, some, seen], scaling, prefix, rows, digits, cuts)
+            coded_mixture(
+                query[:, :, some], key[:, :, seen], value[:, :, seen], mask[:, :, some, seen], scaling, prefix, rows, digits, cuts
+            )
+            for some, seen in visible_blocks(mask.shape[2], visible_ends(mask, block), block)
+        ],
+        dim=2,
+    )
+
+
+def average_plain(
+    query: Float[Tensor, "B H L E"],
+    key: Float[Tensor, "B K S E"],
+    value: Float[Tensor, "B K S E"],
+    mask: Bool[Tensor, "B 1 L S"],
+    scaling: float,
+    rows: Rows,
+    digits: Digits,
+    cuts: Tensor | None,
+    block: int,
+) -> Float[Tensor, "B H L E"]:
+    """`coded_average`, `block` queries at a time. The specification."""
+    return torch.cat(
+        [
+            coded_average(query[:, :, some], key[:, :, seen], value[:, :, seen], mask[:, :, some, seen], scaling, rows, digits, cuts)
             for some, seen in visible_blocks(mask.shape[2], visible_ends(mask, block), block)
         ],
         dim=2,

@@ -23,15 +23,20 @@ def chosen(function: Callable, like: Tensor, *, compiled: bool) -> Callable:
 def fused(function: Callable, device_type: str) -> Callable:
     """`function` compiled into one kernel for any shape; `function` itself, with a warning, where there is no compiler.
 
-    On a CPU by hand, where `native` has it; else by Inductor.
+    On a CPU by hand, where `native` has it, on a GPU where `gpu` has it; else by Inductor.
     """
     if device_type == "cpu" and native.library() is None:
         return function
     if device_type == "cpu" and function in native.KERNELS:
         return native.KERNELS[function]
-    if device_type == "cuda" and find_spec("triton") is None:
-        log.warning("no Triton found: neurons run unfused, several times slower; pip install triton cures it")
-        return function
+    if device_type == "cuda":
+        if find_spec("triton") is None:
+            log.warning("no Triton found: neurons run unfused, several times slower; pip install triton cures it")
+            return function
+        from spikellm.kernels import gpu
+
+        if function in gpu.KERNELS:
+            return gpu.KERNELS[function]
     # a process that sweeps over T compiles once per T and kind of shape; dynamo's default of 8 would end it
     kernel = torch.compile(function, dynamic=True, fullgraph=True, recompile_limit=128)  # type: ignore[call-overload]
 

@@ -144,7 +144,7 @@ def _run(name: str, x: Tensor, *arguments: object) -> bool:
     return loaded is not None and getattr(loaded, f"{name}_{SUFFIX[x.dtype]}")(*arguments) == 0
 
 
-def _or_plain(plain: Callable) -> Callable[[Callable], Callable]:
+def or_plain(plain: Callable) -> Callable[[Callable], Callable]:
     """A kernel that may answer None, which leaves it to the plain form."""
 
     def decorate(kernel: Callable) -> Callable:
@@ -171,13 +171,13 @@ def _elementwise(
     return found if done else None
 
 
-@_or_plain(encode_plain)
+@or_plain(encode_plain)
 def encode(x: Tensor, rows: Rows, digits: Digits, cuts: Tensor | None = None) -> Tensor | None:
     """`encode.encode_plain`."""
     return _elementwise("encode", x, x.shape[1], rows, digits, cuts, lambda x, _: torch.empty_like(x))
 
 
-@_or_plain(fire_plain)
+@or_plain(fire_plain)
 def fire(x: Tensor, rows: Rows, digits: Digits, cuts: Tensor | None = None) -> Tensor | None:
     """`encode.fire_plain`."""
 
@@ -187,13 +187,13 @@ def fire(x: Tensor, rows: Rows, digits: Digits, cuts: Tensor | None = None) -> T
     return _elementwise("fire", x, x.shape[1], rows, digits, cuts, room)
 
 
-@_or_plain(count_plain)
+@or_plain(count_plain)
 def count(x: Tensor, rows: Rows, digits: Digits, cuts: Tensor | None = None) -> Tensor | None:
     """`encode.count_plain`."""
     return _elementwise("count", x, x.shape[0], rows, digits, cuts, lambda x, T: x.new_empty(T, *x.shape[:2], dtype=torch.int64))
 
 
-@_or_plain(mixture_plain)
+@or_plain(mixture_plain)
 def mixture(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, prefix: tuple[Tensor, Tensor] | None,
     rows: Rows | None, digits: Digits, cuts: Tensor | None, block: int,
@@ -217,7 +217,7 @@ def mixture(
     return out.transpose(1, 2) if done else None
 
 
-@_or_plain(rms_norm)
+@or_plain(rms_norm)
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor | None:
     if not _served(x, weight):
         return None
@@ -228,7 +228,7 @@ def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor | None:
     return y if done else None
 
 
-@_or_plain(kronecker)
+@or_plain(kronecker)
 def _hadamard(x: Tensor, left: Tensor, right: Tensor) -> Tensor | None:
     P, n = len(left), len(right)
     if not _served(x, right) or n & (n - 1):
@@ -274,7 +274,7 @@ def hadamard(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return _differentiable(_hadamard, kronecker, x, left, right)
 
 
-@_or_plain(segment_sums)
+@or_plain(segment_sums)
 def candidates(x: Tensor, weight: Tensor, share: Tensor, rows: Rows, digits: Digits) -> tuple[Tensor, ...] | None:
     """`encode.segment_sums`."""
     if not all(_served(each, rows.theta) for each in (x, weight, share)) or digits.populations > 1:
@@ -289,7 +289,7 @@ def candidates(x: Tensor, weight: Tensor, share: Tensor, rows: Rows, digits: Dig
     return tuple(sums) if done else None
 
 
-@_or_plain(code_sums)
+@or_plain(code_sums)
 def sums(x: Tensor, weight: Tensor, share: Tensor, rows: Rows, digits: Digits, cuts: Tensor | None) -> Tensor | None:
     """`encode.code_sums`."""
     if not all(_served(each, rows.theta) for each in (x, weight, share)) or len(x) * digits.populations != rows.v0.shape[0]:
@@ -311,7 +311,7 @@ def _costs(sums: Tensor, price: Tensor, *others: Tensor) -> tuple[_Costs, int, o
     return costs, _threads(errors.numel() * 4), (errors, spikes, price)
 
 
-@_or_plain(chained_plain)
+@or_plain(chained_plain)
 def chained(before: Tensor, sums: Tensor, price: Tensor) -> Tensor | None:
     """`chains.chained_plain`."""
     if (found := _costs(sums, price, before)) is None:
@@ -323,7 +323,7 @@ def chained(before: Tensor, sums: Tensor, price: Tensor) -> Tensor | None:
     return out
 
 
-@_or_plain(worth_plain)
+@or_plain(worth_plain)
 def worth(before: Tensor, sums: Tensor, price: Tensor, behind: Tensor) -> Tensor | None:
     """`chains.worth_plain`."""
     if (found := _costs(sums, price, before, behind)) is None:
@@ -335,12 +335,16 @@ def worth(before: Tensor, sums: Tensor, price: Tensor, behind: Tensor) -> Tensor
     return out
 
 
-@_or_plain(tally_plain)
+@or_plain(tally_plain)
 def tally(x: Tensor, importance: Tensor | None, neurons: Tensor | None, tally: Tally) -> Tally | None:
     """`histogram.tally_plain`."""
     loaded = library()
     importance = importance if importance is None or importance.dtype in SUFFIX else importance.float()
-    if loaded is None or torch.compiler.is_compiling() or not all(part is None or type(part) is Tensor for part in (x, importance, neurons)):
+    if (
+        loaded is None
+        or torch.compiler.is_compiling()
+        or not all(part is None or type(part) is Tensor for part in (x, importance, neurons))
+    ):
         return None
 
     def strided(part: Tensor | None) -> _Strided:
@@ -349,13 +353,15 @@ def tally(x: Tensor, importance: Tensor | None, neurons: Tensor | None, tally: T
     x = x if x.stride(-1) == 1 else x.contiguous()
     A, C, J, K = x.shape
     layout = _Layout(A, C, J, K, len(tally.peaks) // C, BINS, SHIFT, FIRST)
-    into = (part if part is None else part.data_ptr() for part in (tally.counts, None if importance is None else tally.weights, tally.peaks))
+    into = (
+        part if part is None else part.data_ptr() for part in (tally.counts, None if importance is None else tally.weights, tally.peaks)
+    )
     kernel = getattr(loaded, f"tally_{SUFFIX[torch.float32 if importance is None else importance.dtype]}")
     kernel(*into, strided(x), strided(importance), strided(neurons), layout, _threads(x.numel()))
     return tally
 
 
-@_or_plain(visible_ends)
+@or_plain(visible_ends)
 def ends(mask: Tensor, size: int) -> list[int] | None:
     """`attention.visible_ends`."""
     if torch.compiler.is_compiling() or type(mask) is not Tensor or not mask.is_cpu or mask.stride(-1) != 1:

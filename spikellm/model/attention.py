@@ -20,8 +20,10 @@ A key and a value are coded once, when they are made: what attention gets, and a
 spelled (`cache.py`). Only queries and the softmax are coded here.
 
 Queries are taken in blocks, and keys that no query of a block may see are left out: half of the work and a fraction of
-the memory of the full [H, L, S] matrix. Scores, exponentials and sums are float32 at least, whatever the model's dtype: transformers'
-eager attention rounds scores to bfloat16, by 0.06 at a score of 20.
+the memory of the full [H, L, S] matrix. On a GPU a kernel does so by itself and holds no such matrix (`kernels/gpu.py`).
+
+Scores, exponentials and sums are float32 at least, whatever the model's dtype: transformers' eager attention rounds scores to bfloat16, by
+0.06 at a score of 20.
 """
 
 from collections.abc import Iterator
@@ -37,6 +39,7 @@ from transformers.masking_utils import sdpa_mask
 from spikellm.coding.neuron import NoGradient, PhaseNeuron, Slot, apply_wide
 from spikellm.kernels import native
 from spikellm.kernels.attention import (
+    average_plain,
     beside_prefix,
     exponentials,
     mixture_plain,
@@ -47,7 +50,7 @@ from spikellm.kernels.attention import (
 )
 from spikellm.kernels.attention import visible_blocks as blocks_of
 from spikellm.kernels.compiled import chosen
-from spikellm.kernels.encode import BINARY, Digits, Rows
+from spikellm.kernels.encode import BINARY
 from spikellm.model.modules import OnlineHadamard, wide
 from spikellm.model.sites import ATTENTION, SPIKING_ATTENTION, decoder_layers
 
@@ -80,7 +83,7 @@ class SpikingAttention(nn.Module):
         head_width: E.
         rotated: apply R3.
         normalise_after: see the module's text.
-        query_block: queries per block [tokens].
+        query_block: queries per block, where scores are held in memory [tokens].
         dtype: of activations.
     """
 
@@ -139,13 +142,8 @@ class SpikingAttention(nn.Module):
             own = (each.expand(len(key), -1, -1, -1) for each in (self.key(prefix[0]), self.value(prefix[1])))
             key, value = (torch.cat(each, dim=2) for each in zip(own, (key, value), strict=True))
             mask, prefix = behind_prefix(mask, prefix[0].shape[2]), None
-        code = self._code
-        if self.normalise_after and code is not None:
-            whole = (query, key, value) if code[0] is None else (query.detach(), key.detach(), value.detach())
-            output = chosen(mixture_plain, query, compiled=True)(*whole, mask, scaling, prefix, *code, self.query_block).transpose(1, 2)
-            if code[0] is not None and torch.is_grad_enabled() and query.requires_grad:
-                output = NoGradient.apply(query, output)
-        else:
+        output = self._fused(query, key, value, mask, scaling, prefix)
+        if output is None:
             mix = self._mix_then_normalise if self.normalise_after else self._normalise_then_mix
             blocks = [
                 mix(query[:, :, rows], key[:, :, keys], value[:, :, keys], mask[:, :, rows, keys], scaling, prefix).transpose(1, 2)
@@ -168,13 +166,25 @@ class SpikingAttention(nn.Module):
         """Whether the softmax is coded; else it passes whole, and observers are shown of it what they look at."""
         return not (self.softmax.transparent or self.softmax.held)
 
-    @property
-    def _code(self) -> tuple[Rows | None, Digits, Tensor | None] | None:
-        """What kernels code the softmax with, no rows where it passes whole; None: what sits there has to be asked."""
+    def _fused(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, prefix: tuple[Tensor, Tensor] | None
+    ) -> Float[Tensor, "B L H E"] | None:
+        """What a kernel makes of it, which takes blocks by itself; None: there is none, or what sits at the softmax has to be asked."""
         neuron = self.softmax
-        if not self._sends:
-            return None, BINARY, None
-        return (neuron.table.rows, neuron.digits, neuron.cuts) if isinstance(neuron, PhaseNeuron) and neuron.compiled else None
+        if not self._sends and self.normalise_after:  # as in the ANN
+            mix = chosen(mixture_plain, query, compiled=query.is_cpu)
+            return mix(query, key, value, mask, scaling, prefix, None, BINARY, None, self.query_block).transpose(1, 2)
+        if not (isinstance(neuron, PhaseNeuron) and neuron.compiled):
+            return None
+        every, code = (query.detach(), key.detach(), value.detach(), mask, scaling), (neuron.table.rows, neuron.digits, neuron.cuts)
+        if self.normalise_after:
+            output = chosen(mixture_plain, query, compiled=True)(*every, prefix, *code, self.query_block)
+        elif query.is_cuda:
+            output = chosen(average_plain, query, compiled=True)(*every, *code, self.query_block)
+        else:
+            return None
+        output = output.transpose(1, 2)
+        return NoGradient.apply(query, output) if torch.is_grad_enabled() and query.requires_grad else output
 
     def _normalise_then_mix(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, _: object
