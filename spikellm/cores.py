@@ -12,15 +12,18 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 log = logging.getLogger(__name__)
 
 ASLEEP = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
 # Whoever has set one of these has decided how threads wait.
 DECIDED = {*ASLEEP, "GOMP_SPINCOUNT", "KMP_LIBRARY"}
+Found = TypeVar("Found")
 CGROUP, MOUNTED = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
@@ -51,6 +54,26 @@ def threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def side_by_side(function: Callable[..., Found], jobs: Iterable[tuple], *, threads: int | None = None) -> list[Found]:
+    """What `function` makes of the arguments of every job, in order, each on a thread of its own, where torch computes with one.
+
+    Args:
+        threads: at a time; None: as many as torch computes with.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    if (threads or before) == 1:
+        return [function(*job) for job in jobs]
+    # of torch's numbers of threads one is of the thread that sets it, one of threads that come later
+    with ThreadPoolExecutor(threads or before, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            return [each.result() for each in [pool.submit(function, *job) for job in jobs]]
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(before)
 
 
 def share(cgroup: Path = CGROUP, mounted: Path = MOUNTED) -> int | None:

@@ -114,6 +114,13 @@ class IntervalCodes:
         assignment = torch.stack([each.codes.assignment for each in every], 1)
         return cls(codes=Codes(values=values, assignment=assignment), cuts=torch.stack([each.cuts for each in every], 1))
 
+    @classmethod
+    def joined(cls, every: Sequence["IntervalCodes"]) -> "IntervalCodes":
+        """The groups of codes [K, N] in a row."""
+        values = torch.cat([each.codes.values for each in every], 1)
+        assignment = torch.cat([each.codes.assignment for each in every], 1)
+        return cls(codes=Codes(values=values, assignment=assignment), cuts=torch.cat([each.cuts for each in every], 1))
+
     def at(self, index: tuple[Tensor, ...] | slice) -> "IntervalCodes":
         """Those of some groups."""
         inside = index if isinstance(index, tuple) else (index,)

@@ -9,7 +9,6 @@ of G - 1, spelled with every assignment of G.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
@@ -17,8 +16,9 @@ from torch import Tensor
 
 from spikellm.coding.codes import FIXED, Codes, IntervalCodes, base2_codes
 from spikellm.coding.grains import assignments
+from spikellm.search.objective import Objective
 from spikellm.search.options import Options
-from spikellm.search.points import Points
+from spikellm.search.parts import in_parts
 
 MEMBERS = 64  # population per group, at least; twice as many as there are assignments
 # Per number of grains, the last entry for more. Five times as many lower the error of binary codes by 0.3 %, of signed ones by 5 %.
@@ -26,30 +26,6 @@ GENERATIONS = (30, 40, 40)
 SIGNED_GENERATIONS = (60, 80, 80)
 # Bounds of log tau around the maximum's, of v0 in units of tau 2^-(T+1), of log2 rho, and of log2 of a base.
 LOG_TAU_BELOW, LOG_TAU_ABOVE, LOWEST_V0, LOWEST_RHO, LOWEST_BASE, HIGHEST_BASE = 8.0, 4.0, -4.0, -2.0, 0.05, 4.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Objective:
-    """Weighted squared error of codes on the points of N groups.
-
-    The square of the sum of weight (y - x) is added, bias_weight times, and the mean spikes of a neuron, at their price.
-    """
-
-    points: Points
-    spike_price: Float[Tensor, " N"]
-    bias_weight: Float[Tensor, "N 1"] | None = None
-
-    def __call__(self, codes: Codes) -> Float[Tensor, "N M"]:
-        """Cost of M codes for each of the N groups."""
-        error, off, spikes = self.points.sums(codes.spell()).sum(-1)
-        if self.bias_weight is not None:
-            error = error + self.bias_weight * off.square()
-        return error + self.spike_price[:, None] * spikes
-
-    def at(self, rows: Int[Tensor, " m"]) -> "Objective":
-        """Of some groups."""
-        bias_weight = None if self.bias_weight is None else self.bias_weight[rows]
-        return Objective(points=self.points.at(rows), spike_price=self.spike_price[rows], bias_weight=bias_weight)
 
 
 def evolve_grains(
@@ -73,7 +49,8 @@ def evolve_grains(
         cuts = assignments(T, grains, min_length=options.min_length).to(maximum.device)
         population = first_population(previous, maximum, cuts, generator, signed=signed)
         generations = (SIGNED_GENERATIONS if signed else GENERATIONS)[min(grains, 3) - 1]
-        previous, found = evolve(objective, population, maximum, generations, generator)
+        best, found = evolve_single(objective, [population], maximum, generations, generator)
+        previous = best.codes.at(0)
         codes = previous.widened(G)
         if rounds:
             older, before = rounds[-1]
@@ -116,10 +93,12 @@ def first_population(previous: Codes, maximum: Tensor, options: Int[Tensor, "A T
     return Codes(values=values, assignment=assignment)
 
 
-def evolve(
-    objective: Objective, population: Codes, maximum: Tensor, generations: int, generator: torch.Generator
-) -> tuple[Codes, Float[Tensor, " N"]]:
-    """Differential evolution; the best member of every group and its objective."""
+@in_parts
+def evolve_single(
+    objective: Objective, populations: list[Codes], maximum: Float[Tensor, " N"], generations: int, generator: torch.Generator
+) -> tuple[IntervalCodes, Float[Tensor, " N"]]:
+    """Differential evolution of the only interval's population; the best member of every group and its objective."""
+    (population,) = populations
     limits = bounds(population, maximum, signed=objective.points.digits.signed)
     found = objective(population)
     for _ in range(generations):
@@ -127,15 +106,7 @@ def evolve(
         error = objective(candidates)
         population, found = candidates.where(error <= found, population), torch.minimum(error, found)
     index = (torch.arange(len(maximum), device=maximum.device), found.argmin(1))
-    return population.at(index), found[index]
-
-
-def evolve_single(
-    objective: Objective, populations: list[Codes], maximum: Float[Tensor, " N"], generations: int, generator: torch.Generator
-) -> tuple[IntervalCodes, Float[Tensor, " N"]]:
-    """`evolve` of the only interval's population."""
-    codes, found = evolve(objective, populations[0], maximum, generations, generator)
-    return IntervalCodes.single(codes), found
+    return IntervalCodes.single(population.at(index)), found[index]
 
 
 def bounds(population: Codes, maximum: Float[Tensor, " N"], *, signed: bool) -> tuple[Float[Tensor, "N 1 P"], Float[Tensor, "N 1 P"]]:

@@ -24,8 +24,10 @@ from spikellm.coding.codes import FIXED, Codes, IntervalCodes
 from spikellm.coding.grains import assignments
 from spikellm.kernels.chains import chained_plain, running_costs, running_sums, through, worth_plain
 from spikellm.kernels.compiled import chosen
-from spikellm.search.evolution import GENERATIONS, SIGNED_GENERATIONS, Objective, bounds, first_population, propose
+from spikellm.search.evolution import GENERATIONS, SIGNED_GENERATIONS, bounds, first_population, propose
+from spikellm.search.objective import Objective
 from spikellm.search.options import Options
+from spikellm.search.parts import in_parts
 from spikellm.search.points import Points
 
 JITTER = 0.12  # of the first intervals' ends, as a share of all points
@@ -164,6 +166,7 @@ def spread(population: Codes, points: Points, reach: Float[Tensor, " N"], *, pla
     return Codes(values=values, assignment=population.assignment)
 
 
+@in_parts
 def evolve_chains(
     objective: Objective, populations: list[Codes], maximum: Float[Tensor, " N"], generations: int, generator: torch.Generator
 ) -> tuple[IntervalCodes, Float[Tensor, " N"]]:

@@ -31,11 +31,12 @@ from tqdm.auto import tqdm
 
 from spikellm.calibration.statistics import SiteStatistics
 from spikellm.coding.codes import IntervalCodes, base2_codes
-from spikellm.search.evolution import Objective, evolve_grains, evolve_single
+from spikellm.search.evolution import evolve_grains, evolve_single
 from spikellm.search.exchange import Rounds, exchanged
 from spikellm.search.fit import CodeFit, bias_weight, choice_costs
 from spikellm.search.gradient import descend_grains, draw_samples
 from spikellm.search.intervals import evolve_chains, evolve_intervals
+from spikellm.search.objective import Objective
 from spikellm.search.options import Options
 from spikellm.search.points import Points, enough_points
 
@@ -72,7 +73,8 @@ def evolution(statistics: Mapping[str, SiteStatistics], options: Options) -> dic
             def further(part: Objective, rows: Tensor, own: IntervalCodes = own, known: Tensor = maximum[wanting]) -> Rounds:
                 return evolve_intervals(part, known[rows], own.at((rows,)), options, bar.update)
 
-            objective = objective_of(statistics, options, K)
+            if enough_points(options, K) > enough_points(options, K - 1):
+                objective = objective_of(statistics, options, K)
             more = exchanged(
                 objective.at(wanting), maximum[wanting], further, evolve_chains, every_round=every_round, seed=options.seed + K
             )
@@ -93,11 +95,12 @@ def objective_of(statistics: Mapping[str, SiteStatistics], options: Options, K: 
 
 def choice_errors(statistics: Mapping[str, SiteStatistics], codes: IntervalCodes, options: Options) -> list[Float[Tensor, " C"]]:
     """Relative errors on the choosing part, site by site, of codes of all groups in a row."""
-    found = []
-    for _, site, rows in group_rows(statistics):
+
+    def errors(_: str, site: SiteStatistics, rows: slice) -> Float[Tensor, " C"]:
         table = codes.at(rows).table(options.digits)
-        found.append(choice_costs(site, [table], spike_price=0.0, compiled=options.compiled)[1, 0])
-    return found
+        return choice_costs(site, [table], spike_price=0.0, compiled=options.compiled)[1, 0]
+
+    return [errors(*each) for each in group_rows(statistics)]
 
 
 def group_rows(statistics: Mapping[str, SiteStatistics]) -> Iterator[tuple[str, SiteStatistics, slice]]:
@@ -145,10 +148,10 @@ def assess_all(
     intervals = options.snn.interval_count is None and priced
     tolerance = options.search.tolerance if options.snn.grains is None or intervals else 0.0
     sufficient = options.search.sufficient_error if intervals else 0.0
-    fits = {}
-    for name, site, rows in group_rows(statistics):
+
+    def assess(name: str, site: SiteStatistics, rows: slice) -> CodeFit:
         own = [(codes.at(rows), objective[rows]) for codes, objective in rounds]
-        fits[name] = CodeFit.assess(
+        return CodeFit.assess(
             site,
             own,
             tolerance=tolerance,
@@ -157,7 +160,8 @@ def assess_all(
             spike_price=options.spike_price(name) if priced else 0.0,
             compiled=options.compiled,
         )
-    return fits
+
+    return {name: assess(name, site, rows) for name, site, rows in group_rows(statistics)}
 
 
 def base2(statistics: Mapping[str, SiteStatistics], options: Options) -> dict[str, CodeFit]:

@@ -13,9 +13,12 @@ template <class R> struct Candidates {
     int32_t is_signed, max_spikes;
 };
 
-// N registers of points: the values y and the numbers of spikes. BOTH: a threshold is below 0, which sends +1 and -1 at once, that is nothing.
-template <class R, bool SIGNED, bool BOUNDED, bool BOTH, int N>
+// N registers of points: the values y and the numbers of spikes. BELOW: a threshold is below 0, where a signed neuron sends +1 and -1 at
+// once, that is nothing; elsewhere one comparison of |v| tells whether it fires, and the sign of v which way.
+template <class R, bool SIGNED, bool BOUNDED, bool BELOW, int N>
 inline void respond(const V<R>* x, R v0, const R* theta, const R* h, const R* d, int64_t T, int max_spikes, V<R>* y, M<R>* spikes) {
+    using Integer = std::decay_t<decltype(M<R>{}[0])>;
+    const M<R> sign = M<R>{} + std::numeric_limits<Integer>::min();
     V<R> v[N];
 #pragma GCC unroll 4
     for (int n = 0; n < N; n++) v[n] = x[n] + v0;
@@ -23,26 +26,14 @@ inline void respond(const V<R>* x, R v0, const R* theta, const R* h, const R* d,
         const V<R> thetas = filled<R>(theta[t]), hs = filled<R>(h[t]), ds = filled<R>(d[t]);
 #pragma GCC unroll 4
         for (int n = 0; n < N; n++) {
-            M<R> up = v[n] > thetas, down = {};
-            if (SIGNED) {
-                down = v[n] < -thetas;
-                if (BOTH) {
-                    const M<R> both = up & down;
-                    up ^= both, down ^= both;
-                }
-            }
-            if (BOUNDED) {
-                const M<R> awake = spikes[n] < max_spikes;
-                up &= awake, down &= awake;
-            }
-            v[n] = up ? v[n] - hs : v[n];
-            y[n] = up ? y[n] + ds : y[n];
-            if (SIGNED) {
-                v[n] = down ? v[n] + hs : v[n];
-                y[n] = down ? y[n] - ds : y[n];
-            }
-            spikes[n] = up ? spikes[n] + 1 : spikes[n];
-            if (SIGNED) spikes[n] = down ? spikes[n] + 1 : spikes[n];
+            const M<R> negative = SIGNED ? (M<R>)v[n] & sign : M<R>{};
+            M<R> fires = SIGNED ? (V<R>)((M<R>)v[n] & ~sign) > thetas : v[n] > thetas;
+            if (SIGNED && BELOW) fires = (v[n] > thetas) ^ (v[n] < -thetas);
+            if (BOUNDED) fires &= spikes[n] < max_spikes;
+            const V<R> change = (V<R>)((M<R>)hs ^ negative), value = (V<R>)((M<R>)ds ^ negative);
+            v[n] = fires ? v[n] - change : v[n];
+            y[n] = fires ? y[n] + value : y[n];
+            spikes[n] = fires ? spikes[n] + 1 : spikes[n];
         }
     }
 }
@@ -63,17 +54,17 @@ void sums(R* out, const R* x, const R* weight, const R* share, const Candidates<
                 store(off.data() + i, w * error);
                 store(count.data() + i, s * __builtin_convertvector(fired, V<R>));
             };
-            bool both = false;
-            for (int64_t t = 0; t < c.T; t++) both |= SIGNED && theta[t] < 0;
-            const auto all = [&](auto below) {
-                constexpr bool BOTH = decltype(below)::value;
+            bool below = false;
+            for (int64_t t = 0; t < c.T; t++) below |= SIGNED && theta[t] < 0;
+            const auto all = [&](auto some) {
+                constexpr bool BELOW = decltype(some)::value;
                 int64_t i = 0;
                 for (; i + U * W<R> <= width; i += U * W<R>) {
                     V<R> at[U], y[U] = {};
                     M<R> fired[U] = {};
                     load_all<R, U>(at, x + group + i);
-                    respond<R, SIGNED, BOUNDED, BOTH, U>(at, c.v0[row], theta, h, d, c.T, c.max_spikes, y, fired);
-    #pragma GCC unroll 4
+                    respond<R, SIGNED, BOUNDED, BELOW, U>(at, c.v0[row], theta, h, d, c.T, c.max_spikes, y, fired);
+#pragma GCC unroll 4
                     for (int n = 0; n < U; n++) {
                         const int64_t j = i + n * W<R>;
                         keep(j, at[n], load<V<R>>(weight + group + j), load<V<R>>(share + group + j), y[n], fired[n]);
@@ -84,11 +75,11 @@ void sums(R* out, const R* x, const R* weight, const R* share, const Candidates<
                     const V<R> at = load_some<V<R>>(x + group + i, n);
                     V<R> y = {};
                     M<R> fired = {};
-                    respond<R, SIGNED, BOUNDED, BOTH, 1>(&at, c.v0[row], theta, h, d, c.T, c.max_spikes, &y, &fired);
+                    respond<R, SIGNED, BOUNDED, BELOW, 1>(&at, c.v0[row], theta, h, d, c.T, c.max_spikes, &y, &fired);
                     keep(i, at, load_some<V<R>>(weight + group + i, n), load_some<V<R>>(share + group + i, n), y, fired);
                 }
             };
-            both ? all(std::true_type{}) : all(std::false_type{});
+            below ? all(std::true_type{}) : all(std::false_type{});
             R* to = out + row * c.Q;
             for (const R* from : {square.data(), off.data(), count.data()}) {
                 for (int64_t q = 0; q < c.Q; q++, from += c.points) {
