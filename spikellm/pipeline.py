@@ -192,7 +192,7 @@ def convert(
         ValueError: a model that is spiking already, of another architecture, without weights or with weights that are no numbers; T and
             grain that do not fit each other, an unknown choice; too little text, or tokens that the model does not have.
     """
-    HardwareConfig(compile=compiled, query_block=query_block)  # refuses what is out of range
+    HardwareConfig(fused=compiled, query_block=query_block)  # refuses what is out of range
     options = Options(
         snn=SpikingConfig(
             T=T,

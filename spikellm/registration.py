@@ -10,11 +10,11 @@ not in the middle of it, because `modeling_llama` imports them before it defines
 """
 
 import sys
-from collections.abc import Sequence
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 LIBRARY = "transformers"
 AUTO_CLASSES = "transformers.models.auto.modeling_auto"
@@ -35,7 +35,7 @@ class Watch(MetaPathFinder):
     def __init__(self) -> None:
         self.depth = 0  # modules of transformers that are being imported, one inside the other
 
-    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+    def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
         """The spec that the finders behind this one give, with a loader that tells the watch."""
         if fullname.partition(".")[0] != LIBRARY or self not in sys.meta_path:
             return None

@@ -6,6 +6,7 @@ The import hook below makes the annotations of the package checks: a tensor of a
 # ruff: noqa: E402 (what follows the hook must be imported after it)
 import gc
 import os
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -25,8 +26,20 @@ jaxtyping.install_import_hook("spikellm", f"{check.__module__}.{check.__name__}"
 import pytest
 import torch
 
+from spikellm.kernels.switch import fusing
 from tests.models import TINY, tiny_model
 from tests.places import SHARED_DATA
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--plain", action="store_true", help="kernels are switched off: the plain forms compute (hardware.fused=false)")
+
+
+@pytest.fixture(autouse=True)
+def kernels(request: pytest.FixtureRequest) -> Iterator[None]:
+    """As users have them, or as `--plain` says."""
+    with fusing(not request.config.getoption("--plain")):
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -114,7 +114,7 @@ def test_its_defaults_are_those_of_the_configuration():
     assert (defaults["weight_bits"], defaults["weight_group"], defaults["rounding"]) == (None, None, WeightsConfig().rounding.value)
     assert (defaults["tune_epochs"], defaults["tune"]) == (TuneConfig().epochs, TuneConfig().what.value)
     assert defaults["compensate"] == CompensateConfig().enabled
-    assert defaults["compiled"] == HardwareConfig().compile
+    assert defaults["compiled"] == HardwareConfig().fused
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

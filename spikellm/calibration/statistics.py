@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from spikellm.coding.neuron import Slot, token_amplitude
-from spikellm.kernels.compiled import fused
+from spikellm.kernels.compiled import chosen
 from spikellm.kernels.histogram import BINS, FIRST, LOWEST_EXPONENT, OCTAVES, SHIFT, Tally, tally_plain
 
 FIT, CHOOSE, REPORT = range(3)
@@ -182,8 +182,7 @@ class Observer(Slot):
             self.weights = torch.zeros(PARTS, self.rows, BINS, dtype=torch.float64, device=x.device)
         tally = Tally(self.counts[self.part], None if self.weights is None else self.weights[self.part], self.maximum[self.part])
         parts = [None if each is None else self._grouped(each) for each in (importance, neurons)]
-        count = fused(tally_plain, "cpu") if x.is_cpu else tally_plain
-        count(self._grouped(x).float(), *parts, tally)
+        chosen(tally_plain, x, compiled=x.is_cpu)(self._grouped(x).float(), *parts, tally)
 
     def _grouped(self, x: Tensor) -> Shaped[Tensor, "A C J K"]:
         """C groups of the activations: outer, groups, rows, numbers of a row."""

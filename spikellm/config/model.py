@@ -48,8 +48,8 @@ class HardwareConfig:
 
     device: Device = MISSING
     """where the network is run"""
-    compile: bool = True
-    """fuse each neuron's T steps into one pass (C++ on a CPU, Triton on CUDA)"""
+    fused: bool = True
+    """kernels (C++ on a CPU, Triton on CUDA) instead of the plain forms that specify them, many times slower"""
     query_block: int = 256
     """queries per block of attention; bounds memory where scores are held in it, which Triton on CUDA does not do [tokens]"""
     threads: int | None = None

@@ -110,7 +110,7 @@ class Networks:
 
     def neurons(self, tables: Mapping[str, PhaseTable]) -> dict[str, Slot]:
         """The neurons of `tables`, by site name."""
-        return conversion.neurons(tables, amplitude=self.amplitude, compiled=self.hardware.compile)
+        return conversion.neurons(tables, amplitude=self.amplitude, compiled=self.hardware.fused)
 
     def spiking(self, tables: Mapping[str, PhaseTable], prefix_tokens: list[int], change: WeightChange | None = None) -> PreTrainedModel:
         """The converted model with the neurons of `tables`, by site name; the rest as in `transparent`."""
@@ -168,7 +168,7 @@ class SavedNetworks:
     def spiking(self) -> PreTrainedModel:
         """The model as it was saved."""
         model = self._load()
-        conversion.fill(model, self._tables, amplitude=self._amplitude, compiled=self.hardware.compile)
+        conversion.fill(model, self._tables, amplitude=self._amplitude, compiled=self.hardware.fused)
         return model
 
     def transparent(self) -> PreTrainedModel:

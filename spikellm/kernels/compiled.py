@@ -10,13 +10,14 @@ from torch import Tensor
 from torch.fx.experimental import _config
 
 from spikellm.kernels import native
+from spikellm.kernels.switch import is_fusing
 
 log = logging.getLogger(__name__)
 
 
 def chosen(function: Callable, like: Tensor, *, compiled: bool) -> Callable:
     """`function` fused for the device of `like`, or as it is."""
-    return fused(function, like.device.type) if compiled else function
+    return fused(function, like.device.type) if compiled and is_fusing() else function
 
 
 @cache
@@ -25,7 +26,7 @@ def fused(function: Callable, device_type: str) -> Callable:
 
     On a CPU by hand, where `native` has it, on a GPU where `gpu` has it; else by Inductor.
     """
-    if device_type == "cpu" and native.library() is None:
+    if device_type == "cpu" and native.loaded() is None:
         return function
     if device_type == "cpu" and function in native.KERNELS:
         return native.KERNELS[function]

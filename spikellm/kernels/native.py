@@ -20,6 +20,7 @@ from spikellm.kernels.build import built
 from spikellm.kernels.chains import chained_plain, worth_plain
 from spikellm.kernels.encode import Digits, Rows, code_sums, count_plain, encode_plain, fire_plain, segment_sums
 from spikellm.kernels.histogram import BINS, FIRST, SHIFT, Tally, tally_plain
+from spikellm.kernels.switch import is_fusing
 from spikellm.kernels.transforms import kronecker, rms_norm
 
 FEW = 8  # queries that are attended to head by head, without a matrix of scores: a decoding step's
@@ -90,24 +91,29 @@ _ARGUMENTS = {
 }
 
 
-@cache
 def library() -> ctypes.CDLL | None:
+    """The compiled kernels; None where there are none, or they are switched off."""
+    return loaded() if is_fusing() else None
+
+
+@cache
+def loaded() -> ctypes.CDLL | None:
     """The compiled kernels; None where there are none."""
     path = built()
     if path is None:
         return None
-    loaded = ctypes.CDLL(str(path))
+    found = ctypes.CDLL(str(path))
     for name, arguments in _ARGUMENTS.items():
         for suffix in SUFFIX.values():
-            kernel = getattr(loaded, f"{name}_{suffix}")
+            kernel = getattr(found, f"{name}_{suffix}")
             kernel.argtypes, kernel.restype = arguments, _INT
     for suffix in SUFFIX.values():
-        kernel = getattr(loaded, f"tally_{suffix}")
+        kernel = getattr(found, f"tally_{suffix}")
         kernel.argtypes, kernel.restype = [_P, _P, _P, *[ctypes.POINTER(_Strided)] * 3, ctypes.POINTER(_Layout), _INT], None
-    loaded.chained.argtypes, loaded.chained.restype = [_P, _P, ctypes.POINTER(_Costs), _INT], None
-    loaded.worth.argtypes, loaded.worth.restype = [_P, _P, _P, ctypes.POINTER(_Costs), _INT], None
-    loaded.visible_ends.argtypes, loaded.visible_ends.restype = [_P, _P, _N, _N, _N, _N, _N, _N], None
-    return loaded
+    found.chained.argtypes, found.chained.restype = [_P, _P, ctypes.POINTER(_Costs), _INT], None
+    found.worth.argtypes, found.worth.restype = [_P, _P, _P, ctypes.POINTER(_Costs), _INT], None
+    found.visible_ends.argtypes, found.visible_ends.restype = [_P, _P, _N, _N, _N, _N, _N, _N], None
+    return found
 
 
 def _served(x: Tensor, other: Tensor) -> bool:
@@ -140,8 +146,8 @@ def _threads(work: int) -> int:
 
 def _run(name: str, x: Tensor, *arguments: object) -> bool:
     """Whether the library has done it."""
-    loaded = library()
-    return loaded is not None and getattr(loaded, f"{name}_{SUFFIX[x.dtype]}")(*arguments) == 0
+    kernels = library()
+    return kernels is not None and getattr(kernels, f"{name}_{SUFFIX[x.dtype]}")(*arguments) == 0
 
 
 def or_plain(plain: Callable) -> Callable[[Callable], Callable]:
@@ -338,7 +344,7 @@ def worth(before: Tensor, sums: Tensor, price: Tensor, behind: Tensor) -> Tensor
 @or_plain(tally_plain)
 def tally(x: Tensor, importance: Tensor | None, neurons: Tensor | None, tally: Tally) -> Tally | None:
     """`histogram.tally_plain`."""
-    loaded = library()
+    kernels = library()
     importance = importance if importance is None or importance.dtype in SUFFIX else importance.float()
     if (
         loaded is None
@@ -356,7 +362,7 @@ def tally(x: Tensor, importance: Tensor | None, neurons: Tensor | None, tally: T
     into = (
         part if part is None else part.data_ptr() for part in (tally.counts, None if importance is None else tally.weights, tally.peaks)
     )
-    kernel = getattr(loaded, f"tally_{SUFFIX[torch.float32 if importance is None else importance.dtype]}")
+    kernel = getattr(kernels, f"tally_{SUFFIX[torch.float32 if importance is None else importance.dtype]}")
     kernel(*into, strided(x), strided(importance), strided(neurons), layout, _threads(x.numel()))
     return tally
 
@@ -366,11 +372,11 @@ def ends(mask: Tensor, size: int) -> list[int] | None:
     """`attention.visible_ends`."""
     if torch.compiler.is_compiling() or type(mask) is not Tensor or not mask.is_cpu or mask.stride(-1) != 1:
         return None
-    if (loaded := library()) is None:
+    if (kernels := library()) is None:
         return None
     N, _, L, S = mask.shape
     found = torch.empty(-(-L // size), dtype=torch.int64)
-    loaded.visible_ends(found.data_ptr(), mask.data_ptr(), mask.stride(0), mask.stride(2), N, L, S, size)
+    kernels.visible_ends(found.data_ptr(), mask.data_ptr(), mask.stride(0), mask.stride(2), N, L, S, size)
     return found.tolist()
 
 

@@ -140,7 +140,7 @@ def load_spiking(config: ModelConfig, hardware: HardwareConfig) -> PreTrainedMod
     Raises:
         InputError: it does not fit together; absent device.
     """
-    arguments = {"dtype": getattr(torch, config.dtype.value), "compiled": hardware.compile, "query_block": hardware.query_block}
+    arguments = {"dtype": getattr(torch, config.dtype.value), "compiled": hardware.fused, "query_block": hardware.query_block}
     model, _ = checkpoint.load(config.path, verify=False, device_map=_device_map(hardware), **arguments)
     _check_in_memory(config, hardware, model)
     return model

@@ -112,7 +112,7 @@ def probe(
     plain, watched = cost(through), cost(observed)
     for site in model_sites(model):
         codes = IntervalCodes.single(base2_codes(torch.ones(site_groups(model.config, site.kind)), options.T))
-        place(model, site, codes.table(options.digits), compiled=hardware.compile)
+        place(model, site, codes.table(options.digits), compiled=hardware.fused)
     return LayerCosts(rotate=rotated, plain=plain, observed=watched, spiking=cost(through))
 
 

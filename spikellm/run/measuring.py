@@ -163,7 +163,7 @@ class Diagnose(KeyedStage):
             return {}
         windows = work.evaluation_windows[:count]
         by_kind, by_site = diagnostics.damage(
-            network(), tables, errors, windows, amplitude=config.snn.amplitude, compiled=config.hardware.compile
+            network(), tables, errors, windows, amplitude=config.snn.amplitude, compiled=config.hardware.fused
         )
         return {"damage": {"perplexity_by_kind": by_kind, "perplexity_by_site": by_site}}
 

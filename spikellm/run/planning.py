@@ -64,7 +64,7 @@ def planned(work: Workspace) -> PlanRecord:
         offload=work.models.offloaded,
         made=random or (folder.is_dir() and not any(folder.glob(PATTERN))),
         random=random,
-        compiled=config.hardware.compile,
+        compiled=config.hardware.fused,
         query_block=config.hardware.query_block,
         resident=before,
     )

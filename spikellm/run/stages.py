@@ -14,6 +14,7 @@ from spikellm.config.checks import InputError
 from spikellm.config.choices import Amplitude, ModelSource
 from spikellm.config.schema import Config
 from spikellm.cores import threads
+from spikellm.kernels.switch import fusing
 from spikellm.planning.watch import in_gib, watched
 from spikellm.run.converting import CONVERT
 from spikellm.run.fitting import CALIBRATE, SEARCH
@@ -49,13 +50,13 @@ def run_stages(config: Config, progress: Callable[[Results], None] = lambda _: N
     Args:
         progress: is given what results.json will hold, after every stage.
     """
-    with threads(config.hardware.threads):
+    with threads(config.hardware.threads), fusing(config.hardware.fused):
         return _run(Workspace(config), progress)
 
 
 def plan_stages(config: Config) -> PlanRecord:
     """What `run_stages` would read, hold and take."""
-    with threads(config.hardware.threads):
+    with threads(config.hardware.threads), fusing(config.hardware.fused):
         return planned(Workspace(config))
 
 

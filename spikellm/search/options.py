@@ -25,7 +25,7 @@ class Options:
     @classmethod
     def of(cls, config: Config) -> "Options":
         """The options that a job's configuration gives."""
-        return cls(snn=config.snn, search=config.search, seed=config.seed, compiled=config.hardware.compile)
+        return cls(snn=config.snn, search=config.search, seed=config.seed, compiled=config.hardware.fused)
 
     @property
     def method(self) -> str:

@@ -207,7 +207,7 @@ def test_groups_that_do_not_divide_the_axis_are_an_error():
 
 def test_without_a_compiler_the_plain_pass_is_used(monkeypatch, caplog):
     monkeypatch.setattr("spikellm.kernels.build.shutil.which", lambda _: None)
-    caches = (fused, native.library, build.built)
+    caches = (fused, native.loaded, build.built)
     for each in caches:
         each.cache_clear()
     try:

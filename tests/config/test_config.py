@@ -246,7 +246,7 @@ def test_values_out_of_range_name_their_key_and_value(arguments, key, value):
         ("model=llama9", "llama9"),
         ("nothing.here=1", "nothing"),
         ("model.dtype=int8", "int8"),
-        ("hardware.compile=perhaps", "perhaps"),
+        ("hardware.fused=perhaps", "perhaps"),
     ],
 )
 def test_unknown_names_and_wrong_types_are_refused_by_name(argument, named):

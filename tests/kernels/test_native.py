@@ -249,10 +249,10 @@ def test_sums_of_importance_do_not_depend_on_threads():
 def fresh(monkeypatch, tmp_path):
     """No library was built or loaded before."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for each in (build.built, native.library):
+    for each in (build.built, native.loaded):
         each.cache_clear()
     yield tmp_path
-    for each in (build.built, native.library):
+    for each in (build.built, native.loaded):
         each.cache_clear()
 
 

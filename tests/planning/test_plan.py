@@ -114,7 +114,7 @@ def test_stages_that_are_needed_are_planned_too():
 
 
 def test_a_layer_is_timed_as_runs_use_it():
-    config = configure("model=tiny", "hardware.compile=false", "snn.T=4", "grain=1")
+    config = configure("model=tiny", "hardware.fused=false", "snn.T=4", "grain=1")
     found = probe(tiny_model().config, torch.float32, MACHINE, config.hardware, config.rotation, Options.of(config), window=128)
     assert found.rotate > 0
     assert found.plain(128) < found.observed(128)
@@ -175,7 +175,7 @@ def test_times_are_told_in_the_unit_of_a_person():
 
 
 def test_a_plan_is_printed_and_nothing_is_run(tmp_path):
-    done = launch("model=tiny", "hardware.compile=false", "plan=true", f"output_root={tmp_path}")
+    done = launch("model=tiny", "hardware.fused=false", "plan=true", f"output_root={tmp_path}")
     assert done.code == 0, done.err
     assert "calibrate" in done.out
     assert "in all" in done.out
