@@ -58,6 +58,8 @@ bench: setup  ## speed and memory, as ratios measured side by side
 	$(BIN)/python experiments/bench/bench_decode.py
 	$(BIN)/python experiments/bench/bench_stepped.py
 	$(BIN)/python experiments/bench/bench_search.py
+	$(BIN)/python experiments/bench/bench_stages.py
+	$(BIN)/python experiments/bench/bench_busy.py
 
 clean:  ## remove the virtual environment and caches; outputs/ stays
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build site *.egg-info

@@ -4,6 +4,9 @@ SmolLM2-135M, the default code at each T. A cache of 200 tokens is read from tex
 depend on which tokens came before. Models and contexts take turns.
 """
 
+import spikellm  # noqa: F401 (before torch, whose threads then sleep while they wait for each other)
+
+# isort: split
 import argparse
 import statistics
 import time

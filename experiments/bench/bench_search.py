@@ -6,6 +6,9 @@ runs with their settings (20 x (50 + 50 + 1) steps on 100,000 activations of a s
 random distributions where there is none. Errors are on the fitting objective and on the reporting part before any fallback to base 2.
 """
 
+import spikellm  # noqa: F401 (before torch, whose threads then sleep while they wait for each other)
+
+# isort: split
 import argparse
 import time
 from pathlib import Path

@@ -4,6 +4,9 @@ SmolLM2-135M, one window of 512 tokens, T=6, base-2 tables; the median of some r
 cores (CPU time), which other work on the machine changes little. Peaks are weights and activations, as in bench.py.
 """
 
+import spikellm  # before torch, whose threads then sleep while they wait for each other
+
+# isort: split
 import argparse
 import statistics
 import time
@@ -14,7 +17,6 @@ from functools import partial
 import torch
 from bench import HARDWARE, MODEL, peak_mib, windows
 
-import spikellm
 from spikellm.evaluation.perplexity import perplexity
 from spikellm.execution.memory import peak_bytes
 from spikellm.execution.stepped import stepped
