@@ -6,7 +6,9 @@ transformers' format, and random weights for tests. All give a plain transformer
 
 import logging
 import re
+from copy import deepcopy
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -57,6 +59,8 @@ def load_model(config: ModelConfig, hardware: HardwareConfig) -> PreTrainedModel
         if config.source is ModelSource.gguf and hasattr(transformers, "GgufConfig"):
             # since transformers 5.24 weights may stay in GGUF's blocks, which cannot be rotated
             arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        if config.source is ModelSource.gguf:
+            arguments["config"] = model_config(config)
         model = _from_hub(config, AutoModelForCausalLM, **arguments)
         if config.source is ModelSource.gguf:
             _forget_gguf(model)
@@ -159,8 +163,18 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase | None:
 
 
 def model_config(config: ModelConfig) -> PretrainedConfig:
-    """transformers' configuration of the model, without its weights; of a GGUF file it takes seconds."""
+    """transformers' configuration of the model, without its weights."""
+    if config.source is ModelSource.gguf:
+        return deepcopy(_packed_config(config.path))
     return _random_config(config) if config.source is ModelSource.random else _from_hub(config, AutoConfig, **_location(config))
+
+
+@cache
+def _packed_config(path: str) -> PretrainedConfig:
+    """That of a GGUF file, once in a process: it takes seconds, for the vocabulary is read with it."""
+    config = ModelConfig(name="packed", source=ModelSource.gguf, path=path)
+    found: PretrainedConfig = _from_hub(config, AutoConfig, **_location(config))
+    return found
 
 
 def vocabulary(config: ModelConfig) -> int | None:
@@ -211,7 +225,7 @@ def _location(config: ModelConfig) -> dict[str, object]:
     return {"pretrained_model_name_or_path": config.path, "revision": config.revision or "main"}
 
 
-def _from_hub(config: ModelConfig, loader: Any, **arguments: Any) -> Any:
+def _from_hub(config: ModelConfig, loader: Any, /, **arguments: Any) -> Any:
     remote = config.source is ModelSource.hub and not Path(config.path).exists()
     weights = {"output_loading_info": True, "ignore_mismatched_sizes": True} if loader is AutoModelForCausalLM else {}
     place = f"model.path={config.path}"
