@@ -87,6 +87,9 @@ _ARGUMENTS = {
     "hadamard": [_P, _P, _P, _N, _N, _N, _INT],
     "mix": [_P, _P, _P, _N, _N, ctypes.c_double, _SHAPE, _CODE, _INT],
     "attend": [_P, _P, _P, _N, _N, ctypes.c_double, _SHAPE, _CODE, _INT],
+    "spike_linear": [_P, _P, _P, _INT, _P, _INT],
+    "exponentials": [_P, _P, _P, *[_N] * 6, _INT],
+    "integrate": [_P, _P, _P, _N, _N, _N, _INT],
 }
 
 
@@ -104,6 +107,8 @@ def library() -> ctypes.CDLL | None:
     for suffix in SUFFIX.values():
         kernel = getattr(loaded, f"tally_{suffix}")
         kernel.argtypes, kernel.restype = [_P, _P, _P, *[ctypes.POINTER(_Strided)] * 3, ctypes.POINTER(_Layout), _INT], None
+    loaded.spike_pairs_f32.argtypes, loaded.spike_pairs_f32.restype = [_P, _P, _P, _P, _N, _N, ctypes.c_double, _P, _INT], _INT
+    loaded.spike_mixture_f32.argtypes, loaded.spike_mixture_f32.restype = [_P, _P, _P, _P, _P, _P, _INT], _INT
     loaded.chained.argtypes, loaded.chained.restype = [_P, _P, ctypes.POINTER(_Costs), _INT], None
     loaded.worth.argtypes, loaded.worth.restype = [_P, _P, _P, ctypes.POINTER(_Costs), _INT], None
     loaded.visible_ends.argtypes, loaded.visible_ends.restype = [_P, _P, _N, _N, _N, _N, _N, _N], None
@@ -340,7 +345,11 @@ def tally(x: Tensor, importance: Tensor | None, neurons: Tensor | None, tally: T
     """`histogram.tally_plain`."""
     loaded = library()
     importance = importance if importance is None or importance.dtype in SUFFIX else importance.float()
-    if loaded is None or torch.compiler.is_compiling() or not all(part is None or type(part) is Tensor for part in (x, importance, neurons)):
+    if (
+        loaded is None
+        or torch.compiler.is_compiling()
+        or not all(part is None or type(part) is Tensor for part in (x, importance, neurons))
+    ):
         return None
 
     def strided(part: Tensor | None) -> _Strided:
@@ -349,7 +358,9 @@ def tally(x: Tensor, importance: Tensor | None, neurons: Tensor | None, tally: T
     x = x if x.stride(-1) == 1 else x.contiguous()
     A, C, J, K = x.shape
     layout = _Layout(A, C, J, K, len(tally.peaks) // C, BINS, SHIFT, FIRST)
-    into = (part if part is None else part.data_ptr() for part in (tally.counts, None if importance is None else tally.weights, tally.peaks))
+    into = (
+        part if part is None else part.data_ptr() for part in (tally.counts, None if importance is None else tally.weights, tally.peaks)
+    )
     kernel = getattr(loaded, f"tally_{SUFFIX[torch.float32 if importance is None else importance.dtype]}")
     kernel(*into, strided(x), strided(importance), strided(neurons), layout, _threads(x.numel()))
     return tally
