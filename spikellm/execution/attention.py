@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float, Int8
 from torch import Tensor
 
 from spikellm.execution.modules import SteppedNeuron, neuron_of, unbatch
+from spikellm.kernels import events
 from spikellm.kernels.attention import exponentials, per_key_head, prefix_weights, probabilities
 from spikellm.kernels.temporal import at_last_step, integrate, spike_mixture, spike_pairs, step_weights, weighted
 from spikellm.model.attention import SpikingAttention, behind_prefix, visible_blocks
@@ -103,7 +104,7 @@ class SteppedAttention(SpikingAttention):
         self, key: Float[Tensor, "TB K L E"], value: Float[Tensor, "TB K L E"]
     ) -> tuple[Float[Tensor, "B K L E"], Float[Tensor, "B K L E"]]:
         """Sums of the spikes that currents of keys and values cause; the keys' trains wait for the queries, which fire beside them."""
-        key, value = (integrate(unbatch(x, self.key.T)) for x in (key, value))
+        key, value = (events.integrate(unbatch(x, self.key.T)) for x in (key, value))
         fired = self.key(self.rotate(key))
         self.fired = fired, self._sums(self.key, fired, key.dtype)
         return self.fired[1], self._sums(self.value, self.value(value), value.dtype)
@@ -118,7 +119,7 @@ class SteppedAttention(SpikingAttention):
     ) -> Float[Tensor, "TB L H E"]:
         """Currents of the heads' outputs, from currents of queries and what `code` made of keys and values."""
         T = self.query.T
-        q = self.rotate(integrate(unbatch(query, T)))
+        q = self.rotate(events.integrate(unbatch(query, T)))
         mask, v = mask[: len(q)], value
         own, self.fired = self.fired, None
         assert own is not None  # `code` comes before
@@ -167,23 +168,39 @@ class SteppedAttention(SpikingAttention):
             rows = weights.expand(len(spikes), 1, H, L, 1).reshape(len(spikes), 1, K, -1, 1)
             return spikes.reshape(len(spikes), B, K, -1, spikes.shape[-1]), rows
 
-        q_spikes, q_weights = stacked(self.query, query)
-        k_weights = self._weights(self.key, K).to(dtype)
-        populations = self.query.populations, self.key.populations
-        pairs = integrate(spike_pairs(q_spikes, keys.fired, q_weights * scaling, k_weights, populations=populations))
-        rows = spike_mixture(q_spikes, keys.sums.mT, q_weights * scaling, populations=self.query.populations)
-        scores = keys.in_order(pairs, integrate(rows)).view(B, H, L, -1)
-        activations, top = exponentials(scores, mask) if self.normalise_after else (probabilities(scores, mask), None)
-        spikes, weights = stacked(self.softmax, self.softmax(activations))
-        mixed = spike_mixture(spikes, value, weights, populations=self.softmax.populations)
-        mixtures = (part.view(B, H, L, -1) for part in mixed)
+        scores = self._scores(query, keys, mask, scaling)
+        if scores is None:
+            q_spikes, q_weights = stacked(self.query, query)
+            k_weights = self._weights(self.key, K).to(dtype)
+            populations = self.query.populations, self.key.populations
+            pairs = integrate(spike_pairs(q_spikes, keys.fired, q_weights * scaling, k_weights, populations=populations))
+            rows = spike_mixture(q_spikes, keys.sums.mT, q_weights * scaling, populations=self.query.populations)
+            scores = keys.in_order(pairs, integrate(rows)).view(B, H, L, -1)
+        exponentiate = events.exponentials if self.softmax.compiled else exponentials
+        activations, top = exponentiate(scores, mask) if self.normalise_after else (probabilities(scores, mask), None)
+        neuron, spikes = self.softmax, self.softmax(activations)
+
+        def mixtures() -> Iterator[Tensor]:
+            train, weights = stacked(neuron, spikes)
+            return (part.view(B, H, L, -1) for part in spike_mixture(train, value, weights, populations=neuron.populations))
+
         if top is None:
-            return mixtures
-        parts = integrate(mixtures)
+            return mixtures()
+        found = events.mixture_sum(spikes, value[..., :-1], neuron.wires, neuron.populations) if neuron.compiled else None
+        if found is None:
+            whole = integrate(mixtures())
+            found = whole[..., :-1], whole[..., -1:]
+        mixture, total = found
         if prefix is not None:
             q = integrate(weighted(query, self._weights(self.query, H).to(dtype) * scaling))
             sink, share = prefix_weights(per_key_head(q, prefix[0].mT), top)
-            parts = parts * share + torch.cat([per_key_head(sink, prefix[1]), sink.sum(-1, keepdim=True)], dim=-1)
-        total = parts[..., -1:]
+            mixture, total = mixture * share + per_key_head(sink, prefix[1]), total * share + sink.sum(-1, keepdim=True)
         # nothing is mixed where no spike was sent
-        return iter(at_last_step(parts[..., :-1] / torch.where(total == 0, 1, total), T))
+        return iter(at_last_step(mixture / torch.where(total == 0, 1, total), T))
+
+    def _scores(self, query: Int8[Tensor, "Q B H l E"], keys: Keys, mask: Tensor, scaling: float) -> Float[Tensor, "B H l s"] | None:
+        """Scores in one pass over all steps; None: where there is no such kernel, and where a cache has keys."""
+        if not self.query.compiled or keys.sums.shape[2]:
+            return None
+        populations = self.query.populations, self.key.populations
+        return events.pair_scores(query, keys.fired, (self.query.wires, self.key.wires), mask, scaling, populations)

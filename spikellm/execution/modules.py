@@ -15,7 +15,8 @@ from torch.func import functional_call
 
 from spikellm.coding.neuron import PhaseNeuron, fire
 from spikellm.execution.amplitude import attached, detached
-from spikellm.kernels.temporal import at_last_step, integrate, spike_linear, step_weights
+from spikellm.kernels import events
+from spikellm.kernels.temporal import at_last_step, step_weights
 from spikellm.model.modules import SpikingActivation, SpikingLinear, SpikingRMSNorm, wide
 
 
@@ -108,7 +109,7 @@ class SteppedRMSNorm(SpikingRMSNorm):
 
     def forward(self, x: Float[Tensor, "TB L D"]) -> Int8[Tensor, "..."]:
         """Spikes of the norm's neuron, from the integrated currents."""
-        normed = self.normalise(integrate(unbatch(x, self.neuron.T)))
+        normed = self.normalise(events.integrate(unbatch(x, self.neuron.T)))
         spikes, amplitude = self.neuron(normed), self.neuron.amplitude(normed)
         if self.last:
             return attached(spikes.permute(1, 2, 0, 3), None if amplitude is None else amplitude[:, :, None])
@@ -127,7 +128,7 @@ class SteppedHeadNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "TB L H E"]) -> Float[Tensor, "TB L H E"]:
         """The norm of the integrated currents, as the current of the last step."""
-        normed = functional_call(self.norm, {"weight": self.weight}, (integrate(unbatch(x, self.T)),))
+        normed = functional_call(self.norm, {"weight": self.weight}, (events.integrate(unbatch(x, self.T)),))
         return at_last_step(normed, self.T).flatten(0, 1)
 
 
@@ -145,7 +146,7 @@ class SteppedActivation(SpikingActivation):
 
     def forward(self, x: Float[Tensor, "TB L F"]) -> Int8[Tensor, "SB L F"]:
         """Spikes of SiLU's neuron on its S wires."""
-        return self.neuron(self.function(integrate(unbatch(x, self.neuron.T)))).flatten(0, 1)
+        return self.neuron(self.function(events.integrate(unbatch(x, self.neuron.T)))).flatten(0, 1)
 
 
 class SteppedLinear(nn.Linear):
@@ -155,42 +156,51 @@ class SteppedLinear(nn.Linear):
         populations: P of the neuron.
         amplitude_bits: of the token's amplitude behind its spikes; 0: there is none.
         chunk: time steps a product, at most; None: all.
+        compiled: products in C++, where it has them.
     """
 
     wires: Tensor
     populations: int
     amplitude_bits: int
     chunk: int | None
+    compiled: bool
 
     @classmethod
     def of(cls, linear: nn.Linear, neuron: PhaseNeuron, chunk: int | None) -> Self:
         """The same weight and bias, behind `neuron`."""
         module = cls(linear.in_features, linear.out_features, bias=False, device="meta")
         module.weight, module.bias, module.chunk = linear.weight, linear.bias, chunk
-        module.populations = neuron.digits.populations
+        module.populations, module.compiled = neuron.digits.populations, neuron.compiled
         module.amplitude_bits = 8 * neuron.theta.itemsize if neuron.per_token else 0
         module.register_buffer("wires", neuron.table.wires, persistent=False)
         return module
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """Of a product with this weight."""
+        return {"populations": self.populations, "bias": self.bias, "chunk": self.chunk, "compiled": self.compiled}
+
     def parts(self, spikes: Int8[Tensor, "S *rows I"], amplitude: Float[Tensor, "*rows 1"] | None) -> Iterator[Float[Tensor, "t *rows O"]]:
         """Currents of consecutive steps."""
-        return spike_linear(
-            spikes, self.weight, self.wires, populations=self.populations, scale=amplitude, bias=self.bias, chunk=self.chunk
-        )
+        return events.linear(spikes, self.weight, self.wires, scale=amplitude, **self.options)
+
+    def total(self, spikes: Int8[Tensor, "S *rows I"], amplitude: Float[Tensor, "*rows 1"] | None) -> Float[Tensor, "*rows O"]:
+        """Their sum over time."""
+        return events.linear_sum(spikes, self.weight, self.wires, scale=amplitude, **self.options)
 
     @property
     def T(self) -> int:
         """Time steps."""
         return self.wires.shape[1] // self.populations
 
-    def currents(self, input: Int8[Tensor, "TB L W"]) -> Iterator[Float[Tensor, "t B L O"]]:
-        """Currents of consecutive steps, from the wires of each side by side and, where there is one, the amplitude behind them."""
+    def received(self, input: Int8[Tensor, "TB L W"]) -> tuple[Int8[Tensor, "S B L I"], Float[Tensor, "B L 1"] | None]:
+        """The train, wire by wire, and the tokens' amplitudes: the wires of a step come side by side, the amplitude behind them."""
         spikes, amplitude = detached(unbatch(input, self.T), self.amplitude_bits)
-        return self.parts(spikes.unflatten(-1, (self.populations, -1)).movedim(-2, 1).flatten(0, 1), amplitude)
+        return spikes.unflatten(-1, (self.populations, -1)).movedim(-2, 1).flatten(0, 1), amplitude
 
     def forward(self, input: Int8[Tensor, "TB L W"]) -> Float[Tensor, "TB L O"]:
         """Currents d_t (W s_t) of every step."""
-        return joined(self.currents(input), self.T).flatten(0, 1)
+        return joined(self.parts(*self.received(input)), self.T).flatten(0, 1)
 
 
 class SteppedUp(SteppedLinear):
@@ -200,7 +210,7 @@ class SteppedUp(SteppedLinear):
 
     def forward(self, input: Int8[Tensor, "TB L W"]) -> Float[Tensor, "HB L O"]:
         """The summed current at each of the S steps of SiLU's spikes."""
-        total = integrate(current for part in self.currents(input) for current in part)
+        total = self.total(*self.received(input))
         return total.expand(self.held, *total.shape).flatten(0, 1)  # a view for batch 1
 
 
@@ -213,7 +223,7 @@ class SteppedHead(SteppedLinear):
 
     def forward(self, input: Int8[Tensor, "*rows S D"]) -> Float[Tensor, "*rows V"]:
         """Logits: the sum of the currents over time."""
-        return integrate(current for part in self.parts(*self.received(input)) for current in part)
+        return self.total(*self.received(input))
 
     def readouts(self, input: Int8[Tensor, "*rows S D"]) -> Iterator[Float[Tensor, "*rows V"]]:
         """The logits after 1, 2, .. T steps of the final norm's neuron: one tensor, which the next step adds to."""
@@ -246,17 +256,14 @@ class SteppedSpikingLinear(SpikingLinear):
         """Currents d_t (W s_t) of the neuron's spikes, from the currents that it integrates."""
         T = self.neuron.T
         if self.incoming is None:
-            total = integrate(unbatch(x, T))
+            total = events.integrate(unbatch(x, T))
         else:
-            currents = unbatch(x, self.incoming.shape[1])
             weights = step_weights(self.incoming, x.shape[-1]).to(x.dtype)
-            total = currents[0] * weights[0]
-            for current, weight in zip(currents[1:], weights[1:], strict=True):
-                total.addcmul_(current, weight)
+            total = events.integrate(unbatch(x, self.incoming.shape[1]), weights)
         total, neuron = self.transform(total), self.neuron
-        parts = spike_linear(
+        parts = events.linear(
             neuron(total), self.weight, neuron.wires, populations=neuron.populations, scale=neuron.amplitude(total), bias=self.bias,
-            chunk=self.chunk,
+            chunk=self.chunk, compiled=neuron.compiled,
         )  # fmt: skip
         return joined(parts, T).flatten(0, 1)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental import _config
 
-from spikellm.kernels import native
+from spikellm.kernels import bindings, native
 from spikellm.kernels.switch import is_fusing
 
 log = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ def fused(function: Callable, device_type: str) -> Callable:
 
     On a CPU by hand, where `native` has it, on a GPU where `gpu` has it; else by Inductor.
     """
-    if device_type == "cpu" and native.loaded() is None:
+    if device_type == "cpu" and bindings.loaded() is None:
         return function
     if device_type == "cpu" and function in native.KERNELS:
         return native.KERNELS[function]

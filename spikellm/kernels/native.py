@@ -3,117 +3,26 @@
 Vector registers and one pass over memory: a step of a neuron costs as few instructions as it has comparisons and sums, so that T steps of a
 few numbers are hidden behind reading them. Compiling takes 6 s, once for all T, shapes and kinds of digits; calling, 10 microseconds.
 
-Each kernel stands for a plain form of `encode.py`, `attention.py` or `transforms.py`, takes the same arguments, and leaves to it what it
-does not serve: dtypes that differ, subclasses of tensors, codes of very many populations, gradients, and graphs that somebody traces.
+Each kernel stands for a plain form of a module beside this one (KERNELS), takes the same arguments, and leaves to it what it does not
+serve: dtypes that differ, subclasses of tensors, codes of very many populations, gradients, and graphs that somebody traces.
 """
 
-import ctypes
 from collections.abc import Callable
-from functools import cache, wraps
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from spikellm.kernels.attention import mixture_plain, visible_ends
-from spikellm.kernels.build import built
+from spikellm.kernels.bindings import SUFFIX, Candidates, Code, Costs, Heads, Layout, Shape, Strided, library
 from spikellm.kernels.chains import chained_plain, worth_plain
 from spikellm.kernels.encode import Digits, Rows, code_sums, count_plain, encode_plain, fire_plain, segment_sums
 from spikellm.kernels.histogram import BINS, FIRST, SHIFT, Tally, tally_plain
-from spikellm.kernels.switch import is_fusing
 from spikellm.kernels.transforms import kronecker, rms_norm
 
 FEW = 8  # queries that are attended to head by head, without a matrix of scores: a decoding step's
 ALONE = 2**16  # numbers times steps that one thread has finished before others would have woken up
-SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
-
-
-class _Code(ctypes.Structure):
-    """`Code` of neuron.h."""
-
-    _fields_ = [(name, ctypes.c_void_p) for name in ("theta", "h", "d", "v0", "cuts")] + [
-        (name, ctypes.c_int32) for name in ("groups", "steps", "sides", "intervals", "is_signed", "max_spikes")
-    ]
-
-
-class _Heads(ctypes.Structure):
-    """`Heads` of attention.cpp."""
-
-    _fields_ = [("at", ctypes.c_void_p), ("sequence", ctypes.c_int64), ("head", ctypes.c_int64), ("token", ctypes.c_int64)]
-
-
-class _Shape(ctypes.Structure):
-    """`Shape` of attention.cpp."""
-
-    _fields_ = [(name, ctypes.c_int64) for name in ("N", "H", "K", "L", "S", "P", "E")]
-
-
-class _Candidates(ctypes.Structure):
-    """`Candidates` of search.cpp."""
-
-    _fields_ = (
-        [(name, ctypes.c_void_p) for name in ("theta", "h", "d", "v0")]
-        + [(name, ctypes.c_int64) for name in ("N", "M", "T", "Q", "points")]
-        + [(name, ctypes.c_int32) for name in ("is_signed", "max_spikes")]
-    )
-
-
-class _Costs(ctypes.Structure):
-    """`Costs` of chains.cpp."""
-
-    _fields_ = [(name, ctypes.c_void_p) for name in ("errors", "spikes", "price")] + [(name, ctypes.c_int64) for name in "NMQ"]
-
-
-class _Layout(ctypes.Structure):
-    """`Layout` of histogram.cpp."""
-
-    _fields_ = [(name, ctypes.c_int64) for name in ("A", "C", "J", "K", "sides", "bins", "shift", "first")]
-
-
-class _Strided(ctypes.Structure):
-    """`Strided` of histogram.cpp."""
-
-    _fields_ = [("at", ctypes.c_void_p)] + [(name, ctypes.c_int64) for name in "acjk"]
-
-
-_P, _N, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-_CODE, _SHAPE = ctypes.POINTER(_Code), ctypes.POINTER(_Shape)  # which take the structures themselves
-_ARGUMENTS = {
-    "encode": [_P, _P, _N, _N, _N, _CODE, _INT],
-    "fire": [_P, _P, _N, _N, _N, _CODE, _INT],
-    "count": [_P, _P, _N, _N, _N, _CODE, _INT],
-    "segment_sums": [_P, _P, _P, _P, ctypes.POINTER(_Candidates), _INT],
-    "code_sums": [_P, _P, _P, _P, _N, _N, _CODE, _INT],
-    "norm": [_P, _P, _P, ctypes.c_double, _N, _N, _INT],
-    "hadamard": [_P, _P, _P, _N, _N, _N, _INT],
-    "mix": [_P, _P, _P, _N, _N, ctypes.c_double, _SHAPE, _CODE, _INT],
-    "attend": [_P, _P, _P, _N, _N, ctypes.c_double, _SHAPE, _CODE, _INT],
-}
-
-
-def library() -> ctypes.CDLL | None:
-    """The compiled kernels; None where there are none, or they are switched off."""
-    return loaded() if is_fusing() else None
-
-
-@cache
-def loaded() -> ctypes.CDLL | None:
-    """The compiled kernels; None where there are none."""
-    path = built()
-    if path is None:
-        return None
-    found = ctypes.CDLL(str(path))
-    for name, arguments in _ARGUMENTS.items():
-        for suffix in SUFFIX.values():
-            kernel = getattr(found, f"{name}_{suffix}")
-            kernel.argtypes, kernel.restype = arguments, _INT
-    for suffix in SUFFIX.values():
-        kernel = getattr(found, f"tally_{suffix}")
-        kernel.argtypes, kernel.restype = [_P, _P, _P, *[ctypes.POINTER(_Strided)] * 3, ctypes.POINTER(_Layout), _INT], None
-    found.chained.argtypes, found.chained.restype = [_P, _P, ctypes.POINTER(_Costs), _INT], None
-    found.worth.argtypes, found.worth.restype = [_P, _P, _P, ctypes.POINTER(_Costs), _INT], None
-    found.visible_ends.argtypes, found.visible_ends.restype = [_P, _P, _N, _N, _N, _N, _N, _N], None
-    return found
 
 
 def _served(x: Tensor, other: Tensor) -> bool:
@@ -128,16 +37,16 @@ def _served(x: Tensor, other: Tensor) -> bool:
     )
 
 
-def _code(rows: Rows | None, digits: Digits, cuts: Tensor | None) -> tuple[_Code, object]:
+def _code(rows: Rows | None, digits: Digits, cuts: Tensor | None) -> tuple[Code, object]:
     """A code for the library, and what must live as long as it is used; no rows: numbers pass whole."""
     if rows is None:
-        return _Code(), None
+        return Code(), None
     theta, h, d, v0 = rows = rows.map(Tensor.contiguous)
     cuts = None if cuts is None else cuts.contiguous()
     R, T = theta.shape
     pointers = (theta.data_ptr(), h.data_ptr(), d.data_ptr(), v0.data_ptr(), None if cuts is None else cuts.data_ptr())
     intervals, sides = digits.intervals, digits.sides
-    return _Code(*pointers, R // (intervals * sides), T, sides, intervals, digits.signed, digits.max_spikes or 0), (rows, cuts)
+    return Code(*pointers, R // (intervals * sides), T, sides, intervals, digits.signed, digits.max_spikes or 0), (rows, cuts)
 
 
 def _threads(work: int) -> int:
@@ -214,8 +123,8 @@ def mixture(
     N, H, L, E = query.shape
     K, S = key.shape[1:3]
     code, _alive = _code(rows, digits, cuts)
-    heads = (_Heads * 5)(*(_Heads(each.data_ptr(), *each.stride()[:3]) for each in every))  # without a prefix nobody reads the last two
-    shape = _Shape(N, H, K, L, S, prefix[0].shape[2] if prefix else 0, E)
+    heads = (Heads * 5)(*(Heads(each.data_ptr(), *each.stride()[:3]) for each in every))  # without a prefix nobody reads the last two
+    shape = Shape(N, H, K, L, S, prefix[0].shape[2] if prefix else 0, E)
     out = query.new_empty(N, L, H, E)
     threads = _threads(N * H * L * S * (2 * E + code.steps))
     hidden = (mask.data_ptr(), mask.stride(0), mask.stride(2), scaling)
@@ -288,7 +197,7 @@ def candidates(x: Tensor, weight: Tensor, share: Tensor, rows: Rows, digits: Dig
     x, weight, share = (each.contiguous() for each in (x, weight, share))
     rows = rows.map(Tensor.contiguous)
     (N, M, T), (Q, points) = rows.theta.shape, x.shape[2:]
-    shape = _Candidates(*(part.data_ptr() for part in rows), N, M, T, Q, points, digits.signed, digits.max_spikes or 0)
+    shape = Candidates(*(part.data_ptr() for part in rows), N, M, T, Q, points, digits.signed, digits.max_spikes or 0)
     sums = x.new_empty(3, N, M, Q)
     threads = _threads(N * M * Q * points * T)
     done = _run("segment_sums", x, sums.data_ptr(), x.data_ptr(), weight.data_ptr(), share.data_ptr(), shape, threads)
@@ -307,13 +216,13 @@ def sums(x: Tensor, weight: Tensor, share: Tensor, rows: Rows, digits: Digits, c
     return found if _run("code_sums", x, *addresses, *x.shape, code, _threads(x.numel() * code.steps)) else None
 
 
-def _costs(sums: Tensor, price: Tensor, *others: Tensor) -> tuple[_Costs, int, object] | None:
+def _costs(sums: Tensor, price: Tensor, *others: Tensor) -> tuple[Costs, int, object] | None:
     """Costs for the library, threads that it is worth, and what must live meanwhile; None: it does not serve them."""
     price = price.double()
     if library() is None or sums.dtype != torch.float32 or not all(type(each) is Tensor and each.is_cpu for each in (sums, price, *others)):
         return None
     errors, spikes = (part.contiguous() for part in sums)
-    costs = _Costs(*(part.data_ptr() for part in (errors, spikes, price)), *errors.shape)
+    costs = Costs(*(part.data_ptr() for part in (errors, spikes, price)), *errors.shape)
     return costs, _threads(errors.numel() * 4), (errors, spikes, price)
 
 
@@ -347,18 +256,18 @@ def tally(x: Tensor, importance: Tensor | None, neurons: Tensor | None, tally: T
     kernels = library()
     importance = importance if importance is None or importance.dtype in SUFFIX else importance.float()
     if (
-        loaded is None
+        kernels is None
         or torch.compiler.is_compiling()
         or not all(part is None or type(part) is Tensor for part in (x, importance, neurons))
     ):
         return None
 
-    def strided(part: Tensor | None) -> _Strided:
-        return _Strided() if part is None else _Strided(part.data_ptr(), *part.stride())
+    def strided(part: Tensor | None) -> Strided:
+        return Strided() if part is None else Strided(part.data_ptr(), *part.stride())
 
     x = x if x.stride(-1) == 1 else x.contiguous()
     A, C, J, K = x.shape
-    layout = _Layout(A, C, J, K, len(tally.peaks) // C, BINS, SHIFT, FIRST)
+    layout = Layout(A, C, J, K, len(tally.peaks) // C, BINS, SHIFT, FIRST)
     into = (
         part if part is None else part.data_ptr() for part in (tally.counts, None if importance is None else tally.weights, tally.peaks)
     )

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spikellm.coding.neuron import PhaseNeuron, PhaseTable, Slot, count_spikes, decode, encode, fire
-from spikellm.kernels import build, native
+from spikellm.kernels import bindings, build
 from spikellm.kernels.compiled import fused
 from spikellm.kernels.encode import Digits
 from tests.codes import base2_table
@@ -207,7 +207,7 @@ def test_groups_that_do_not_divide_the_axis_are_an_error():
 
 def test_without_a_compiler_the_plain_pass_is_used(monkeypatch, caplog):
     monkeypatch.setattr("spikellm.kernels.build.shutil.which", lambda _: None)
-    caches = (fused, native.loaded, build.built)
+    caches = (fused, bindings.loaded, build.built)
     for each in caches:
         each.cache_clear()
     try:

@@ -19,6 +19,7 @@ from spikellm.execution import attention as stepped_attention
 from spikellm.execution.memory import fitting_chunk, peak_bytes
 from spikellm.execution.modules import SteppedHead, SteppedLinear, SteppedNeuron, SteppedSpikingLinear, unbatch
 from spikellm.execution.stepped import stepped
+from spikellm.kernels import native, temporal
 from spikellm.kernels.encode import Digits
 from spikellm.model import attention
 from spikellm.model.conversion import fill, get_neuron, install, model_sites, prepare, set_neuron
@@ -84,6 +85,24 @@ def test_plain_model_without_prefix_in_float32(rotated, ids):
     folded = model(ids).logits
     with stepped(model):
         assert norm_ratio(model(ids).logits, folded) <= 2e-3
+
+
+@pytest.mark.parametrize(("dtype", "T", "within"), [(torch.float64, 6, 1e-9), (torch.float32, 16, 2e-3)], ids=str)
+@pytest.mark.parametrize("name", ["llama-biases", "qwen3"])
+def test_products_in_cpp_are_the_folded_network_too(name, dtype, T, within, ids, monkeypatch):
+    """None of a Linear is left to the plain form, and counters see the same trains."""
+    model = spiking(name, T=T, dtype=dtype)
+    fill(model, tables(model, T), compiled=True)
+    folded, counted = model(ids).logits, ledger.count(model, ids)
+    if native.library() is not None:
+        monkeypatch.setattr(temporal, "spike_linear", None)
+    with stepped(model, chunk=4):
+        assert norm_ratio(model(ids).logits, folded) <= within
+        steps = ledger.count(model, ids)
+    if dtype == torch.float64:
+        assert steps == counted
+    else:
+        assert steps.spikes == pytest.approx(counted.spikes, rel=1e-3)
 
 
 def captured(model, ids, paths) -> dict[str, torch.Tensor]:

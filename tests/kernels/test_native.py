@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from spikellm import cores
 from spikellm.coding.neuron import PhaseTable, encode
-from spikellm.kernels import build, native
+from spikellm.kernels import bindings, build, native
 from spikellm.kernels.attention import coded_mixture, mixture_plain, visible_ends
 from spikellm.kernels.encode import Digits, Rows, code_sums, count_plain, encode_plain, fire_plain, segment_sums
 from spikellm.kernels.hadamard import hadamard_factors, hadamard_matrix
@@ -249,10 +249,10 @@ def test_sums_of_importance_do_not_depend_on_threads():
 def fresh(monkeypatch, tmp_path):
     """No library was built or loaded before."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for each in (build.built, native.loaded):
+    for each in (build.built, bindings.loaded):
         each.cache_clear()
     yield tmp_path
-    for each in (build.built, native.loaded):
+    for each in (build.built, bindings.loaded):
         each.cache_clear()
 
 

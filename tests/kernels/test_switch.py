@@ -7,7 +7,7 @@ from spikellm.calibration.calibrate import calibrate
 from spikellm.config.snn import PrefixConfig
 from spikellm.cores import side_by_side, threads
 from spikellm.evaluation.perplexity import perplexity
-from spikellm.kernels import native
+from spikellm.kernels import bindings, native
 from spikellm.kernels.compiled import chosen
 from spikellm.kernels.encode import encode_plain
 from spikellm.kernels.switch import fusing, is_fusing
@@ -25,7 +25,7 @@ def test_within_every_kernel_is_its_plain_form_on_other_threads_too():
         assert chosen(encode_plain, x, compiled=True) is encode_plain
         assert side_by_side(is_fusing, [()] * 4) == [False] * 4
         with fusing(True):
-            assert native.library() is native.loaded() is not None
+            assert native.library() is bindings.loaded() is not None
     assert is_fusing()
 
 

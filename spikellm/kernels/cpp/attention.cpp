@@ -301,9 +301,32 @@ void visible(int64_t* ends, const uint8_t* mask, int64_t batch_stride, int64_t r
     }
 }
 
+// Scores [rows, S] to the exponentials of their distances to the largest that is seen, and that one; a row of each sequence's mask has `heads`.
+template <class R>
+int exponentials(R* scores, R* tops, const uint8_t* mask, int64_t batch_stride, int64_t row_stride, int64_t N, int64_t H, int64_t L, int64_t S,
+                 int threads) {
+    const Table<R> none{};
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        std::vector<uint8_t> loud(S / GROUP<R> + 1);
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < N * H * L; row++)
+            tops[row] = code_row<R, Whole>(none, scores + row * S, mask + row / L / H * batch_stride + row % L * row_stride, S, R(1), loud.data()).top;
+    }
+    return 0;
+}
+
 }  // namespace
 
 extern "C" {
+int exponentials_f32(float* scores, float* tops, const uint8_t* mask, int64_t batch_stride, int64_t row_stride, int64_t N, int64_t H, int64_t L,
+                     int64_t S, int threads) {
+    return exponentials(scores, tops, mask, batch_stride, row_stride, N, H, L, S, threads);
+}
+int exponentials_f64(double* scores, double* tops, const uint8_t* mask, int64_t batch_stride, int64_t row_stride, int64_t N, int64_t H, int64_t L,
+                     int64_t S, int threads) {
+    return exponentials(scores, tops, mask, batch_stride, row_stride, N, H, L, S, threads);
+}
 int mix_f32(float* out, const Heads<float>* heads, const uint8_t* mask, int64_t batch_stride, int64_t row_stride, double scaling,
             const Shape* shape, const Code<float>* code, int threads) {
     return mix(out, heads[0], heads[1], heads[2], heads[3], heads[4], mask, batch_stride, row_stride, float(scaling), *shape, *code, threads);

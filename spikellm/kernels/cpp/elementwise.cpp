@@ -49,19 +49,31 @@ template <class R> int spikes(const R* x, int8_t* z, int64_t A, int64_t C, int64
         using K = decltype(kind);
         const int P = code.populations();
         over_runs(code, A * C, 1, I, threads, [&](const Table<R>& table, int64_t run, int64_t start, int64_t end) {
-            for (int64_t i = start; i < end; i += W<R>) {
-                const int64_t n = end - i < W<R> ? end - i : W<R>;
-                const V<R> some = load_some<V<R>>(x + run * I + i, n);
-                const auto in = Inputs<R, 1>::template of<K::many>(table, &some);
-                const M<R> negative = some < 0, none = some == 0;
-                fire<R, K, 1>(table, in, [&](int t, int, M<R> up, M<R> down, V<R>) {
-                    M<R> sent = none ? M<R>{} : down - up;  // masks are -1
-                    sent = negative ? -sent : sent;
-                    for (int p = 0; p < P; p++) {
-                        const M<R> own = !K::many ? sent : in.owner[0] == p ? sent : M<R>{};
-                        store_some(z + ((int64_t(t) * P + p) * A * C + run) * I + i, narrowed<R>(own), n);
+            const auto send = [&](const V<R>* some, int64_t i, int64_t width, auto number) {
+                constexpr int many = decltype(number)::value;
+                const auto in = Inputs<R, many>::template of<K::many>(table, some);
+                M<R> sign[many];
+#pragma GCC unroll 4
+                for (int n = 0; n < many; n++) sign[n] = M<R>(some[n] < 0) - M<R>(some[n] > 0);
+                fire<R, K, many>(table, in, [&](int t, int n, M<R> up, M<R> down, V<R>) {
+                    const M<R> negative = sign[n] < 0, sent = sign[n] == 0 ? M<R>{} : negative ? up - down : down - up;  // masks are -1
+                    int8_t* to = z + (int64_t(t) * P * A * C + run) * I + i + n * W<R>;
+                    for (int p = 0; p < P; p++, to += A * C * I) {
+                        const M<R> own = !K::many ? sent : in.owner[n] == p ? sent : M<R>{};
+                        many > 1 ? store(to, narrowed<R>(own)) : store_some(to, narrowed<R>(own), width);
                     }
                 });
+            };
+            V<R> some[U];
+            int64_t i = start;
+            for (; i + U * W<R> <= end; i += U * W<R>) {
+                load_all<R, U>(some, x + run * I + i);
+                send(some, i, W<R>, std::integral_constant<int, U>{});
+            }
+            for (; i < end; i += W<R>) {
+                const int64_t width = end - i < W<R> ? end - i : W<R>;
+                some[0] = load_some<V<R>>(x + run * I + i, width);
+                send(some, i, width, std::integral_constant<int, 1>{});
             }
         });
     });
