@@ -30,7 +30,7 @@ def peak_bytes(model: PreTrainedModel, tokens: int, *, chunk: int) -> int:
     heads, width = config.num_attention_heads, config.intermediate_size
     residual = 2 * T * tokens * config.hidden_size * size
     gated, sent = wires[SiteKind.activation], max(wires[SiteKind.activation], wires[SiteKind.mlp_product])
-    # currents and spikes on all wires; integrated sums; operand and result of a product
+    # currents and spikes on all wires; integrated sums; operand (or digits of weights) and result of a product
     mlp = tokens * width * (gated * size + 2 * sent + 5 * size + 2 * chunk * size)
     block = heads * min(attention.query_block, tokens) * (tokens + prefix) * (7 * size + 2 * wires[SiteKind.softmax])
     channels = {SiteKind.query: heads, SiteKind.key: config.num_key_value_heads, SiteKind.value: config.num_key_value_heads}

@@ -17,6 +17,8 @@ Sources: spike products by cumulative sums as in SpikeZIP-TF (You et al., ICML 2
 while they integrate, so that a nonlinear function has to be updated at every step, f(X_t) - f(X_t-1); here a code fires after
 integrating: the operand V is complete, and of the differences only their sum f(X) would reach a neuron.
 
+These are the plain forms, which specify what `events.py` computes on a CPU.
+
 Time comes first in every shape; iterators keep memory at one step where the consumer only adds up.
 """
 
