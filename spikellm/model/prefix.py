@@ -71,9 +71,9 @@ def keep_what_helps(
     if len(tokens) < 2:
         return tokens
 
-    def remaining(candidate: list[int]) -> float:
+    def remaining(candidate: list[int]) -> int:
         attach_prefix(model, candidate)
-        return _outliers(model, windows, eta).sum((1, 2)).max().item()
+        return int(_outliers(model, windows, eta).sum((1, 2)).max())
 
     alone = remaining(tokens[-1:])
     if alone < len(windows) or alone < 4 * remaining(tokens):
