@@ -256,7 +256,11 @@ def fresh(monkeypatch, tmp_path):
         each.cache_clear()
 
 
+QUICKLY = ("-std=c++17", "-O0", "-fPIC", "-w")  # what is compiled, not how well
+
+
 def test_it_is_compiled_once_for_a_machine(fresh, monkeypatch):
+    monkeypatch.setattr(build, "ALWAYS", QUICKLY)
     first = build.built()
     assert first is not None
     assert first.parent == fresh / "spikellm"
@@ -304,6 +308,7 @@ def test_registers_of_other_widths_make_the_same_numbers(fresh, monkeypatch, lev
 def test_a_compiler_that_knows_less_is_asked_for_less(fresh, monkeypatch, tmp_path):
     refusing = 'case "$*" in *march=native*) echo "unknown -march=native" >&2; exit 1;; esac; exec g++ "$@"'
     monkeypatch.setenv("CXX", compiler_that(tmp_path, refusing))
+    monkeypatch.setattr(build, "ALWAYS", QUICKLY)
     x, table = torch.linspace(-1, 1, 50).view(1, 1, -1), base2_table(1.0, 4)
     assert build.built() is not None
     assert torch.equal(native.encode(x, table.rows, table.digits), encode_plain(x, table.rows, table.digits))
