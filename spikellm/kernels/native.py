@@ -1,7 +1,7 @@
 """Kernels of a CPU: the C++ of `cpp/`, compiled on this machine (`build.py`) and called by address.
 
 Vector registers and one pass over memory: a step of a neuron costs as few instructions as it has comparisons and sums, so that T steps of a
-few numbers are hidden behind reading them. Compiling takes 6 s, once for all T, shapes and kinds of digits; calling, 10 microseconds.
+few numbers are hidden behind reading them. Compiling takes 15 s, once for all T, shapes and kinds of digits; calling, 10 microseconds.
 
 Each kernel stands for a plain form of a module beside this one (KERNELS), takes the same arguments, and leaves to it what it does not
 serve: dtypes that differ, subclasses of tensors, codes of very many populations, gradients, and graphs that somebody traces.

