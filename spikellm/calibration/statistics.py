@@ -23,8 +23,8 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from spikellm.coding.neuron import Slot, token_amplitude
-from spikellm.kernels.compiled import chosen
-from spikellm.kernels.histogram import BINS, FIRST, LOWEST_EXPONENT, OCTAVES, SHIFT, Tally, tally_plain
+from spikellm.kernels import native
+from spikellm.kernels.histogram import BINS, FIRST, LOWEST_EXPONENT, OCTAVES, SHIFT, Tally
 
 FIT, CHOOSE, REPORT = range(3)
 PARTS = 3
@@ -182,13 +182,13 @@ class Observer(Slot):
             self.weights = torch.zeros(PARTS, self.rows, BINS, dtype=torch.float64, device=x.device)
         tally = Tally(self.counts[self.part], None if self.weights is None else self.weights[self.part], self.maximum[self.part])
         parts = [None if each is None else self._grouped(each) for each in (importance, neurons)]
-        chosen(tally_plain, x, compiled=x.is_cpu)(self._grouped(x).float(), *parts, tally)
+        native.tally(self._grouped(x).float(), *parts, tally)
 
     def _grouped(self, x: Tensor) -> Shaped[Tensor, "A C J K"]:
         """C groups of the activations: outer, groups, rows, numbers of a row."""
         x, axis = x.detach(), self.axis % x.ndim
         if self.groups == 1:
-            return x.reshape(1, 1, -1, x.shape[-1] if x.ndim else 1)
+            return x.reshape(1, 1, -1, x.shape[-1])
         outer = x.shape[:axis].numel()
         x = x.unflatten(axis, (self.groups, -1))
         return x.reshape(outer, self.groups, -1, x.shape[-1])

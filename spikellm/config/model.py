@@ -51,7 +51,7 @@ class HardwareConfig:
     fused: bool = True
     """kernels (C++ on a CPU, Triton on CUDA) instead of the plain forms that specify them, many times slower"""
     query_block: int = 256
-    """queries per block of attention; bounds memory where scores are held in it, which Triton on CUDA does not do [tokens]"""
+    """queries per block of attention; bounds memory where scores are held in it: without kernels, and where spikes are counted [tokens]"""
     threads: int | None = None
     """CPU threads; null: torch's choice, or fewer where the container has a share of fewer cores"""
     offload: bool | None = None

@@ -1,5 +1,7 @@
 """Attention on plain tensors: products of heads that share keys, the two ways to normalise, what an error of a weight counts, blocks."""
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -132,15 +134,11 @@ def mixture_plain(
     block: int,
 ) -> Float[Tensor, "B H L E"]:
     """`coded_mixture`, `block` queries at a time. The specification."""
-    return torch.cat(
-        [
-            coded_mixture(
-                query[:, :, some], key[:, :, seen], value[:, :, seen], mask[:, :, some, seen], scaling, prefix, rows, digits, cuts
-            )
-            for some, seen in visible_blocks(mask.shape[2], visible_ends(mask, block), block)
-        ],
-        dim=2,
-    )
+
+    def mix(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+        return coded_mixture(query, key, value, mask, scaling, prefix, rows, digits, cuts)
+
+    return _in_blocks(mix, query, key, value, mask, block)
 
 
 def average_plain(
@@ -155,13 +153,17 @@ def average_plain(
     block: int,
 ) -> Float[Tensor, "B H L E"]:
     """`coded_average`, `block` queries at a time. The specification."""
-    return torch.cat(
-        [
-            coded_average(query[:, :, some], key[:, :, seen], value[:, :, seen], mask[:, :, some, seen], scaling, rows, digits, cuts)
-            for some, seen in visible_blocks(mask.shape[2], visible_ends(mask, block), block)
-        ],
-        dim=2,
-    )
+
+    def mix(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+        return coded_average(query, key, value, mask, scaling, rows, digits, cuts)
+
+    return _in_blocks(mix, query, key, value, mask, block)
+
+
+def _in_blocks(mix: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, mask: Tensor, block: int) -> Tensor:
+    """What a form of attention makes of `block` queries and the keys that they may see, block by block."""
+    blocks = visible_blocks(mask.shape[2], visible_ends(mask, block), block)
+    return torch.cat([mix(query[:, :, some], key[:, :, seen], value[:, :, seen], mask[:, :, some, seen]) for some, seen in blocks], dim=2)
 
 
 def visible_blocks(queries: int, ends: list[int], size: int) -> list[tuple[slice, slice]]:

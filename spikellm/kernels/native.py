@@ -3,7 +3,7 @@
 Vector registers and one pass over memory: a step of a neuron costs as few instructions as it has comparisons and sums, so that T steps of a
 few numbers are hidden behind reading them. Compiling takes 15 s, once for all T, shapes and kinds of digits; calling, 10 microseconds.
 
-Each kernel stands for a plain form of a module beside this one (KERNELS), takes the same arguments, and leaves to it what it does not
+Each kernel stands for a plain form of a module beside this one, takes the same arguments, and leaves to it what it does not
 serve: dtypes that differ, subclasses of tensors, codes of very many populations, gradients, and graphs that somebody traces.
 """
 
@@ -258,7 +258,7 @@ def tally(x: Tensor, importance: Tensor | None, neurons: Tensor | None, tally: T
     if (
         kernels is None
         or torch.compiler.is_compiling()
-        or not all(part is None or type(part) is Tensor for part in (x, importance, neurons))
+        or not all(part is None or (type(part) is Tensor and part.is_cpu) for part in (x, importance, neurons))
     ):
         return None
 
@@ -289,7 +289,7 @@ def ends(mask: Tensor, size: int) -> list[int] | None:
     return found.tolist()
 
 
-# Of which plain form each is.
+# Those that may be switched off one by one (`compiled.chosen`), and of which plain form each is.
 KERNELS: dict[Callable, Callable] = {
     encode_plain: encode,
     fire_plain: fire,
@@ -297,7 +297,4 @@ KERNELS: dict[Callable, Callable] = {
     mixture_plain: mixture,
     segment_sums: candidates,
     code_sums: sums,
-    tally_plain: tally,
-    chained_plain: chained,
-    worth_plain: worth,
 }

@@ -20,7 +20,7 @@ A key and a value are coded once, when they are made: what attention gets, and a
 spelled (`cache.py`). Only queries and the softmax are coded here.
 
 Queries are taken in blocks, and keys that no query of a block may see are left out: half of the work and a fraction of
-the memory of the full [H, L, S] matrix. On a GPU a kernel does so by itself and holds no such matrix (`kernels/gpu.py`).
+the memory of the full [H, L, S] matrix. Kernels do so by themselves and hold no such matrix (`kernels/native.py`, `kernels/gpu.py`).
 
 Scores, exponentials and sums are float32 at least, whatever the model's dtype: transformers' eager attention rounds scores to bfloat16, by
 0.06 at a score of 20.
@@ -172,8 +172,7 @@ class SpikingAttention(nn.Module):
         """What a kernel makes of it, which takes blocks by itself; None: there is none, or what sits at the softmax has to be asked."""
         neuron = self.softmax
         if not self._sends and self.normalise_after:  # as in the ANN
-            mix = chosen(mixture_plain, query, compiled=query.is_cpu)
-            return mix(query, key, value, mask, scaling, prefix, None, BINARY, None, self.query_block).transpose(1, 2)
+            return native.mixture(query, key, value, mask, scaling, prefix, None, BINARY, None, self.query_block).transpose(1, 2)
         if not (isinstance(neuron, PhaseNeuron) and neuron.compiled):
             return None
         every, code = (query.detach(), key.detach(), value.detach(), mask, scaling), (neuron.table.rows, neuron.digits, neuron.cuts)

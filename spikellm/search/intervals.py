@@ -22,8 +22,8 @@ from torch import Tensor
 
 from spikellm.coding.codes import FIXED, Codes, IntervalCodes
 from spikellm.coding.grains import assignments
-from spikellm.kernels.chains import chained_plain, running_costs, running_sums, through, worth_plain
-from spikellm.kernels.compiled import chosen
+from spikellm.kernels import native
+from spikellm.kernels.chains import running_costs, running_sums, through
 from spikellm.search.evolution import GENERATIONS, SIGNED_GENERATIONS, bounds, first_population, propose
 from spikellm.search.objective import Objective
 from spikellm.search.options import Options
@@ -57,20 +57,13 @@ def prefix(sums: list[Float[Tensor, "2 N M Q"]], price: Float[Tensor, " N"], Q: 
     found = price.new_full((len(price), Q + 1), torch.inf, dtype=torch.float64)
     found[:, 0] = 0
     for each in sums:
-        found = chosen(chained_plain, each, compiled=each.is_cpu)(found, each, price)
+        found = native.chained(found, each, price)
     return found
 
 
 def suffix(sums: list[Float[Tensor, "2 N M Q"]], price: Float[Tensor, " N"], Q: int) -> Float[Tensor, "N Q1"]:
     """Least costs of the points behind each edge."""
     return prefix([each.flip(-1) for each in reversed(sums)], price, Q).flip(-1)
-
-
-def worth(
-    before: Float[Tensor, "N Q1"], sums: Float[Tensor, "2 N M Q"], price: Float[Tensor, " N"], behind: Float[Tensor, "N Q1"]
-) -> Float[Tensor, "N M"]:
-    """The least cost of a whole code with each member in its place, between the best of the others."""
-    return chosen(worth_plain, sums, compiled=sums.is_cpu)(before, sums, price, behind)
 
 
 def best_chain(sums: list[Float[Tensor, "N M Q1"]]) -> tuple[Int[Tensor, "K N"], Int[Tensor, "ends N"]]:
@@ -177,10 +170,10 @@ def evolve_chains(
     for _ in range(generations):
         for k in range(len(populations)):
             before, behind = prefix(kept[:k], price, Q), suffix(kept[k + 1 :], price, Q)
-            found = worth(before, kept[k], price, behind)
+            found = native.worth(before, kept[k], price, behind)
             trial = propose(populations[k], found, limits, generator)
             tried = sums_of(objective.points, trial)
-            better = worth(before, tried, price, behind) <= found
+            better = native.worth(before, tried, price, behind) <= found
             populations[k] = trial.where(better, populations[k])
             kept[k][:, better] = tried[:, better]
     members, _ = best_chain([running_costs(each, price) for each in kept])

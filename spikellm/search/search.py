@@ -95,12 +95,11 @@ def objective_of(statistics: Mapping[str, SiteStatistics], options: Options, K: 
 
 def choice_errors(statistics: Mapping[str, SiteStatistics], codes: IntervalCodes, options: Options) -> list[Float[Tensor, " C"]]:
     """Relative errors on the choosing part, site by site, of codes of all groups in a row."""
-
-    def errors(_: str, site: SiteStatistics, rows: slice) -> Float[Tensor, " C"]:
+    found = []
+    for _, site, rows in group_rows(statistics):
         table = codes.at(rows).table(options.digits)
-        return choice_costs(site, [table], spike_price=0.0, compiled=options.compiled)[1, 0]
-
-    return [errors(*each) for each in group_rows(statistics)]
+        found.append(choice_costs(site, [table], spike_price=0.0, compiled=options.compiled)[1, 0])
+    return found
 
 
 def group_rows(statistics: Mapping[str, SiteStatistics]) -> Iterator[tuple[str, SiteStatistics, slice]]:
@@ -148,10 +147,10 @@ def assess_all(
     intervals = options.snn.interval_count is None and priced
     tolerance = options.search.tolerance if options.snn.grains is None or intervals else 0.0
     sufficient = options.search.sufficient_error if intervals else 0.0
-
-    def assess(name: str, site: SiteStatistics, rows: slice) -> CodeFit:
+    fits = {}
+    for name, site, rows in group_rows(statistics):
         own = [(codes.at(rows), objective[rows]) for codes, objective in rounds]
-        return CodeFit.assess(
+        fits[name] = CodeFit.assess(
             site,
             own,
             tolerance=tolerance,
@@ -160,8 +159,7 @@ def assess_all(
             spike_price=options.spike_price(name) if priced else 0.0,
             compiled=options.compiled,
         )
-
-    return {name: assess(name, site, rows) for name, site, rows in group_rows(statistics)}
+    return fits
 
 
 def base2(statistics: Mapping[str, SiteStatistics], options: Options) -> dict[str, CodeFit]:

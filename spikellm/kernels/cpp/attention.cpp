@@ -3,6 +3,7 @@
 #include <cmath>
 #include <type_traits>
 
+#include "mask.h"
 #include "neuron.h"
 
 namespace {
@@ -248,13 +249,7 @@ int mix(R* out, Heads<R> query, Heads<R> key, Heads<R> value, Heads<R> sink_key,
         for (int64_t job = 0; job < n.N * n.K * blocks; job++) {
             const int64_t start = (blocks - 1 - job / (n.N * n.K)) * block, head = job % (n.N * n.K), b = head / n.K, k = head % n.K;
             const int64_t some = start + block < n.L ? block : n.L - start, used = rounded(G * some, ROWS);
-            int64_t end = 1;
-            for (int64_t l = start; l < start + some; l++) {
-                const uint8_t* shown = mask + b * batch_stride + l * row_stride;
-                int64_t last = n.S;
-                while (last > end && !shown[last - 1]) last--;
-                end = last;
-            }
+            const int64_t end = seen_by(mask + b * batch_stride + start * row_stride, row_stride, some, n.S, 1);
             for (int64_t row = 0; row < G * some; row++)
                 std::memcpy(queries.data() + row * n.E, query(b, k * G + row / some, start + row % some), n.E * sizeof(R));
             std::memset(mixed.data(), 0, used * padded * sizeof(R));
@@ -290,13 +285,8 @@ int mix(R* out, Heads<R> query, Heads<R> key, Heads<R> value, Heads<R> sink_key,
 void visible(int64_t* ends, const uint8_t* mask, int64_t batch_stride, int64_t row_stride, int64_t N, int64_t L, int64_t S, int64_t block) {
     for (int64_t start = 0; start < L; start += block) {
         int64_t end = 1;
-        for (int64_t b = 0; b < N; b++)
-            for (int64_t l = start; l < L && l < start + block; l++) {
-                const uint8_t* row = mask + b * batch_stride + l * row_stride;
-                int64_t last = S;
-                while (last > end && !row[last - 1]) last--;
-                end = last > end ? last : end;
-            }
+        const int64_t some = start + block < L ? block : L - start;
+        for (int64_t b = 0; b < N; b++) end = seen_by(mask + b * batch_stride + start * row_stride, row_stride, some, S, end);
         *ends++ = end;
     }
 }

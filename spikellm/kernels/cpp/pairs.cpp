@@ -3,6 +3,7 @@
 // Each step's spikes meet what the other side has accumulated, d X or d Y^T in 30 bits; the steps of a product lie one behind the other, so
 // that a tile adds them up before it is put down.
 
+#include "mask.h"
 #include "product.h"
 #include "tiles.h"
 
@@ -69,17 +70,6 @@ inline void accumulate(float* sum, const int8_t* spikes, float d, int64_t n) {
     for (int64_t i = 0; i < n; i++) sum[i] += d * spikes[i];
 }
 
-// Behind the last key that any of some queries may see.
-inline int64_t seen_by(const uint8_t* mask, int64_t row_stride, int64_t rows, int64_t S) {
-    int64_t end = 0;
-    for (int64_t r = 0; r < rows; r++) {
-        int64_t last = S;
-        while (last > end && !mask[r * row_stride + last - 1]) last--;
-        end = last;
-    }
-    return end;
-}
-
 // scores [B, H, L, S] = scaling sum_t d_t x_t Y_t^T + X_t-1 (d'_t y_t)^T of keys up to the last that some query of 16 may see; others: 0.
 int pairs(float* scores, const HeadTrain& x, const HeadTrain& y, const Weights& d_x, const Weights& d_y, const uint8_t* mask,
           int64_t mask_sequence, int64_t mask_row, float scaling, const Attended& n, int threads) {
@@ -138,7 +128,7 @@ int pairs(float* scores, const HeadTrain& x, const HeadTrain& y, const Weights& 
             int64_t ends[STRIP / SIDE], end = 0;
             for (int64_t part = 0; part < parts; part++) {
                 const int64_t first = start + part * SIDE, rows = std::min(SIDE, n.L - first);
-                ends[part] = seen_by(mask + b * mask_sequence + first * mask_row, mask_row, rows, n.S);
+                ends[part] = seen_by(mask + b * mask_sequence + first * mask_row, mask_row, rows, n.S, 0);
                 end = std::max(end, ends[part]);
                 for (int64_t i = 0; i < X * deep; i++)
                     awake[part * X * deep + i] = any_of(spikes.data() + (i / deep * STRIP + part * SIDE) * wide + i % deep * DEPTH, wide);
