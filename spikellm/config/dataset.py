@@ -54,14 +54,15 @@ class ZeroShotConfig:
     """folder with a TASK.jsonl for every task, in the fields of the hub's data sets; null: the hub"""
     limit: int | None = None
     """first rows of each task; null: all"""
-    batch_size: int = 8
-    """sequences a forward; not felt in the results"""
+    batch_size: int | None = None
+    """sequences a forward; null: as many as products gain from and memory has room for; not felt in the results"""
 
     def __post_init__(self) -> None:
         check_names("dataset.zero_shot.tasks", self.tasks, ZERO_SHOT_TASKS)
         check_names("dataset.zero_shot.networks", self.networks or [], tuple(NETWORKS))
         check(self.limit is None or self.limit >= 1, "dataset.zero_shot.limit", self.limit, "must be at least 1 or null")
-        check(self.batch_size >= 1, "dataset.zero_shot.batch_size", self.batch_size, "must be at least 1")
+        given = self.batch_size
+        check(given is None or given >= 1, "dataset.zero_shot.batch_size", given, "must be at least 1 or null")
 
     def scored(self, measured: list[NetworkName]) -> list[NetworkName]:
         """Those of the measured networks that answer the tasks.

@@ -20,11 +20,14 @@ class EvaluationConfig:
 
     networks: list[NetworkName] = field(default_factory=lambda: list(DEFAULT_NETWORKS))
     """those that are measured; the integer rivals int_static and int_token at request"""
+    batch_size: int | None = None
+    """windows a forward; null: as many as products gain from and memory has room for; not felt in the results but by rounding"""
 
     def __post_init__(self) -> None:
         given = f"[{','.join(self.networks)}]"
         check(bool(self.networks), "evaluation.networks", given, f"name at least one of {', '.join(NetworkName)}")
         check(len(set(self.networks)) == len(self.networks), "evaluation.networks", given, "one of them is there twice")
+        check(self.batch_size is None or self.batch_size >= 1, "evaluation.batch_size", self.batch_size, "must be at least 1 or null")
         self.networks.sort(key=list(NetworkName).index)
 
 

@@ -49,9 +49,11 @@ class Measurement(Record):
     anytime: list[float] | None = None  # read after 1 .. T steps
 
 
-def folded_perplexity(model: PreTrainedModel, windows: Int[Tensor, "W L"], label: str, passes: Passes) -> Measurement:
+def folded_perplexity(
+    model: PreTrainedModel, windows: Int[Tensor, "W L"], label: str, passes: Passes, batch_size: int | None
+) -> Measurement:
     """`perplexity` as an artefact holds it."""
-    return Measurement(**asdict(perplexity(model, windows, label=label, passes=passes)))
+    return Measurement(**asdict(perplexity(model, windows, label=label, passes=passes, batch_size=batch_size)))
 
 
 Windows = Callable[[int], Int[Tensor, "W L"]]  # of a text, for a model of so many tokens
@@ -68,7 +70,7 @@ class Together(Protocol):
         ...
 
     def measure(
-        self, names: Sequence[NetworkName], windows: Windows, text: str, kept: KeptPasses
+        self, names: Sequence[NetworkName], windows: Windows, text: str, kept: KeptPasses, batch_size: int | None
     ) -> Iterator[tuple[NetworkName, Measurement]]:
         """What is found for each of these, in any order, as soon as it is; `text` is the name of one."""
 
@@ -81,7 +83,8 @@ class Network:
     inputs: dict[str, Any]  # everything its figures depend on beside the data
     build: Callable[[], PreTrainedModel]
     prefix_tokens: Callable[[], list[int]]  # stand before every sequence by themselves
-    measure: Callable[[PreTrainedModel, Tensor, str, Passes], Measurement] = folded_perplexity  # with a label, and where passes are kept
+    # with a label, where passes are kept, and windows a forward
+    measure: Callable[[PreTrainedModel, Tensor, str, Passes, int | None], Measurement] = folded_perplexity
     together: Together | None = None  # measures it with all others that have the same; None: `measure` does
 
 
@@ -149,9 +152,18 @@ def prepare(
 
 
 def evaluate(
-    dataset: DatasetConfig, tokenizer: Tokenizer, store: ArtifactStore, networks: Sequence[Network], benchmarks: Benchmarks
+    dataset: DatasetConfig,
+    tokenizer: Tokenizer,
+    store: ArtifactStore,
+    networks: Sequence[Network],
+    benchmarks: Benchmarks,
+    *,
+    batch_size: int | None = None,
 ) -> tuple[Findings, list[Artefact]]:
     """Measure `networks`, one pass after the other.
+
+    Args:
+        batch_size: windows of a forward, see `perplexity`; of the benchmarks `dataset` says it.
 
     Returns:
         Perplexities, and accuracies where asked for; the artefacts that they are from.
@@ -167,7 +179,7 @@ def evaluate(
         """One pass; a function of its own, for a network that a loop's variable still names holds its model while the next is loaded."""
         nonlocal anytime
         for key, text in named_texts(dataset).items():
-            for network, artefact in zip(own, _perplexities(store, own, tokenizer, text, key), strict=True):
+            for network, artefact in zip(own, _perplexities(store, own, tokenizer, text, key, batch_size), strict=True):
                 found = Measurement.from_json(read_json(artefact.folder / "perplexity.json"))
                 if found.anytime is not None and key == "dataset.evaluation":
                     anytime = AnytimeRecord(perplexity=found.anytime)
@@ -197,7 +209,9 @@ def _on_one_text(measured: dict[str, Measurement]) -> PerplexityRecord:
     return PerplexityRecord(networks=networks, windows=some.windows, window=some.window, tokens=some.tokens)
 
 
-def _perplexities(store: ArtifactStore, networks: Sequence[Network], tokenizer: Tokenizer, text: TextConfig, key: str) -> list[Artefact]:
+def _perplexities(
+    store: ArtifactStore, networks: Sequence[Network], tokenizer: Tokenizer, text: TextConfig, key: str, batch_size: int | None
+) -> list[Artefact]:
     """Of the networks of one pass."""
     name, numbers = key.rpartition(".")[2], {network.name: number for number, network in enumerate(networks)}
 
@@ -207,11 +221,11 @@ def _perplexities(store: ArtifactStore, networks: Sequence[Network], tokenizer: 
     def measured(missing: Sequence[Network]) -> Iterator[tuple[NetworkName, Measurement]]:
         first = missing[0]
         if first.together is not None:
-            yield from first.together.measure([network.name for network in missing], windows, name, kept)
+            yield from first.together.measure([network.name for network in missing], windows, name, kept, batch_size)
         else:
             model = first.build()
             passes = kept([first.name]) if is_offloaded(model) else Passes()
-            yield first.name, first.measure(model, windows(model.config.vocab_size), f"{first.name} {name}", passes)
+            yield first.name, first.measure(model, windows(model.config.vocab_size), f"{first.name} {name}", passes, batch_size)
 
     def measure(folders: dict[int, Path]) -> Iterator[int]:
         for network, found in measured([networks[number] for number in folders]):

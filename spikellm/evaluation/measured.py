@@ -24,16 +24,18 @@ from spikellm.coding.neuron import Slot
 from spikellm.config.choices import Execution
 from spikellm.config.labels import NetworkName
 from spikellm.config.snn import SpikingConfig
+from spikellm.evaluation.batches import sequences
 from spikellm.evaluation.figures import Measurement, Network, folded_perplexity
 from spikellm.evaluation.networks import Networks, SavedNetworks, Variant
 from spikellm.evaluation.perplexity import readout_perplexities
 from spikellm.evaluation.side_by_side import SideBySide
 from spikellm.execution.memory import fitting_chunk
+from spikellm.execution.modules import neuron_of
 from spikellm.execution.stepped import stepped
 from spikellm.model.integers import Rounding
 from spikellm.model.passage import Passes
 from spikellm.model.replaced import ReplacedWeights
-from spikellm.model.sites import HEAD
+from spikellm.model.sites import FINAL_NORM, HEAD
 from spikellm.search.fit import CodeFit
 from spikellm.search.integers import static_quantizers, token_quantizers
 from spikellm.search.options import Options
@@ -166,21 +168,34 @@ def executed(snn: SpikingConfig) -> tuple[dict[str, object], Callable[..., Measu
 
 
 def stepped_perplexity(
-    model: PreTrainedModel, windows: Int[Tensor, "W L"], label: str, passes: Passes, *, chunk: int | None, max_gib: float | None
+    model: PreTrainedModel,
+    windows: Int[Tensor, "W L"],
+    label: str,
+    passes: Passes,
+    batch_size: int | None,
+    *,
+    chunk: int | None,
+    max_gib: float | None,
 ) -> Measurement:
     """Perplexity with spikes step by step, and as `anytime` what the logits give after 1 .. T steps.
 
     Args:
         passes: where losses of windows are kept, and hidden states.
+        batch_size: windows of a forward; None: see `batches.sequences`.
         chunk: time steps per matrix product, at most; None: all.
         max_gib: bound on weights and activations that lowers it; None: none [GiB].
 
     Raises:
         InputError: a single step does not fit into `max_gib`.
     """
-    chunk = fitting_chunk(model, windows.shape[1], chunk=chunk, max_gib=max_gib)
+    length = windows.shape[1]
+    if batch_size is None:  # a bound on memory is for as many steps a product as can be
+        batch_size = 1 if max_gib is not None else sequences(model, length * neuron_of(model.get_submodule(FINAL_NORM)).table.T)
+    chunk = fitting_chunk(model, min(batch_size, len(windows)) * length, chunk=chunk, max_gib=max_gib)
     log.info("stepped execution: %d time steps per matrix product", chunk)
     with stepped(model, chunk=chunk):
         readouts: Any = model.get_submodule(HEAD)
-        curve = readout_perplexities(model, windows, readouts=readouts.readouts, label=f"{label}, stepped", passes=passes)
+        curve = readout_perplexities(
+            model, windows, readouts=readouts.readouts, label=f"{label}, stepped", batch_size=batch_size, passes=passes
+        )
     return Measurement(**asdict(curve[-1]), anytime=[point.value for point in curve])

@@ -3,8 +3,8 @@
 Mean token loss inside each window (window - 1 targets), mean over the windows, exp. lm-eval's `wikitext` task is a word perplexity:
 another number under another name.
 
-Windows advance block by block (`model/blocks.py`), then through lm_head in slices of rows. One after the other unless told otherwise: as
-many hidden states as in the model's own forward. More of them pay where a block's weights have to be brought in.
+Windows advance block by block (`model/blocks.py`), then through lm_head in slices of rows. As many form a batch as products gain from
+(`batches.py`); more batches than one are on their way together where a block's weights have to be brought in.
 """
 
 import math
@@ -19,6 +19,7 @@ from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from spikellm.evaluation.batches import sequences
 from spikellm.execution.memory import LOGIT_ROWS
 from spikellm.model.blocks import Occupy, as_it_is, flights, walk_side_by_side
 from spikellm.model.offload import is_offloaded
@@ -52,6 +53,7 @@ def perplexity(
     windows: Int[Tensor, "W L"],
     *,
     label: str = "of the model",
+    batch_size: int | None = None,
     in_flight: int | None = None,
     passes: Passes | None = None,
 ) -> Perplexity:
@@ -61,6 +63,7 @@ def perplexity(
         model: any causal language model of a supported architecture, pretrained or spiking, also within `spikellm.stepped`.
         windows: token ids; every window starts anew.
         label: for the progress bar and messages.
+        batch_size: windows of a forward (None: `batches.sequences`); not felt but in how products are rounded.
         in_flight: windows that go through a block before the next block is called (None: `blocks.flights`); no result depends on it.
         passes: where losses of windows are kept, and hidden states; None: nowhere.
 
@@ -68,7 +71,9 @@ def perplexity(
         FloatingPointError: the loss is not finite.
     """
     head = model.get_submodule(HEAD)
-    (found,) = readout_perplexities(model, windows, readouts=lambda rows: [head(rows)], label=label, in_flight=in_flight, passes=passes)
+    (found,) = readout_perplexities(
+        model, windows, readouts=lambda rows: [head(rows)], label=label, batch_size=batch_size, in_flight=in_flight, passes=passes
+    )
     return found
 
 
@@ -78,6 +83,7 @@ def readout_perplexities(
     *,
     readouts: Readouts,
     label: str,
+    batch_size: int | None = None,
     in_flight: int | None = None,
     passes: Passes | None = None,
 ) -> list[Perplexity]:
@@ -87,13 +93,19 @@ def readout_perplexities(
         readouts: rows of the last hidden state to logits [rows, V], the same number of them at every call.
     """
     passes = passes or Passes()
-    (losses,) = _window_losses(model, windows, [as_it_is], readouts, label=label, in_flight=in_flight, passes=passes)
+    (losses,) = _window_losses(model, windows, [as_it_is], readouts, label=label, batch_size=batch_size, in_flight=in_flight, passes=passes)
     passes.forget()
     return _perplexities(losses, windows, label, model.dtype)
 
 
 def network_perplexities(
-    model: PreTrainedModel, windows: Int[Tensor, "W L"], networks: Mapping[Name, Occupy], *, label: str, passes: Passes
+    model: PreTrainedModel,
+    windows: Int[Tensor, "W L"],
+    networks: Mapping[Name, Occupy],
+    *,
+    label: str,
+    passes: Passes,
+    batch_size: int | None = None,
 ) -> Iterator[tuple[Name, Perplexity]]:
     """Perplexities of several networks of one model by their names, from one reading of its layers; arguments as in `perplexity`.
 
@@ -105,9 +117,9 @@ def network_perplexities(
         FloatingPointError: the loss of one is not finite; those that are have come before.
     """
     head = model.get_submodule(HEAD)
-    label_of_all = f"{', '.join(networks)} {label}"
+    occupied, label_of_all = list(networks.values()), f"{', '.join(networks)} {label}"
     every = _window_losses(
-        model, windows, list(networks.values()), lambda rows: [head(rows)], label=label_of_all, in_flight=None, passes=passes
+        model, windows, occupied, lambda rows: [head(rows)], label=label_of_all, batch_size=batch_size, in_flight=None, passes=passes
     )
     passes.forget()
     found = dict(zip(networks, every, strict=True))
@@ -124,31 +136,41 @@ def _window_losses(
     readouts: Readouts,
     *,
     label: str,
+    batch_size: int | None,
     in_flight: int | None,
     passes: Passes,
 ) -> list[list[list[float]]]:
     """Mean token loss of every network in every window by every readout."""
     found: list[list[list[float]]] = [[] for _ in networks]
     name = f"perplexity {label}"
-    parts = flights(model, windows.split(1), networks=len(networks)) if in_flight is None else map(by_one, windows.split(in_flight))
+    size = batch_size or sequences(model, windows.shape[1])
+    if in_flight is None:
+        parts = flights(model, windows.split(size), networks=len(networks))
+    else:
+        parts = (list(some.split(size)) for some in windows.split(in_flight))
     with tqdm(total=len(windows), desc=name, unit="window", disable=None) as progress:
-        for number, part in enumerate(parts):
+        for part in parts:
 
             def walked(passage: Passage, part: list[Tensor] = part) -> list[list[list[float]]]:
                 every = walk_side_by_side(model, part, networks, label=name if is_offloaded(model) else None, passage=passage)
-                return [[_losses(s[0, :-1], window[0, 1:], readouts) for window, s in zip(part, states, strict=True)] for states in every]
+                return [_batch_losses(part, states, readouts) for states in every]
 
-            for losses, own in zip(found, passes.find(number, walked), strict=True):
+            first, last = len(found[0]), len(found[0]) + sum(map(len, part))
+            for losses, own in zip(found, passes.find(f"{first} to {last} by {size}", walked), strict=True):
                 losses += own
             means = [sum(loss[-1] for loss in losses) / len(losses) for losses in found]
             progress.set_postfix_str(f"ppl={', '.join(f'{math.exp(min(mean, 80)):.3f}' for mean in means)}", refresh=False)
-            progress.update(len(part))
+            progress.update(last - first)
     return found
 
 
-def by_one(windows: Int[Tensor, "W L"]) -> list[Int[Tensor, "1 L"]]:
-    """Windows as batches of one."""
-    return list(windows.split(1))
+def _batch_losses(batches: Iterable[Int[Tensor, "_ _"]], states: Iterable[Tensor], readouts: Readouts) -> list[list[float]]:
+    """Mean token loss in every window of every batch by every readout."""
+    return [
+        _losses(hidden[:-1], window[1:], readouts)
+        for windows, hiddens in zip(batches, states, strict=True)
+        for window, hidden in zip(windows, hiddens, strict=True)
+    ]
 
 
 def _perplexities(losses: list[list[float]], windows: Int[Tensor, "W L"], label: str, dtype: torch.dtype) -> list[Perplexity]:

@@ -44,7 +44,7 @@ class SideBySide:
         return self.models.take(self.variants[name](), self.prefix_tokens())
 
     def measure(
-        self, names: Sequence[NetworkName], windows: Windows, text: str, kept: KeptPasses
+        self, names: Sequence[NetworkName], windows: Windows, text: str, kept: KeptPasses, batch_size: int | None
     ) -> Iterator[tuple[NetworkName, Measurement]]:
         """Perplexities of some of the networks.
 
@@ -57,7 +57,8 @@ class SideBySide:
             model = self.models.transparent(self.prefix_tokens(), change)
             own = {name: occupying(model, variant.occupants) for name, variant in waiting.items() if variant.change == change}
             waiting = {name: variant for name, variant in waiting.items() if name not in own}
-            for name, found in network_perplexities(model, windows(model.config.vocab_size), own, label=text, passes=kept(list(own))):
+            ids, passes = windows(model.config.vocab_size), kept(list(own))
+            for name, found in network_perplexities(model, ids, own, label=text, passes=passes, batch_size=batch_size):
                 yield name, Measurement(**asdict(found))
 
 

@@ -36,6 +36,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from spikellm.config.boundary import blamed_on, read_file
 from spikellm.config.checks import InputError
 from spikellm.config.dataset import ZeroShotConfig
+from spikellm.evaluation.batches import sequences
 from spikellm.model.blocks import flights, walk
 from spikellm.model.offload import is_offloaded
 from spikellm.model.sites import HEAD
@@ -209,14 +210,14 @@ def accuracy(
     task: Any,
     *,
     limit: int | None,
-    batch_size: int,
+    batch_size: int | None,
     prefix_tokens: list[int],
 ) -> AccuracyRecord:
     """Accuracy of `model` on one of `load_tasks`.
 
     Args:
         limit: first rows; None: all.
-        batch_size: sequences a forward.
+        batch_size: sequences a forward; None: see `batches.sequences`.
         prefix_tokens: what stands before every sequence by itself: where BOS is among them, the tokenizer must not add another.
 
     Returns:
@@ -238,6 +239,9 @@ def accuracy(
                     return super().loglikelihood(requests, disable_tqdm=disable_tqdm or not sys.stderr.isatty())
 
             def _loglikelihood_tokens(self, requests: list[Any], *arguments: Any, **options: Any) -> list[tuple[float, bool]]:
+                if batch_size is None:  # lm-eval's own "auto" tries larger ones until memory is full
+                    longest = max(len(context) + len(continuation) for _, context, continuation in requests)
+                    self.batch_size_per_gpu = sequences(model, max(MIN_TOKENS, longest), logits=True)
                 if not is_offloaded(model):
                     return super()._loglikelihood_tokens(requests, *arguments, **options)
                 self.asked = []
@@ -256,7 +260,7 @@ def accuracy(
         scorer = Scorer(
             pretrained=model,
             tokenizer=deepcopy(tokenizer),  # it is given a padding token
-            batch_size=batch_size,
+            batch_size=batch_size or 1,
             trust_remote_code=False,
             # lm-eval asks for the token that stands for an empty context; no task here has one, and not every tokenizer a BOS or EOS
             prefix_token_id=next((token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None), 0),

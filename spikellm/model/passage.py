@@ -112,7 +112,7 @@ def kept_passage(store: ArtifactStore, stage: str, inputs: Mapping[str, object])
 class Passes:
     """Passes one after the other, and what each finds, in JSON types; nothing is kept."""
 
-    def find(self, number: int, find: Callable[[Passage], Any]) -> Any:
+    def find(self, name: str, find: Callable[[Passage], Any]) -> Any:
         """What a pass has found, or finds now."""
         return find(Passage())
 
@@ -125,16 +125,16 @@ class StoredPasses(Passes):
 
     Args:
         stage: of the artefacts; that of the states has `_states` behind its name.
-        inputs: what all of it depends on beside the number of the pass.
+        inputs: what all of it depends on beside the name of the pass.
     """
 
     def __init__(self, store: ArtifactStore, stage: str, inputs: Mapping[str, object]) -> None:
         self.store, self.stage, self.inputs = store, stage, inputs
         self._found: list[Artefact] = []
 
-    def find(self, number: int, find: Callable[[Passage], Any]) -> Any:
+    def find(self, name: str, find: Callable[[Passage], Any]) -> Any:
         """What a pass has found, or finds now."""
-        inputs = {**self.inputs, "pass": number}
+        inputs = {**self.inputs, "pass": name}
         passage = StoredPassage(self.store, f"{self.stage}_states", inputs)
         artefact = self.store.load_or_compute(self.stage, inputs, lambda folder: write_json(folder / FOUND, find(passage)))
         passage.forget()

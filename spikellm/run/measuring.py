@@ -107,8 +107,9 @@ class Evaluate(Stage):
     def run(self, work: Workspace) -> StageOutcome:
         """Figures of all networks for results.json."""
         counted = self.spikes.run(work) if work.config.spikes.enabled else StageOutcome(artefacts=[], findings=Findings())
+        config, networks = work.config, self.networks(work)
         findings, artefacts = figures.evaluate(
-            work.config.dataset, lambda: work.tokenizer, work.store, self.networks(work), work.benchmarks
+            config.dataset, lambda: work.tokenizer, work.store, networks, work.benchmarks, batch_size=config.evaluation.batch_size
         )
         made = self.conversion(work)
         return StageOutcome(

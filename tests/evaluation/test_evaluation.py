@@ -48,10 +48,11 @@ def test_perplexity_of_a_spiking_model_is_that_of_a_plain_loop(ids):
 def test_perplexity_of_the_real_model_on_real_text(real_model, real_tokenizer, shared_data):
     text = (shared_data / "text" / "wikitext2_test_dev.txt").read_text(encoding="utf-8")
     windows = torch.tensor(real_tokenizer(text[:20000], add_special_tokens=False)["input_ids"])[:1024].view(2, 512)
-    found = perplexity(real_model, windows, label="test")
+    found = perplexity(real_model, windows, batch_size=1)
     assert found.value == pytest.approx(perplexity_by_transformers(real_model, windows), rel=1e-4)
     assert found.value == perplexity_of_whole_forwards(real_model, windows)
-    assert perplexity(real_model, windows, in_flight=2) == found
+    assert perplexity(real_model, windows, batch_size=1, in_flight=2) == found
+    assert perplexity(real_model, windows).value == pytest.approx(found.value, rel=1e-5)
     assert 10 < found.value < 80
 
 
@@ -80,16 +81,16 @@ def test_perplexity_block_by_block_is_that_of_whole_forwards_to_the_last_bit(nam
     windows = torch.randint(2, 256, (5, LOGIT_ROWS + 4), generator=torch.Generator().manual_seed(2))  # two slices of rows
     for model in (tiny_model(name, dtype=dtype), spiking(name, dtype)):
         wanted = perplexity_of_whole_forwards(model, windows)
-        assert [perplexity(model, windows, in_flight=count).value for count in (1, 2, 5, 9)] == [wanted] * 4
+        assert [perplexity(model, windows, batch_size=1, in_flight=count).value for count in (1, 2, 5, 9)] == [wanted] * 4
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_a_stepped_run_block_by_block_is_that_of_whole_forwards_to_the_last_bit(dtype, ids):
     with stepped(spiking("qwen3", dtype)) as model:
         wanted = perplexity_of_whole_forwards(model, ids)
-        assert [perplexity(model, ids, in_flight=count).value for count in (1, 2)] == [wanted] * 2
-        curve = readout_perplexities(model, ids, readouts=model.lm_head.readouts, label="curve")
-        together = readout_perplexities(model, ids, readouts=model.lm_head.readouts, label="curve", in_flight=2)
+        assert [perplexity(model, ids, batch_size=1, in_flight=count).value for count in (1, 2)] == [wanted] * 2
+        curve = readout_perplexities(model, ids, readouts=model.lm_head.readouts, label="curve", batch_size=1)
+        together = readout_perplexities(model, ids, readouts=model.lm_head.readouts, label="curve", batch_size=1, in_flight=2)
     assert together == curve
 
 
@@ -99,7 +100,7 @@ def test_a_block_is_called_for_all_windows_in_flight_before_the_next_one_is(in_f
     model = tiny_model()
     blocks = [*model.model.layers, model.model.norm]
     called = watch(blocks)
-    perplexity(model, torch.randint(2, 256, (3, 8)), in_flight=in_flight)
+    perplexity(model, torch.randint(2, 256, (3, 8)), batch_size=1, in_flight=in_flight)
     assert len(called) == 3 * len(blocks)
     brought_in = [module for index, module in enumerate(called) if index == 0 or called[index - 1] is not module]
     assert brought_in == blocks * passes

@@ -78,10 +78,10 @@ def test_accuracy_is_that_of_log_likelihoods_by_hand(make, tasks, folder):
 @pytest.mark.parametrize("task", ZERO_SHOT_TASKS)
 def test_the_batch_size_is_not_felt(task, tasks):
     model, tokenizer = spiking_tiny(), byte_tokenizer()
-    one, eight = (
-        zero_shot.accuracy(model, tokenizer, tasks[task], limit=12, batch_size=size, prefix_tokens=[]).to_json() for size in (1, 8)
+    one, eight, chosen = (
+        zero_shot.accuracy(model, tokenizer, tasks[task], limit=12, batch_size=size, prefix_tokens=[]).to_json() for size in (1, 8, None)
     )
-    assert one == eight
+    assert one == eight == chosen
     assert one["rows"] == 12
     assert ("acc_norm" in one) == (task != "winogrande")
 

@@ -173,21 +173,24 @@ def test_the_pretrained_networks_pass_is_kept_too(tmp_path, monkeypatch):
     assert passed == [None]
 
 
-def test_windows_of_finished_passes_are_not_measured_again(tmp_path, monkeypatch):
-    """Each window a pass of its own, killed in the last one."""
+@pytest.mark.parametrize("size", [1, 3])
+def test_windows_of_finished_passes_are_not_measured_again(tmp_path, monkeypatch, size):
+    """Each window a pass of its own, killed in the last one; whoever goes on with other batches measures all of them."""
     monkeypatch.setattr("spikellm.model.blocks.STATES_BYTES", 0)
-    two = "evaluation.networks=[ann_prefix,snn]"
-    wanted = run(tmp_path / "whole", *EVALUATED, two)["perplexity"]
+    two, by_one, by_size = "evaluation.networks=[ann_prefix,snn]", "evaluation.batch_size=1", f"evaluation.batch_size={size}"
+    wanted = run(tmp_path / "whole", *EVALUATED, two, by_size)["perplexity"]
     original = StoredPasses.find
 
-    def dies(self, number, find):
-        if number == 2:
+    def dies(self, name, find):
+        if name == "2 to 3 by 1":
             raise Killed
-        return original(self, number, find)
+        return original(self, name, find)
 
-    killed(monkeypatch, tmp_path / "killed", lambda patched: patched.setattr(StoredPasses, "find", dies), *EVALUATED, two)
+    killed(monkeypatch, tmp_path / "killed", lambda patched: patched.setattr(StoredPasses, "find", dies), *EVALUATED, two, by_one)
     assert len(artefacts(tmp_path / "killed", "evaluate_pass")) == 2
-    passed = advanced(monkeypatch)
-    assert run(tmp_path / "killed", *EVALUATED, two)["perplexity"] == wanted
+    passed, windows = advanced(monkeypatch), []
+    monkeypatch.setattr(StoredPasses, "find", lambda self, name, find: windows.append(name) or original(self, name, find))
+    assert run(tmp_path / "killed", *EVALUATED, two, by_size)["perplexity"] == wanted
     assert passed == [0, 0, 1, 1, None, None]
-    assert not artefacts(tmp_path / "killed", "evaluate_pass")
+    assert windows == ([f"{first} to {first + 1} by 1" for first in range(3)] if size == 1 else ["0 to 3 by 3"])
+    assert size != 1 or not artefacts(tmp_path / "killed", "evaluate_pass")
