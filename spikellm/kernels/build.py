@@ -10,6 +10,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from threading import Lock, Thread
 
 log = logging.getLogger(__name__)
 
@@ -17,11 +18,17 @@ SOURCES = Path(__file__).with_name("cpp")
 # From what is fastest to what any compiler can do; x86-64-v2: gcc 12 breaks down over vectors without SSE 4.1.
 FLAGS = (("-march=native", "-fopenmp"), ("-march=native",), ("-march=x86-64-v2", "-fopenmp"), ("-fopenmp",), ())
 ALWAYS = ("-std=c++17", "-O3", "-fPIC", "-w")
+_building = Lock()
 
 
 def compiler() -> str | None:
     """The C++ compiler; None: there is none."""
     return next(filter(None, map(shutil.which, (os.environ.get("CXX") or "g++", "clang++"))), None)
+
+
+def begin() -> None:
+    """Compile in a thread of its own, where that has not been done: who then imports and reads a model waits for what is left of it."""
+    Thread(target=built, name="compile kernels").start()
 
 
 @cache
@@ -32,7 +39,8 @@ def built() -> Path | None:
         log.warning("no C++ compiler found: neurons run unfused, about 20 times slower; install g++ to cure it")
         return None
     try:
-        return _built(found)
+        with _building:  # who comes second finds the library of the first
+            return _built(found)
     except (OSError, subprocess.SubprocessError) as error:
         reason = getattr(error, "stderr", None) or str(error)
         log.warning("%s could not compile the kernels, neurons run unfused, about 20 times slower: %s", found, reason.strip()[-300:])
@@ -55,6 +63,8 @@ def _built(compiler: str) -> Path:
             try:
                 whole = _compiled(compiler, [source for source in sources if source.suffix == ".cpp"], flags, Path(work))
             except subprocess.CalledProcessError as failure:
+                if failure.returncode < 0:
+                    raise  # by a signal: somebody stops this run
                 failures.append(failure)
                 continue
             os.replace(whole, library)  # whoever looks finds nothing or all of it

@@ -9,8 +9,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from spikellm.config.choices import Device
 from spikellm.config.extras import PICTURES, lack, require
 from spikellm.config.schema import instantiate, tracking_options
+from spikellm.kernels.build import begin
 from spikellm.report.card import MODEL, check_place, publish
 from spikellm.report.results import NOT_FINISHED, finished_results, write_failure, write_results
 from spikellm.run.command import command_line
@@ -57,6 +59,8 @@ class Job:
         write_failure(self.folder, NOT_FINISHED, self.record)  # what is found here should this process be killed
         with tracked(*tracking_options(self.composed), folder=self.folder, group=self.sweep.name if self.sweep else None) as tracker:
             config = instantiate(self.composed)  # a job with wrong input is tracked as failed
+            if config.hardware.device is Device.cpu and config.hardware.fused:
+                begin()
             from spikellm.model.load import context_warning  # imports torch: not before the input is known to be right
             from spikellm.run.stages import run_stages
 

@@ -270,6 +270,24 @@ def test_it_is_compiled_once_for_a_machine(fresh, monkeypatch):
     assert build.built() == first
 
 
+def test_whoever_asks_while_it_is_compiled_waits_for_that(fresh, monkeypatch):
+    compiled, original = [], build._compiled
+    monkeypatch.setattr(build, "ALWAYS", QUICKLY)
+    monkeypatch.setattr(build, "_compiled", lambda *given: compiled.append(given) or original(*given))
+    build.begin()
+    assert build.built() is not None
+    assert bindings.loaded() is not None
+    assert len(compiled) == 1
+
+
+def test_a_compiler_that_is_stopped_is_not_asked_again(fresh, monkeypatch, tmp_path):
+    asked = tmp_path / "asked"
+    dying = f'case "$*" in *version*) exit 0;; esac; echo once >> {asked}; kill -INT $$'
+    monkeypatch.setenv("CXX", compiler_that(tmp_path, dying))
+    assert build.built() is None
+    assert len(asked.read_text().split()) <= len(list(build.SOURCES.glob("*.cpp")))  # side by side, with the same options
+
+
 def test_where_nobody_has_a_home_it_is_kept_among_temporary_files(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", "")
     monkeypatch.setattr("spikellm.kernels.build.os.path.expanduser", lambda path: path)
