@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from spikellm.calibration.calibrate import calibrate, enough_pieces
 from spikellm.config.checks import InputError
@@ -58,6 +58,7 @@ from spikellm.model.conversion import clear, fill, prepare
 from spikellm.model.intake import not_finite
 from spikellm.model.integers import check_groups, round_model
 from spikellm.model.prefix import attach_prefix, why_no_prefix
+from spikellm.model.pretrained import PreTrainedModel
 from spikellm.model.replaced import replace_weights
 from spikellm.model.rotation import orders
 from spikellm.model.sites import LAYERS, LINEARS, check_architecture, decoder_layers

@@ -9,7 +9,7 @@ from spikellm.run.stages import run_stages
 from tests.configure import configure
 
 WITH_REPORT = [
-    "model=tiny", "hardware.fused=false", "dataset.calibration.window=64", "dataset.calibration.max_windows=2",
+    "model=tiny", "dataset.calibration.window=64", "dataset.calibration.max_windows=2",
     "dataset.evaluation.window=64", "dataset.evaluation.max_windows=2", "search.method=base2",
 ]  # fmt: skip
 SMALL = [*WITH_REPORT, "report.html=false"]

@@ -32,7 +32,15 @@ class Finished:
 def launch(*arguments: str, before: Callable[..., None] | None = None, values: tuple = (), timeout: float = 120) -> Finished:
     """Run main.py; `before(*values)`, a module-level function, is called in the new process first."""
     SERVER.set_forkserver_preload(
-        ["spikellm.run.stages", "spikellm.report.html", "matplotlib.backends.backend_svg", "hydra._internal.hydra"]
+        [
+            "spikellm.run.stages",
+            "spikellm.model.checkpoint",
+            "transformers.models.llama.modeling_llama",
+            "transformers.masking_utils",
+            "spikellm.report.html",
+            "matplotlib.backends.backend_svg",
+            "hydra._internal.hydra",
+        ]  # fmt: skip
     )
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder) / "out", Path(folder) / "err"

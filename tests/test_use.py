@@ -19,7 +19,7 @@ SECTION = README.partition("## Use the model\n")[2].partition("\n## ")[0]
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", SECTION, re.M | re.S)
 COMMANDS = [line for language, block in BLOCKS if not language for line in block.splitlines()]
 (SNIPPET,) = (block for language, block in BLOCKS if language == "python")
-TEXT = ["dataset.evaluation.window=64", "dataset.evaluation.max_windows=2", "hardware.fused=false", "report.html=false"]
+TEXT = ["dataset.evaluation.window=64", "dataset.evaluation.max_windows=2", "report.html=false"]
 CHOICES = {"text": ["one", "two", "three"], "label": ["A", "B", "C"]}
 ROWS = [{"question": f"Which is number {number}?", "choices": CHOICES, "answerKey": "ABC"[number % 3]} for number in range(7)]
 

@@ -23,7 +23,6 @@ from jaxtyping import Float, Int
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 
 from spikellm.calibration.statistics import CHOOSE, FIT, REPORT, Observer, SiteStatistics
 from spikellm.config.choices import Amplitude
@@ -34,6 +33,7 @@ from spikellm.model.blocks import Block, Row, enter
 from spikellm.model.conversion import get_neuron, set_neuron, site_groups
 from spikellm.model.passage import Keep, Passage, not_kept
 from spikellm.model.prefix import attach_prefix, find_prefix_tokens, keep_what_helps, why_no_prefix
+from spikellm.model.pretrained import PreTrainedModel
 from spikellm.model.sites import (
     ACTIVATION,
     DOWN,

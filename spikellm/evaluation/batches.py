@@ -6,8 +6,8 @@ A product of few rows waits for the weights that it reads, and every operation h
 
 import psutil
 import torch
-from transformers import PreTrainedModel
 
+from spikellm.model.pretrained import PreTrainedModel
 from spikellm.model.sites import EMBEDDING
 
 CORE_ROWS, CUDA_ROWS = 512, 8192  # of a product: on each core of a CPU, on a GPU

@@ -16,7 +16,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 
 from spikellm.calibration.statistics import REPORT, SiteStatistics
 from spikellm.coding.neuron import PhaseTable, encode
@@ -25,6 +24,7 @@ from spikellm.config.labels import SiteKind
 from spikellm.evaluation.perplexity import perplexity
 from spikellm.kernels.encode import Digits, Rows
 from spikellm.model.conversion import clear, model_sites, place
+from spikellm.model.pretrained import PreTrainedModel
 from spikellm.search.fit import CodeFit, part_points
 from spikellm.store.record import Row
 

@@ -17,7 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Int
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from spikellm.config.checks import InputError
 from spikellm.config.choices import DatasetSource
@@ -28,6 +28,7 @@ from spikellm.evaluation import texts, zero_shot
 from spikellm.evaluation.perplexity import perplexity
 from spikellm.model.offload import is_offloaded
 from spikellm.model.passage import Passes, StoredPasses
+from spikellm.model.pretrained import PreTrainedModel
 from spikellm.store.artifacts import Artefact, ArtifactStore, read_json, write_json
 from spikellm.store.record import AccuracyRecord, AnytimeRecord, Findings, PerplexityRecord, Record
 from spikellm.store.sources import text_source

@@ -16,9 +16,10 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList, TextStreamer
+from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 from spikellm.config.generate import GenerateConfig
+from spikellm.model.pretrained import PreTrainedModel
 from spikellm.spikes.ledger import Ledger, count_decoded
 
 

@@ -16,7 +16,6 @@ from typing import Any
 
 from jaxtyping import Int
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from spikellm.calibration.calibrate import Calibration
 from spikellm.calibration.statistics import SiteStatistics
@@ -34,6 +33,7 @@ from spikellm.execution.modules import neuron_of
 from spikellm.execution.stepped import stepped
 from spikellm.model.integers import Rounding
 from spikellm.model.passage import Passes
+from spikellm.model.pretrained import PreTrainedModel
 from spikellm.model.replaced import ReplacedWeights
 from spikellm.model.sites import FINAL_NORM, HEAD
 from spikellm.search.fit import CodeFit

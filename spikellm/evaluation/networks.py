@@ -19,7 +19,6 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
 
 from spikellm.coding.neuron import PhaseTable, Slot
 from spikellm.config.checks import InputError
@@ -33,6 +32,7 @@ from spikellm.model.intake import CURE
 from spikellm.model.load import load_model, load_offloaded, load_spiking, stays_on_disk
 from spikellm.model.offload import Keep, change_layers, rotate
 from spikellm.model.prefix import attach_prefix, attached_prefix
+from spikellm.model.pretrained import PreTrainedModel
 from spikellm.model.replaced import WeightChange
 from spikellm.model.rotation import orders
 from spikellm.store.provenance import Code

@@ -17,13 +17,13 @@ from jaxtyping import Int, Shaped
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 
 from spikellm.evaluation.batches import sequences
 from spikellm.execution.memory import LOGIT_ROWS
 from spikellm.model.blocks import Occupy, as_it_is, flights, walk_side_by_side
 from spikellm.model.offload import is_offloaded
 from spikellm.model.passage import Passage, Passes
+from spikellm.model.pretrained import PreTrainedModel
 from spikellm.model.sites import HEAD
 
 Name = TypeVar("Name", bound=str)

@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
 
-from transformers import PreTrainedModel
-
 from spikellm.coding.neuron import Slot
 from spikellm.config.labels import NetworkName
 from spikellm.evaluation.figures import KeptPasses, Measurement, Windows
@@ -17,6 +15,7 @@ from spikellm.evaluation.networks import Networks, Variant
 from spikellm.evaluation.perplexity import network_perplexities
 from spikellm.model.blocks import Block, Occupy
 from spikellm.model.conversion import occupy_sites
+from spikellm.model.pretrained import PreTrainedModel
 
 
 class SideBySide:

@@ -31,7 +31,7 @@ from typing import Any
 from jaxtyping import Float, Int
 from torch import Tensor, float32, no_grad
 from torch.nn.functional import pad
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from spikellm.config.boundary import blamed_on, read_file
 from spikellm.config.checks import InputError
@@ -39,6 +39,7 @@ from spikellm.config.dataset import ZeroShotConfig
 from spikellm.evaluation.batches import sequences
 from spikellm.model.blocks import flights, walk
 from spikellm.model.offload import is_offloaded
+from spikellm.model.pretrained import PreTrainedModel
 from spikellm.model.sites import HEAD
 from spikellm.store.record import AccuracyRecord
 

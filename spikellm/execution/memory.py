@@ -2,12 +2,11 @@
 
 from typing import Any
 
-from transformers import PreTrainedModel
-
 from spikellm.config.checks import InputError
 from spikellm.execution.modules import neuron_of
 from spikellm.model.attention import attentions
 from spikellm.model.conversion import get_neuron, model_sites
+from spikellm.model.pretrained import PreTrainedModel
 from spikellm.model.sites import FINAL_NORM, SiteKind
 
 # Logits are [tokens, V] in float32: 256 rows of LLaMA-3's vocabulary take 131 MB.

@@ -32,7 +32,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from spikellm.coding.neuron import PhaseNeuron
 from spikellm.execution.attention import SteppedAttention
@@ -47,6 +46,7 @@ from spikellm.execution.modules import (
     SteppedUp,
 )
 from spikellm.model.conversion import get_neuron, model_sites, replace
+from spikellm.model.pretrained import PreTrainedModel
 from spikellm.model.sites import (
     ACTIVATION,
     ATTENTION,

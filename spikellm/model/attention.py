@@ -31,10 +31,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import transformers
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
 
 from spikellm.coding.neuron import NoGradient, PhaseNeuron, Slot, apply_wide
 from spikellm.kernels import native
@@ -326,10 +325,12 @@ def refuse_other_implementation(module: nn.Module, *_: object) -> None:
 
 def spiking_mask(*args: Any, **kwargs: Any) -> Bool[Tensor, "B 1 L S"]:
     """The boolean mask, always spelled out: True where a query may see a key."""
-    mask = sdpa_mask(*args, **kwargs | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
+    mask = transformers.masking_utils.sdpa_mask(*args, **kwargs | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
     assert mask is not None  # the two options forbid it
     return mask
 
 
-AttentionInterface.register(IMPLEMENTATION, spiking_attention)
-AttentionMaskInterface.register(IMPLEMENTATION, spiking_mask)
+def register() -> None:
+    """Tell transformers of the implementation; not at import, see `pretrained.py`."""
+    transformers.AttentionInterface.register(IMPLEMENTATION, spiking_attention)
+    transformers.AttentionMaskInterface.register(IMPLEMENTATION, spiking_mask)

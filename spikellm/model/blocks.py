@@ -23,10 +23,10 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 
 from spikellm.model.offload import is_offloaded, present, scratch_of
 from spikellm.model.passage import Passage
+from spikellm.model.pretrained import PreTrainedModel
 from spikellm.model.sites import EMBEDDING, FINAL_NORM, LAYERS, Site, decoder_layers, sites
 from spikellm.model.states import Chain, States
 

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import PreTrainedModel, QuantizedCache
+from transformers import QuantizedCache
 
 from spikellm.model.attention import SpikingAttention
+from spikellm.model.pretrained import PreTrainedModel
 from spikellm.model.sites import ATTENTION, SPIKING_ATTENTION, decoder_layers
 
 NAMES = ("cache", "past_key_values")  # what attention calls its cache, from transformers 5.24 on and before

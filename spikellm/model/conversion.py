@@ -17,15 +17,15 @@ from typing import Any
 import torch
 from accelerate.hooks import add_hook_to_module
 from torch import nn
-from transformers import PreTrainedModel
 
 from spikellm.coding.neuron import PhaseNeuron, PhaseTable, Slot, apply_wide
 from spikellm.config.choices import Amplitude, RotationPart
 from spikellm.config.labels import SiteKind
-from spikellm.model.attention import IMPLEMENTATION, SpikingAttention, refuse_other_implementation
+from spikellm.model.attention import IMPLEMENTATION, SpikingAttention, refuse_other_implementation, register
 from spikellm.model.cache import cache_name, put_coder
 from spikellm.model.modules import SpikingActivation, SpikingLinear, SpikingRMSNorm, WideEmbedding, WideLinear, wide
 from spikellm.model.offload import hook_of, present
+from spikellm.model.pretrained import PreTrainedModel
 from spikellm.model.rotation import PARTS, rotate
 from spikellm.model.sites import (
     ACTIVATION,
@@ -97,6 +97,7 @@ def install(model: PreTrainedModel, *, rotated: Collection[RotationPart], normal
         with present(layer, ahead=False):
             install_block(layer, width, rotated=rotated, normalise_after=normalise_after, query_block=query_block)
     install_ends(model)
+    register()
     model.set_attn_implementation(IMPLEMENTATION)
     vars(model)["save_pretrained"] = _refuse_saving  # `checkpoint.py` gives a model that can be saved its own
 

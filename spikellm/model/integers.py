@@ -31,9 +31,9 @@ import torch
 from jaxtyping import Float, Int8
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from spikellm.model.modules import wide
+from spikellm.model.pretrained import PreTrainedModel
 from spikellm.model.sites import LINEARS, decoder_layers, head_width
 from spikellm.model.stored import Stored
 from spikellm.store.artifacts import write_tensors

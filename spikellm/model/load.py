@@ -16,16 +16,16 @@ from typing import Any
 import psutil
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from spikellm.config.boundary import blamed_on
 from spikellm.config.checks import InputError
 from spikellm.config.choices import Device, ModelSource
 from spikellm.config.model import HardwareConfig, ModelConfig
 from spikellm.config.schema import Config
-from spikellm.model import checkpoint
 from spikellm.model.intake import CURE, check_config, check_finite, check_folder, check_type, check_vocabulary, unfilled
 from spikellm.model.offload import Keep, offload, put
+from spikellm.model.pretrained import PreTrainedModel
 from spikellm.model.shards import fetched, random_weight, shards, skeleton, tensors_of, written
 from spikellm.model.sites import check_architecture
 from spikellm.model.stored import Stored
@@ -61,7 +61,7 @@ def load_model(config: ModelConfig, hardware: HardwareConfig) -> PreTrainedModel
             arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
         if config.source is ModelSource.gguf:
             arguments["config"] = model_config(config)
-        model = _from_hub(config, AutoModelForCausalLM, **arguments)
+        model = _from_hub(config, transformers.AutoModelForCausalLM, **arguments)
         if config.source is ModelSource.gguf:
             _forget_gguf(model)
         _check_in_memory(config, hardware, model)
@@ -144,6 +144,8 @@ def load_spiking(config: ModelConfig, hardware: HardwareConfig) -> PreTrainedMod
     Raises:
         InputError: it does not fit together; absent device.
     """
+    from spikellm.model import checkpoint  # subclasses of transformers' model, see `pretrained.py`
+
     arguments = {"dtype": getattr(torch, config.dtype.value), "compiled": hardware.fused, "query_block": hardware.query_block}
     model, _ = checkpoint.load(config.path, verify=False, device_map=_device_map(hardware), **arguments)
     _check_in_memory(config, hardware, model)
@@ -157,7 +159,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase | None:
     if config.source is ModelSource.spiking and not (Path(config.path) / TOKENIZER).is_file():
         return None
     content = _looked_at(config)
-    tokenizer = _from_hub(config, AutoTokenizer, **_location(config))
+    tokenizer = _from_hub(config, transformers.AutoTokenizer, **_location(config))
     check_vocabulary(config, content, tokenizer.vocab_size)
     return tokenizer
 
@@ -201,7 +203,7 @@ def context_warning(config: Config) -> str | None:
 def empty_model(config: ModelConfig) -> PreTrainedModel:
     """The architecture on the meta device, without weights (random sources and local or hub configs)."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(model_config(config), trust_remote_code=False)
+        return transformers.AutoModelForCausalLM.from_config(model_config(config), trust_remote_code=False)
 
 
 def pinned(config: ModelConfig) -> ModelConfig:
@@ -227,7 +229,7 @@ def _location(config: ModelConfig) -> dict[str, object]:
 
 def _from_hub(config: ModelConfig, loader: Any, /, **arguments: Any) -> Any:
     remote = config.source is ModelSource.hub and not Path(config.path).exists()
-    weights = {"output_loading_info": True, "ignore_mismatched_sizes": True} if loader is AutoModelForCausalLM else {}
+    weights = {"output_loading_info": True, "ignore_mismatched_sizes": True} if loader is transformers.AutoModelForCausalLM else {}
     place = f"model.path={config.path}"
     try:
         with blamed_on(place, "model.path=FOLDER takes a local copy in transformers' format" if remote else CURE):
@@ -288,7 +290,7 @@ def _random_config(config: ModelConfig) -> PretrainedConfig:
     cure = "these do not fit each other; conf/model/tiny.yaml has some that do"
     with blamed_on(what, cure), torch.device("meta"):  # without weights: what is wrong is told in milliseconds
         options = AutoConfig.for_model(architecture, **given)
-        model = AutoModelForCausalLM.from_config(options, attn_implementation="sdpa", trust_remote_code=False)
+        model = transformers.AutoModelForCausalLM.from_config(options, attn_implementation="sdpa", trust_remote_code=False)
         model(torch.zeros(1, 2, dtype=torch.long))
     return options
 

@@ -21,11 +21,11 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 
 from spikellm.config.choices import RotationPart
 from spikellm.model.ahead import ReadAhead
 from spikellm.model.intake import not_finite
+from spikellm.model.pretrained import PreTrainedModel
 from spikellm.model.rotation import begin, rotate_block
 from spikellm.model.sites import EMBEDDING, FINAL_NORM, HEAD, LAYERS, decoder_layers, head_width
 from spikellm.model.stored import Below, Stored

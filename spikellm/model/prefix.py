@@ -21,10 +21,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 
 from spikellm.model.attention import attending, attentions
 from spikellm.model.blocks import Block, enter, walk
+from spikellm.model.pretrained import PreTrainedModel
 from spikellm.model.sites import DOWN, HEAD, decoder_layers, sites
 
 log = logging.getLogger(__name__)

@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from spikellm.config.choices import RotationPart
 from spikellm.kernels.hadamard import hadamard_factors, hadamard_transform, order
+from spikellm.model.pretrained import PreTrainedModel
 from spikellm.model.sites import (
     ATTENTION_NORM,
     DOWN,

@@ -5,15 +5,17 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
+import transformers
 from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
 from jaxtyping import Float
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
 from spikellm.config.boundary import blamed_on
 from spikellm.config.model import ModelConfig
 from spikellm.model.offload import ENDS, FILE, Keep, present
+from spikellm.model.pretrained import PreTrainedModel
 from spikellm.model.sites import HEAD, LAYERS, decoder_layers
 from spikellm.model.stored import Stored
 from spikellm.store.artifacts import write_json, write_tensors
@@ -26,7 +28,9 @@ DRAWN = 2**24  # numbers of a random tensor that are float32 at a time
 def skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The architecture without weights, in `dtype`; RoPE's frequencies are there, float32 as in a model that is read from a checkpoint."""
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32, trust_remote_code=False)
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, attn_implementation="sdpa", dtype=torch.float32, trust_remote_code=False
+        )
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     model.config.dtype = dtype

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
 from spikellm.calibration.calibrate import observing
 from spikellm.coding.codes import IntervalCodes, base2_codes
@@ -24,6 +24,7 @@ from spikellm.config.snn import RotationConfig
 from spikellm.model.blocks import Block, enter
 from spikellm.model.conversion import install, model_sites, place, site_groups
 from spikellm.model.offload import put
+from spikellm.model.pretrained import PreTrainedModel
 from spikellm.model.rotation import begin, rotate_block
 from spikellm.model.shards import skeleton, tensors_of
 from spikellm.model.sites import decoder_layers, head_width

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from spikellm.calibration.calibrate import part_windows
 from spikellm.calibration.statistics import CHOOSE, FIT, SiteStatistics
@@ -21,6 +20,7 @@ from spikellm.coding.neuron import BEYOND, PhaseTable
 from spikellm.config.choices import Amplitude
 from spikellm.model.blocks import Block, output_error
 from spikellm.model.conversion import place
+from spikellm.model.pretrained import PreTrainedModel
 from spikellm.search.fit import CodeFit
 
 FACTORS = (1 / 1.07, 1.07)  # steps down and up; most that are taken lead down

@@ -38,7 +38,6 @@ import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 
 from spikellm.config.choices import CompensatedLinear
 from spikellm.config.labels import SiteKind
@@ -46,6 +45,7 @@ from spikellm.config.snn import CompensateConfig
 from spikellm.model.blocks import Block
 from spikellm.model.conversion import get_neuron
 from spikellm.model.passage import Keep, not_kept
+from spikellm.model.pretrained import PreTrainedModel
 from spikellm.model.replaced import replace_weights
 from spikellm.model.sites import DOWN, GATE, LAYERS, LINEARS, MLP_NORM, OUTPUT, READERS, UP, decoder_layers
 from spikellm.reconstruction.streams import (

@@ -17,12 +17,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 
 from spikellm.config.labels import SiteKind
 from spikellm.model.blocks import Block, enter
 from spikellm.model.conversion import get_neuron
 from spikellm.model.integers import IntegerWeight, check_groups, put, relative_error, round_compensating
+from spikellm.model.pretrained import PreTrainedModel
 from spikellm.model.sites import LAYERS, READERS
 
 

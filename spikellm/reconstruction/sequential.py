@@ -16,13 +16,13 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 
 from spikellm.calibration.calibrate import QUERY_BLOCK, calibrate_block, enough_pieces
 from spikellm.model.attention import attending
 from spikellm.model.blocks import Block, enter
 from spikellm.model.conversion import place
 from spikellm.model.passage import Keep, not_kept
+from spikellm.model.pretrained import PreTrainedModel
 from spikellm.model.states import States
 from spikellm.reconstruction.amplitudes import choose_amplitudes
 from spikellm.search.fit import CodeFit

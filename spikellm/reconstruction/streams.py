@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from spikellm.calibration.calibrate import enough_pieces, part_windows
 from spikellm.calibration.statistics import CHOOSE, FIT
 from spikellm.coding.neuron import Slot
 from spikellm.model.blocks import Block, enter, output_error
 from spikellm.model.conversion import get_neuron, set_neuron
+from spikellm.model.pretrained import PreTrainedModel
 from spikellm.model.sites import LINEARS
 
 

@@ -27,7 +27,6 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 
 from spikellm.coding.neuron import PhaseNeuron
 from spikellm.config.choices import TunedPart
@@ -36,6 +35,7 @@ from spikellm.model.blocks import Block, output_error
 from spikellm.model.conversion import get_neuron, set_neuron
 from spikellm.model.modules import wide
 from spikellm.model.passage import Keep, not_kept
+from spikellm.model.pretrained import PreTrainedModel
 from spikellm.model.replaced import replace_weights
 from spikellm.model.sites import Site, decoder_layers
 from spikellm.reconstruction.streams import TwoStreams, keeping, linears_of, stream_error, two_streams

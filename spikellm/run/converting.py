@@ -7,11 +7,10 @@ convert     model, tuned codes, weights               -> the spiking model (in m
 import logging
 from pathlib import Path
 
-from transformers import PreTrainedModel
-
 from spikellm.config.choices import Rounding
 from spikellm.config.snn import WeightsConfig
-from spikellm.model import checkpoint, integers
+from spikellm.model import integers
+from spikellm.model.pretrained import PreTrainedModel
 from spikellm.reconstruction.rounding import round_spiking
 from spikellm.run.compensating import COMPENSATE
 from spikellm.run.fitting import CALIBRATE, SEARCH, check_weights, plain, to_nearest
@@ -135,6 +134,8 @@ class Convert(KeyedStage):
             raise ValueError(f"codes do not fit the model: {len(absent)} sites with a code or statistics alone, {absent[:3]}")
         write_json(folder / "neurons.json", {name: {"groups": len(fit.tau), "T": fit.assignment.shape[-1]} for name, fit in fits.items()})
         if work.config.save_model:
+            from spikellm.model import checkpoint  # subclasses of transformers' model, see `pretrained.py`
+
             made = provenance(work, fits, changed(work).findings)
             checkpoint.save(spiking(work), folder / "model", provenance=made, tokenizer=work.tokenizer)
 

@@ -11,7 +11,6 @@ from typing import ClassVar
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from spikellm.config.boundary import read_file
 from spikellm.config.checks import check
@@ -20,6 +19,7 @@ from spikellm.evaluation.generation import Written, is_streamed, write
 from spikellm.execution.memory import fitting_chunk
 from spikellm.execution.stepped import stepped
 from spikellm.model.load import model_config
+from spikellm.model.pretrained import PreTrainedModel
 from spikellm.run.converting import CHANGES, dependence, spiking
 from spikellm.run.fitting import CALIBRATE, SEARCH, plain
 from spikellm.run.stage import KeyedStage, Stage, StageOutcome

@@ -9,8 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
-from transformers import PreTrainedModel
-
 from spikellm.coding.neuron import PhaseTable
 from spikellm.config.choices import Execution, Groups
 from spikellm.config.extras import require
@@ -18,6 +16,7 @@ from spikellm.config.labels import NetworkName
 from spikellm.evaluation import diagnostics, figures
 from spikellm.evaluation.density_plots import write_density_plots
 from spikellm.evaluation.measured import measured_networks
+from spikellm.model.pretrained import PreTrainedModel
 from spikellm.run.compensating import COMPENSATE
 from spikellm.run.converting import CHANGES, WEIGHTS, changed, dependence, spiking, transparent
 from spikellm.run.fitting import CALIBRATE, SEARCH

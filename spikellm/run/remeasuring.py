@@ -7,12 +7,11 @@ run that converts. Without its neurons the saved model is the pretrained one beh
 from pathlib import Path
 from typing import Any, ClassVar
 
-from transformers import PreTrainedModel
-
 from spikellm.config.checks import InputError
 from spikellm.config.labels import NetworkName
 from spikellm.evaluation.figures import Network
 from spikellm.evaluation.measured import saved_networks
+from spikellm.model.pretrained import PreTrainedModel
 from spikellm.run.generating import Generate
 from spikellm.run.measuring import Diagnose, Evaluate, Spikes
 from spikellm.run.stage import Stage, StageOutcome

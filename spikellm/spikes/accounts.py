@@ -7,12 +7,12 @@ from typing import Any
 
 from jaxtyping import Int
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from spikellm.config.choices import EnergyTable
 from spikellm.config.labels import NetworkName, SiteKind
 from spikellm.config.measures import EnergyConfig
 from spikellm.config.snn import WeightsConfig
+from spikellm.model.pretrained import PreTrainedModel
 from spikellm.model.sites import LINEAR_INPUTS, READERS
 from spikellm.spikes.energy import (
     COST_TABLES,

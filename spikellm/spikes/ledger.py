@@ -39,7 +39,6 @@ import torch
 from jaxtyping import Bool, Int, Int64
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 
 from spikellm.coding.neuron import PhaseNeuron
 from spikellm.config.choices import RotationPart
@@ -48,6 +47,7 @@ from spikellm.execution.modules import SteppedNeuron
 from spikellm.model.attention import SpikingAttention, attentions
 from spikellm.model.cache import read
 from spikellm.model.conversion import get_neuron, model_sites, online_parts, set_neuron, site_groups
+from spikellm.model.pretrained import PreTrainedModel
 from spikellm.model.sites import (
     ATTENTION,
     GROUP_AXIS,

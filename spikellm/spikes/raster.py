@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from jaxtyping import Int, Int8
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from spikellm.coding.neuron import PhaseNeuron, fire
 from spikellm.config.labels import SiteKind
 from spikellm.execution.modules import SteppedNeuron
 from spikellm.model.cache import read
 from spikellm.model.conversion import get_neuron
+from spikellm.model.pretrained import PreTrainedModel
 from spikellm.model.sites import Site, decoder_layers, sites
 from spikellm.store.record import Row
 

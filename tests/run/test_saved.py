@@ -23,7 +23,7 @@ from tests.launch import launch, one_line
 from tests.models import BOS, byte_model, byte_tokenizer, tiny_model
 
 # Of the measuring, not of the conversion: what a job on a saved model may be told.
-TEXT = ["hardware.fused=false", "dataset.evaluation.window=64", "dataset.evaluation.max_windows=2", "report.html=false"]
+TEXT = ["dataset.evaluation.window=64", "dataset.evaluation.max_windows=2", "report.html=false"]
 
 
 @pytest.fixture(scope="module")

@@ -142,7 +142,7 @@ def test_it_is_an_option_of_the_command_line(tmp_path):
     from spikellm.run.stages import run_stages
 
     arguments = ["gradient_outer=1", "gradient_inner=1", "gradient_samples=50", "groups=site", "method=gradient"]
-    small = ["model=tiny", "hardware.fused=false", "dataset.calibration.window=64", "dataset.calibration.max_windows=2"]
+    small = ["model=tiny", "dataset.calibration.window=64", "dataset.calibration.max_windows=2"]
     config = configure(*small, "snn.T=4", "stages=[search]", f"output_root={tmp_path}", *(f"search.{option}" for option in arguments))
     found = run_stages(config)
     results, rows = found.results, found.tables["sites.csv"]

@@ -144,7 +144,7 @@ def authors_name(name: str) -> str:
     return kind if site.kind is SiteKind.head_input else f"model.layers.{site.layer}.{kind}"
 
 
-SMALL = ["model=tiny", "hardware.fused=false", "dataset.calibration.window=64", "dataset.calibration.max_windows=2", "stages=[search]"]
+SMALL = ["model=tiny", "dataset.calibration.window=64", "dataset.calibration.max_windows=2", "stages=[search]"]
 
 
 def test_a_run_imports_and_knows_the_file_by_its_content(tmp_path, caplog):
