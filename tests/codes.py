@@ -73,11 +73,11 @@ def partitioned_tables(model, T: int, *, shift: int = 0, heads: bool = False, un
 
 
 def asked(T: int, G: int | None = 1, *, coding="phase", max_spikes=None, min_length=2, intervals=1, seed=0, **search) -> Options:
-    """Options of codes, G=None being grain=auto; spikes cost nothing unless `spike_weight` says so, nothing is compiled."""
+    """Options of codes, G=None being grain=auto; spikes cost nothing unless `spike_weight` says so."""
     grain = "auto" if G is None else str(G)
     shape = {"coding": Coding(coding), "max_spikes": max_spikes, "min_grain_length": min_length, "intervals": str(intervals)}
     snn = SpikingConfig(T=T, grain=grain, **shape)
-    return Options(snn=snn, search=SearchConfig(**{"spike_weight": 0.0} | search), seed=seed, compiled=False)
+    return Options(snn=snn, search=SearchConfig(**{"spike_weight": 0.0} | search), seed=seed)
 
 
 def observed(x: torch.Tensor, **options):
