@@ -40,7 +40,7 @@ def launch(*arguments: str, before: Callable[..., None] | None = None, values: t
             "spikellm.report.html",
             "matplotlib.backends.backend_svg",
             "hydra._internal.hydra",
-        ]  # fmt: skip
+        ]
     )
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder) / "out", Path(folder) / "err"
