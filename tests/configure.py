@@ -5,12 +5,14 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 
 from spikellm.config.schema import Config, register
+from spikellm.kernels.switch import is_fusing
 from spikellm.run.command import compose_config
 from tests.places import CONF
 
 
 def configure(*arguments: str) -> Config:
-    return compose_config(list(arguments))
+    """With `--plain`, of a job whose kernels are switched off."""
+    return compose_config([*([] if is_fusing() else ["hardware.fused=false"]), *arguments])
 
 
 def composed(*overrides: str):

@@ -34,7 +34,7 @@ from jaxtyping import Bool, Float, Int8, Int64
 from torch import Tensor, nn
 
 from spikellm.kernels.compiled import chosen
-from spikellm.kernels.encode import BINARY, Digits, Rows, count_plain, encode_plain, fire_plain
+from spikellm.kernels.encode import BINARY, Coding, Digits, Rows, count_plain, encode_plain, fire_plain
 
 BEYOND = torch.finfo(torch.float32).max  # where an interval begins that is not used
 
@@ -214,6 +214,10 @@ class Slot(nn.Module):
         """What comes in, unchanged."""
         return x
 
+    def coding(self, x: Tensor) -> Coding | None:
+        """What a kernel needs that makes x and codes it in one pass, the groups being parts of the last axis; None: x comes here."""
+        return None
+
     def weigh(self, importance: Float[Tensor, "..."] | None, neurons: Bool[Tensor, "..."] | None = None) -> None:
         """Told after a forward: what a squared error of each activation counts, and which are a neuron's (None: all the same, all)."""
 
@@ -288,6 +292,14 @@ class PhaseNeuron(Slot):
         m, table = self.amplitude(x), self.table
         y = encode(grouped(x if m is None else x / m, table.groups, self.axis), table, compiled=self.compiled).reshape(x.shape)
         return y if m is None else m * y
+
+    def coding(self, x: Tensor) -> Coding | None:
+        """The table, where nobody looks at what comes and goes, and no gradient is asked for."""
+        watched = type(self) is not PhaseNeuron or self._forward_hooks or self._forward_pre_hooks
+        if watched or self.per_token or not self.compiled or (torch.is_grad_enabled() and x.requires_grad):
+            return None
+        table = self.table
+        return Coding(table.rows, self.digits, self.cuts) if table.groups == 1 or self.axis % x.ndim == x.ndim - 1 else None
 
     def extra_repr(self) -> str:
         """What `print(model)` shows of the neurons."""

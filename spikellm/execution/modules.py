@@ -146,7 +146,7 @@ class SteppedActivation(SpikingActivation):
 
     def forward(self, x: Float[Tensor, "TB L F"]) -> Int8[Tensor, "SB L F"]:
         """Spikes of SiLU's neuron on its S wires."""
-        return self.neuron(self.function(events.integrate(unbatch(x, self.neuron.T)))).flatten(0, 1)
+        return self.neuron(self.activate(events.integrate(unbatch(x, self.neuron.T)))).flatten(0, 1)
 
 
 class SteppedLinear(nn.Linear):

@@ -59,6 +59,14 @@ class Rows(NamedTuple):
         return self.map(lambda row: row[index])
 
 
+class Coding(NamedTuple):
+    """How rows of numbers are coded: by tables of equal parts of a row, or one of all."""
+
+    rows: Rows
+    digits: Digits
+    cuts: Tensor | None  # [ends, groups]
+
+
 def emit(v: Tensor, theta: Tensor, fired: Tensor, digits: Digits) -> tuple[Tensor, Tensor]:
     """The digits z of one step, in v's dtype, and how many spikes each neuron has fired then (counted where they are bounded).
 

@@ -32,6 +32,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from spikellm.kernels import native
+from spikellm.kernels.encode import Coding
 
 # Up to this width (head widths: 64, 128) one dense product is faster on CPU than two products of tiny factors.
 DENSE = 128
@@ -129,6 +130,14 @@ def hadamard_transform(x: Float[Tensor, "*rows n"], factors: Factors) -> Float[T
     x = torch.cat([native.hadamard(x[..., :size], left, right), x[..., size:]], -1)
     passed, last = x.split([x.shape[-1] - size, size], -1)
     return torch.cat([passed, native.hadamard(last * factors.signs.to(x.dtype), left, right)], -1)
+
+
+def coded_transform(x: Float[Tensor, "*rows n"], factors: Factors, coding: Coding) -> Float[Tensor, "*rows n"] | None:
+    """What neurons make of `hadamard_transform`, in one pass; None: it takes two."""
+    if factors.signs is not None:
+        return None
+    left, right = (factor.to(x.dtype) for factor in factors[:2])
+    return native.coded_hadamard(x, left, right, coding)
 
 
 def _scrambling_signs(n: int) -> Float[Tensor, " n"]:

@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import silu as plain_silu
 
 from spikellm.kernels.attention import mixture_plain, visible_ends
 from spikellm.kernels.bindings import SUFFIX, Candidates, Code, Costs, Heads, Layout, Shape, Strided, library
 from spikellm.kernels.chains import chained_plain, worth_plain
-from spikellm.kernels.encode import Digits, Rows, code_sums, count_plain, encode_plain, fire_plain, segment_sums
+from spikellm.kernels.encode import Coding, Digits, Rows, code_sums, count_plain, encode_plain, fire_plain, segment_sums
 from spikellm.kernels.histogram import BINS, FIRST, SHIFT, Tally, tally_plain
 from spikellm.kernels.transforms import kronecker, rms_norm
 
@@ -132,27 +133,54 @@ def mixture(
     return out.transpose(1, 2) if done else None
 
 
-@or_plain(rms_norm)
-def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor | None:
+def _by_rows(name: str, x: Tensor, given: tuple, shape: tuple[int, ...], work: int, coding: Coding | None) -> Tensor | None:
+    """A kernel that makes rows of the last axis of x, and codes each of them before it makes the next; `work` for each number."""
+    if coding is not None and not _served(x, coding.rows.theta):
+        return None
+    code, _alive = (Code(), None) if coding is None else _code(*coding)
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    rows = x.numel() // x.shape[-1]
+    done = _run(name, x, x.data_ptr(), y.data_ptr(), *given, rows, *shape, code, _threads(x.numel() * (work + code.steps)))
+    return y if done else None
+
+
+def coded_norm(x: Tensor, weight: Tensor, eps: float, coding: Coding | None) -> Tensor | None:
+    """What neurons make of `transforms.rms_norm`, or itself, in one pass; None: it is not served."""
     if not _served(x, weight):
         return None
-    x, weight = x.contiguous(), weight.contiguous()
-    y = torch.empty_like(x)
-    D = x.shape[-1]
-    done = _run("norm", x, x.data_ptr(), y.data_ptr(), weight.data_ptr(), eps, x.numel() // D, D, _threads(2 * x.numel()))
-    return y if done else None
+    weight = weight.contiguous()
+    return _by_rows("norm", x, (weight.data_ptr(), eps), (x.shape[-1],), 2, coding)
+
+
+def coded_silu(x: Tensor, coding: Coding | None) -> Tensor | None:
+    """The same of SiLU."""
+    return _by_rows("silu", x, (), (x.shape[-1],), 8, coding) if _served(x, x) else None
+
+
+def coded_hadamard(x: Tensor, left: Tensor, right: Tensor, coding: Coding | None) -> Tensor | None:
+    """The same of `transforms.kronecker`."""
+    P, n = len(left), len(right)
+    if not _served(x, right) or n & (n - 1):
+        return None
+    left = left.contiguous()
+    return _by_rows("hadamard", x, (left.data_ptr(),), (P, n), P + n.bit_length(), coding)
+
+
+@or_plain(rms_norm)
+def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor | None:
+    return coded_norm(x, weight, eps, None)
 
 
 @or_plain(kronecker)
 def _hadamard(x: Tensor, left: Tensor, right: Tensor) -> Tensor | None:
-    P, n = len(left), len(right)
-    if not _served(x, right) or n & (n - 1):
-        return None
-    x, left = x.contiguous(), left.contiguous()
-    y = torch.empty_like(x)
-    rows = x.numel() // (P * n)
-    done = _run("hadamard", x, x.data_ptr(), y.data_ptr(), left.data_ptr(), rows, P, n, _threads(x.numel() * (P + n.bit_length())))
-    return y if done else None
+    return coded_hadamard(x, left, right, None)
+
+
+@or_plain(plain_silu)
+def silu(x: Tensor) -> Tensor | None:
+    """x / (1 + e^-x)."""
+    return coded_silu(x, None)
 
 
 class _WithGradient(torch.autograd.Function):

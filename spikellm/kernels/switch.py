@@ -17,8 +17,8 @@ def is_fusing() -> bool:
 
 @contextmanager
 def fusing(on: bool) -> Iterator[None]:
-    """Within: kernels are used, unless they were switched off around this, or every plain form computes itself."""
-    token = _fused.set(on and _fused.get())
+    """Within: kernels are used, or every plain form computes itself."""
+    token = _fused.set(on)
     try:
         yield
     finally:

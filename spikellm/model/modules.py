@@ -15,12 +15,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import linear as matrix_product
+from torch.nn.functional import silu
 
 from spikellm.coding.neuron import PhaseNeuron, Slot
 from spikellm.kernels import native
-from spikellm.kernels.hadamard import Factors, hadamard_factors, hadamard_transform, order, split
+from spikellm.kernels.hadamard import Factors, coded_transform, hadamard_factors, hadamard_transform, order, split
 from spikellm.kernels.transforms import rms_norm
 
+PROBE = torch.linspace(-8, 8, 33)
 # Numbers of a weight that are widened together, 256 MiB in float32: LLaMA-3-8B's lm_head would take 2 GiB beside its own one.
 WIDENED = 2**26
 
@@ -110,7 +112,10 @@ class SpikingRMSNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
         """The neuron's values of the normalised x."""
-        return self.neuron(self.normalise(x))
+        x = x.to(wide(x.dtype))
+        coding = self.neuron.coding(x)
+        done = None if coding is None else native.coded_norm(x, self.weight.to(x.dtype), self.eps, coding)
+        return self.neuron(self.normalise(x)) if done is None else done
 
 
 class SpikingActivation(nn.Module):
@@ -119,11 +124,19 @@ class SpikingActivation(nn.Module):
     def __init__(self, function: nn.Module) -> None:
         super().__init__()
         self.function = function
+        self.is_silu = torch.equal(function(PROBE), silu(PROBE))  # by any name: then a kernel computes it beside neurons
         self.neuron = Slot()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def activate(self, x: Float[Tensor, "*batch F"]) -> Float[Tensor, "*batch F"]:
+        """The function of x."""
+        # beside neurons alone, as the norm
+        return native.silu(x) if self.is_silu and isinstance(self.neuron, PhaseNeuron) else self.function(x)
+
+    def forward(self, x: Float[Tensor, "*batch F"]) -> Float[Tensor, "*batch F"]:
         """The neuron's values of the function of x."""
-        return self.neuron(self.function(x))
+        coding = self.neuron.coding(x) if self.is_silu else None
+        done = None if coding is None else native.coded_silu(x, coding)
+        return self.neuron(self.activate(x)) if done is None else done
 
 
 class OnlineHadamard(nn.Module):
@@ -182,4 +195,6 @@ class SpikingLinear(WideLinear):
 
     def forward(self, input: Float[Tensor, "*batch I"]) -> Float[Tensor, "*batch O"]:
         """The Linear of the neuron's values of x, rotated first where R4 acts."""
-        return super().forward(self.neuron(self.transform(input)))
+        coding = None if self.rotation is None else self.neuron.coding(input)
+        done = None if self.rotation is None or coding is None else coded_transform(input, self.rotation.factors, coding)
+        return super().forward(self.neuron(self.transform(input)) if done is None else done)

@@ -282,7 +282,7 @@ def test_whoever_asks_while_it_is_compiled_waits_for_that(fresh, monkeypatch):
 
 def test_a_compiler_that_is_stopped_is_not_asked_again(fresh, monkeypatch, tmp_path):
     asked = tmp_path / "asked"
-    dying = f'case "$*" in *version*) exit 0;; esac; echo once >> {asked}; kill -INT $$'
+    dying = f'case "$*" in *version*) exit 0;; esac; echo once >> {asked}; kill -TERM $$'
     monkeypatch.setenv("CXX", compiler_that(tmp_path, dying))
     assert build.built() is None
     assert len(asked.read_text().split()) <= len(list(build.SOURCES.glob("*.cpp")))  # side by side, with the same options

@@ -24,7 +24,15 @@ CASES = {
         "snn.intervals=2",
         "evaluation.networks=[ann,ann_prefix,base2,snn,int_token]",
     ],
-    "weights": ["tune.epochs=1", "tune.what=all", "compensate.enabled=true", "snn.T=4", "weights.bits=4", "weights.group_size=16"],
+    "weights": [
+        "hardware.fused=false",
+        "tune.epochs=1",
+        "tune.what=all",
+        "compensate.enabled=true",
+        "snn.T=4",
+        "weights.bits=4",
+        "weights.group_size=16",
+    ],
     "stepped": ["snn.execution=stepped", "snn.T=4", "weights.bits=8", "weights.rounding=nearest", "model.dtype=bfloat16"],
 }
 

@@ -179,7 +179,9 @@ def test_a_model_of_bfloat16_and_one_of_python_are_measured_too(whole, tmp_path)
     assert measured["perplexity"]["snn"] > 1
 
 
-@pytest.mark.parametrize("weights", [["weights.bits=8"], ["tune.epochs=1", "tune.what=all", "snn.coding=phase_signed"]])
+@pytest.mark.parametrize(
+    "weights", [["weights.bits=8"], ["tune.epochs=1", "tune.what=all", "snn.coding=phase_signed", "hardware.fused=false"]]
+)
 def test_weights_of_its_own_have_no_pretrained_network_below_them(weights, tmp_path):
     found = run(tmp_path, "save_model=true", "snn.T=6", "model.options.num_hidden_layers=1", "spikes.enabled=false", *weights)
     (tmp_path / "run").mkdir()

@@ -11,7 +11,11 @@ from spikellm.reconstruction import tuning
 from tests.configure import configure
 from tests.jobs import SMALL, artefacts, cached, run, stopped_behind_the_first_block
 
-SHORT = ["dataset.calibration.max_windows=8", "dataset.evaluation.max_windows=1", "dataset.calibration.window=32", "snn.T=4"]
+# without kernels: Inductor takes a minute for those of gradients
+SHORT = [
+    "dataset.calibration.max_windows=8", "dataset.evaluation.max_windows=1", "dataset.calibration.window=32", "snn.T=4",
+    "hardware.fused=false",
+]  # fmt: skip
 TUNED = [*SHORT, "tune.epochs=3"]
 
 

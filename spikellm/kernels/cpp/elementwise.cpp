@@ -2,7 +2,7 @@
 
 #include <type_traits>
 
-#include "neuron.h"
+#include "rows.h"
 
 namespace {
 
@@ -17,27 +17,28 @@ template <class R, class Each> void over_runs(const Code<R>& code, int64_t runs,
     }
 }
 
+// What n inputs of one group send.
+template <class R, class K> void encode_run(const Table<R>& table, const R* from, R* to, int64_t n) {
+    V<R> some[U];
+    int64_t i = 0;
+    for (; i + U * W<R> <= n; i += U * W<R>) {
+        load_all<R, U>(some, from + i);
+        encode<R, K, U>(table, some);
+        store_all<R, U>(to + i, some);
+    }
+    for (; i < n; i += W<R>) {
+        const int64_t left = n - i < W<R> ? n - i : W<R>;
+        some[0] = load_some<V<R>>(from + i, left);
+        encode<R, K, 1>(table, some);
+        store_some(to + i, some[0], left);
+    }
+}
+
 template <class R> int encode_all(const R* x, R* y, int64_t A, int64_t C, int64_t I, const Code<R>& code, int threads) {
     if (!served(code)) return 1;
-    with_kind(code, [&](auto kind) {
-        using K = decltype(kind);
-        over_runs(code, A * C, 1, I, threads, [&](const Table<R>& table, int64_t run, int64_t start, int64_t end) {
-            const R* from = x + run * I;
-            R* to = y + run * I;
-            V<R> some[U];
-            int64_t i = start;
-            for (; i + U * W<R> <= end; i += U * W<R>) {
-                load_all<R, U>(some, from + i);
-                encode<R, K, U>(table, some);
-                store_all<R, U>(to + i, some);
-            }
-            for (; i < end; i += W<R>) {
-                const int64_t n = end - i < W<R> ? end - i : W<R>;
-                some[0] = load_some<V<R>>(from + i, n);
-                encode<R, K, 1>(table, some);
-                store_some(to + i, some[0], n);
-            }
-        });
+    const Coder<R> encode = coder_of(code);
+    over_runs(code, A * C, 1, I, threads, [&](const Table<R>& table, int64_t run, int64_t start, int64_t end) {
+        encode(table, x + run * I + start, y + run * I + start, end - start);
     });
     return 0;
 }
@@ -117,6 +118,14 @@ template <class R> int count(const R* x, int64_t* counts, int64_t C, int64_t N, 
 }
 
 }  // namespace
+
+template <class R> Coder<R> coder_of(const Code<R>& code) {
+    Coder<R> found = nullptr;
+    with_kind(code, [&](auto kind) { found = encode_run<R, decltype(kind)>; });
+    return found;
+}
+template Coder<float> coder_of(const Code<float>&);
+template Coder<double> coder_of(const Code<double>&);
 
 extern "C" {
 int encode_f32(const float* x, float* y, int64_t A, int64_t C, int64_t I, const Code<float>* code, int threads) {

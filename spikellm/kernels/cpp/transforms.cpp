@@ -1,17 +1,16 @@
-// What stands before neurons: RMSNorm, and the Hadamard transform as sums and differences alone.
+// What stands before neurons: RMSNorm, SiLU, and the Hadamard transform as sums and differences alone; then the neurons, row by row.
 
 #include <cmath>
 
-#include "neuron.h"
+#include "exponential.h"
+#include "rows.h"
 
 namespace {
 
 // y = weight x / sqrt(mean(x^2) + eps) of N rows.
-template <class R> void norm(const R* x, R* y, const R* weight, double eps, int64_t N, int64_t D, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (int64_t row = 0; row < N; row++) {
-        const R *from = x + row * D;
-        R* to = y + row * D;
+template <class R> int norm(const R* x, R* y, const R* weight, double eps, int64_t N, int64_t D, const Code<R>& code, int threads) {
+    return coded_rows(y, N, D, code, threads, [=](int64_t row, R* to) {
+        const R* from = x + row * D;
         V<R> sums[U] = {};
         int64_t i = 0;
         for (; i + U * W<R> <= D; i += U * W<R>)
@@ -25,7 +24,24 @@ template <class R> void norm(const R* x, R* y, const R* weight, double eps, int6
         const R scale = 1 / std::sqrt(square / D + R(eps));
         for (i = 0; i + W<R> <= D; i += W<R>) store(to + i, load<V<R>>(weight + i) * (load<V<R>>(from + i) * scale));
         for (; i < D; i++) to[i] = weight[i] * (from[i] * scale);
-    }
+    });
+}
+
+// x / (1 + e^-x), from e^-|x|, which no x lets overflow.
+template <class R> inline V<R> silu(V<R> x) {
+    const V<R> small = exponential(x < 0 ? x : -x);
+    return x * (x < 0 ? small : filled<R>(1)) / (1 + small);
+}
+
+template <class R> int silu(const R* x, R* y, int64_t N, int64_t D, const Code<R>& code, int threads) {
+    return coded_rows(y, N, D, code, threads, [=](int64_t row, R* to) {
+        const R* from = x + row * D;
+        for (int64_t i = 0; i < D; i += W<R>) {
+            const int64_t n = D - i < W<R> ? D - i : W<R>;
+            if (n == W<R>) store(to + i, silu<R>(load<V<R>>(from + i)));
+            else store_some(to + i, silu<R>(load_some<V<R>>(from + i, n)), n);
+        }
+    });
 }
 
 // Lane i of lane i ^ H.
@@ -80,43 +96,39 @@ template <class R, int J> inline void four_rows(const R* x, R* y, const R* left,
 }
 
 // N rows of P x n numbers X: H^T X S / sqrt(P n), with H of order P and entries +-1, and S Sylvester's of order n.
-template <class R> int hadamard(const R* x, R* y, const R* left, int64_t N, int64_t P, int64_t n, int threads) {
+template <class R> int hadamard(const R* x, R* y, const R* left, int64_t N, int64_t P, int64_t n, const Code<R>& code, int threads) {
     if (n < W<R> || n & (n - 1) || (P > 1 && P % 4)) return 1;
     const R scale = R(1 / std::sqrt(double(P) * double(n)));
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        std::vector<R> own(P * n);
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < N; row++) {
-            R* to = y + row * P * n;
-            std::memcpy(own.data(), x + row * P * n, sizeof(R) * P * n);
-            for (int64_t p = 0; p < P; p++) sylvester(own.data() + p * n, n);
-            if (P == 1)
-                for (int64_t j = 0; j < n; j += W<R>) store(to + j, scale * load<V<R>>(own.data() + j));
-            for (int64_t p = 0; p + 4 <= P; p += 4) {
-                int64_t j = 0;
-                for (; j + 4 * W<R> <= n; j += 4 * W<R>) four_rows<R, 4>(own.data(), to, left, P, n, p, j, scale);
-                if (j + 2 * W<R> <= n) four_rows<R, 2>(own.data(), to, left, P, n, p, j, scale), j += 2 * W<R>;
-                for (; j < n; j += W<R>) four_rows<R, 1>(own.data(), to, left, P, n, p, j, scale);
-            }
+    return coded_rows(y, N, P * n, code, threads, [=](int64_t row, R* to) {
+        static thread_local std::vector<R> own;
+        own.assign(x + row * P * n, x + (row + 1) * P * n);
+        for (int64_t p = 0; p < P; p++) sylvester(own.data() + p * n, n);
+        if (P == 1)
+            for (int64_t j = 0; j < n; j += W<R>) store(to + j, scale * load<V<R>>(own.data() + j));
+        for (int64_t p = 0; p + 4 <= P; p += 4) {
+            int64_t j = 0;
+            for (; j + 4 * W<R> <= n; j += 4 * W<R>) four_rows<R, 4>(own.data(), to, left, P, n, p, j, scale);
+            if (j + 2 * W<R> <= n) four_rows<R, 2>(own.data(), to, left, P, n, p, j, scale), j += 2 * W<R>;
+            for (; j < n; j += W<R>) four_rows<R, 1>(own.data(), to, left, P, n, p, j, scale);
         }
-    }
-    return 0;
+    });
 }
 
 }  // namespace
 
 extern "C" {
-int norm_f32(const float* x, float* y, const float* weight, double eps, int64_t N, int64_t D, int threads) {
-    return norm(x, y, weight, eps, N, D, threads), 0;
+int norm_f32(const float* x, float* y, const float* weight, double eps, int64_t N, int64_t D, const Code<float>* code, int threads) {
+    return norm(x, y, weight, eps, N, D, *code, threads);
 }
-int norm_f64(const double* x, double* y, const double* weight, double eps, int64_t N, int64_t D, int threads) {
-    return norm(x, y, weight, eps, N, D, threads), 0;
+int norm_f64(const double* x, double* y, const double* weight, double eps, int64_t N, int64_t D, const Code<double>* code, int threads) {
+    return norm(x, y, weight, eps, N, D, *code, threads);
 }
-int hadamard_f32(const float* x, float* y, const float* left, int64_t N, int64_t P, int64_t n, int threads) {
-    return hadamard(x, y, left, N, P, n, threads);
+int silu_f32(const float* x, float* y, int64_t N, int64_t D, const Code<float>* code, int threads) { return silu(x, y, N, D, *code, threads); }
+int silu_f64(const double* x, double* y, int64_t N, int64_t D, const Code<double>* code, int threads) { return silu(x, y, N, D, *code, threads); }
+int hadamard_f32(const float* x, float* y, const float* left, int64_t N, int64_t P, int64_t n, const Code<float>* code, int threads) {
+    return hadamard(x, y, left, N, P, n, *code, threads);
 }
-int hadamard_f64(const double* x, double* y, const double* left, int64_t N, int64_t P, int64_t n, int threads) {
-    return hadamard(x, y, left, N, P, n, threads);
+int hadamard_f64(const double* x, double* y, const double* left, int64_t N, int64_t P, int64_t n, const Code<double>* code, int threads) {
+    return hadamard(x, y, left, N, P, n, *code, threads);
 }
 }
