@@ -8,7 +8,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from spikellm.coding.grains import phase_amplitudes
 from spikellm.coding.neuron import BEYOND, PhaseTable
 from spikellm.kernels.encode import Digits, Rows
 
@@ -46,9 +45,12 @@ class Codes:
 
     def spell(self) -> Rows:
         """The rows of every code, `[*n, T]` and `[*n]`."""
-        v0 = self.tau * self.values[..., 1] * 2.0 ** -(self.assignment.shape[-1] + 1)
-        d, h, theta = (phase_amplitudes(self.tau, part.exp2(), self.assignment) for part in self.bases())
-        return Rows(self.rho[..., None] * theta, h, d, v0)
+        tau, T = self.tau, self.assignment.shape[-1]
+        steps = torch.arange(1, T + 1, device=tau.device)
+        # tau * base^-(t+1) of `phase_amplitudes` by one exponential, of three rows at once
+        logs = self.values[..., FIXED:].unflatten(-1, (3, -1)).movedim(-2, 0).gather(-1, self.assignment.expand(3, *self.assignment.shape))
+        d, h, theta = tau[..., None] * logs.mul_(-steps).exp2_()
+        return Rows(self.rho[..., None] * theta, h, d, tau * self.values[..., 1] * 2.0 ** -(T + 1))
 
     def where(self, condition: Bool[Tensor, "*n"], other: "Codes") -> "Codes":
         """These codes where the condition holds, the others elsewhere."""

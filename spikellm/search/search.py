@@ -22,7 +22,8 @@ one number more, the ratio of thresholds to resets. Spikes have a price (`Option
 relative squared error: the error at which one spike less a neuron is a fair exchange, the same at all sites.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float
@@ -31,6 +32,7 @@ from tqdm.auto import tqdm
 
 from spikellm.calibration.statistics import SiteStatistics
 from spikellm.coding.codes import IntervalCodes, base2_codes
+from spikellm.cores import side_by_side
 from spikellm.search.evolution import evolve_grains, evolve_single
 from spikellm.search.exchange import Rounds, exchanged
 from spikellm.search.fit import CodeFit, bias_weight, choice_costs
@@ -39,6 +41,8 @@ from spikellm.search.intervals import evolve_chains, evolve_intervals
 from spikellm.search.objective import Objective
 from spikellm.search.options import Options
 from spikellm.search.points import Points, enough_points
+
+Found = TypeVar("Found")
 
 
 def evolution(statistics: Mapping[str, SiteStatistics], options: Options) -> dict[str, CodeFit]:
@@ -95,11 +99,17 @@ def objective_of(statistics: Mapping[str, SiteStatistics], options: Options, K: 
 
 def choice_errors(statistics: Mapping[str, SiteStatistics], codes: IntervalCodes, options: Options) -> list[Float[Tensor, " C"]]:
     """Relative errors on the choosing part, site by site, of codes of all groups in a row."""
-    found = []
-    for _, site, rows in group_rows(statistics):
+
+    def errors(_: str, site: SiteStatistics, rows: slice) -> Float[Tensor, " C"]:
         table = codes.at(rows).table(options.digits)
-        found.append(choice_costs(site, [table], spike_price=0.0, compiled=options.compiled)[1, 0])
-    return found
+        return choice_costs(site, [table], spike_price=0.0, compiled=options.compiled)[1, 0]
+
+    return by_site(errors, statistics)
+
+
+def by_site(function: Callable[[str, SiteStatistics, slice], Found], statistics: Mapping[str, SiteStatistics]) -> list[Found]:
+    """What a function makes of every site, see `group_rows`: sites side by side, on a GPU one after the other."""
+    return side_by_side(function, group_rows(statistics), threads=1 if any(site.counts.is_cuda for site in statistics.values()) else None)
 
 
 def group_rows(statistics: Mapping[str, SiteStatistics]) -> Iterator[tuple[str, SiteStatistics, slice]]:
@@ -147,19 +157,19 @@ def assess_all(
     intervals = options.snn.interval_count is None and priced
     tolerance = options.search.tolerance if options.snn.grains is None or intervals else 0.0
     sufficient = options.search.sufficient_error if intervals else 0.0
-    fits = {}
-    for name, site, rows in group_rows(statistics):
-        own = [(codes.at(rows), objective[rows]) for codes, objective in rounds]
-        fits[name] = CodeFit.assess(
+
+    def assess(name: str, site: SiteStatistics, rows: slice) -> CodeFit:
+        return CodeFit.assess(
             site,
-            own,
+            [(codes.at(rows), objective[rows]) for codes, objective in rounds],
             tolerance=tolerance,
             sufficient=sufficient,
             digits=options.digits,
             spike_price=options.spike_price(name) if priced else 0.0,
             compiled=options.compiled,
         )
-    return fits
+
+    return dict(zip(statistics, by_site(assess, statistics), strict=True))
 
 
 def base2(statistics: Mapping[str, SiteStatistics], options: Options) -> dict[str, CodeFit]:
