@@ -1,4 +1,4 @@
-"""What calibration costs in forwards of the pretrained model, what the search costs, and how both grow with the work: `make bench`.
+"""What calibration costs in forwards of the pretrained model, what the search costs, how both grow, what batches gain: `make bench`.
 
 SmolLM2-135M on windows of the embedded text. Ratios are taken turn by turn in one process, medians and ranges of the repeats. Growth is the
 exponent e of cost ~ size^e, fitted to three sizes each a factor of two apart: 1 is linear.
@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from spikellm.calibration.calibrate import calibrate
 from spikellm.config.snn import PrefixConfig, SearchConfig, SpikingConfig
+from spikellm.evaluation.batches import sequences
 from spikellm.evaluation.perplexity import perplexity
 from spikellm.model.conversion import fill, prepare
 from spikellm.model.load import load_model
@@ -63,6 +64,19 @@ def grown(name: str, sizes: Sequence[int], cost: Callable[[int], float], repeats
     print(f"{name:36s} ^ {exponent(sizes, found):.2f}   ({listed})")
 
 
+def batched(name: str, model: PreTrainedModel, text: Tensor, repeats: int) -> None:
+    """Print what short windows gain from sharing a forward: milliseconds a token with 1, 2, 4 .. of them, and the number chosen."""
+    for length in (64, 256, 512, 1024):
+        found = []
+        for size in (1, 2, 4, 8, 16, 32):
+            if size > 1 and size * length > 4096:
+                break
+            some = text.flatten()[: max(size, 1024 // length) * length].view(-1, length)
+            times = [seconds(lambda some=some, size=size: perplexity(model, some, batch_size=size)) for _ in range(repeats)]
+            found.append(f"{size}: {1e3 * min(times) / some.numel():.2f}")
+        print(f"{name}, windows of {length:<4d} ms a token by windows a forward  {'  '.join(found)}   chosen: {sequences(model, length)}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--windows", type=int, default=8)
@@ -104,6 +118,9 @@ def main() -> None:
     fill(model, tables, compiled=True)
     perplexity(model, few[:1], label="warm-up")
     grown("forward, base 2 at T=8, over tokens", lengths, lambda size: seconds(lambda: perplexity(model, text[:1, :size], label="")), 3)
+    print("batches:")
+    for name, each in (("ann", ann), ("snn", model)):
+        batched(name, each, text, 3)
 
 
 if __name__ == "__main__":

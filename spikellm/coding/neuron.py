@@ -296,7 +296,7 @@ class PhaseNeuron(Slot):
     def coding(self, x: Tensor) -> Coding | None:
         """The table, where nobody looks at what comes and goes, and no gradient is asked for."""
         watched = type(self) is not PhaseNeuron or self._forward_hooks or self._forward_pre_hooks
-        if watched or self.per_token or not self.compiled or (torch.is_grad_enabled() and x.requires_grad):
+        if watched or self.per_token or not (self.compiled and x.is_cpu) or (torch.is_grad_enabled() and x.requires_grad):
             return None
         table = self.table
         return Coding(table.rows, self.digits, self.cuts) if table.groups == 1 or self.axis % x.ndim == x.ndim - 1 else None
