@@ -3,6 +3,8 @@
 import json
 import resource
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -289,3 +291,11 @@ def test_a_memory_bound_that_holds_no_step_is_refused_with_key_value_and_cure(tm
     with pytest.raises(InputError, match=r"snn\.max_memory_gib=1e-06: .* GiB .*lower dataset\.evaluation\.window"):
         run(tmp_path, "snn.execution=stepped", "snn.max_memory_gib=1e-6")
     assert run(tmp_path, "snn.execution=stepped", "snn.max_memory_gib=1")["anytime"]
+
+
+def test_no_stage_imports_model_classes_before_it_builds_a_model():
+    """They take as long to import as all that a run does which finds everything in the store."""
+    script = "import sys, spikellm.run.stages, spikellm.run.job; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert {"torch", "transformers"} <= set(done.stdout.split())
+    assert not {"transformers.modeling_utils", "torch._dynamo", "scipy"} & set(done.stdout.split())
