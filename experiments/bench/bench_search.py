@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import torch
+from surroundings import surroundings
 from tqdm.auto import tqdm
 
 from spikellm.calibration.calibrate import Calibration
@@ -60,6 +61,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=SearchConfig().gradient_samples)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    print(surroundings(), flush=True)
     found = Calibration.load(arguments.calibration).statistics if arguments.calibration else random_statistics(RANDOM_SITES)
     sites = {name: site.merged() for name, site in found.items()}  # one table a site, as the authors have it
     T, G = arguments.T, arguments.grain

@@ -12,9 +12,11 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from bench import HARDWARE, MODEL, peak_mib, ratio_line, windows
+from surroundings import surroundings
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -72,7 +74,7 @@ def batched(name: str, model: PreTrainedModel, text: Tensor, repeats: int) -> No
             if size > 1 and size * length > 4096:
                 break
             some = text.flatten()[: max(size, 1024 // length) * length].view(-1, length)
-            times = [seconds(lambda some=some, size=size: perplexity(model, some, batch_size=size)) for _ in range(repeats)]
+            times = [seconds(partial(perplexity, model, some, batch_size=size)) for _ in range(repeats)]
             found.append(f"{size}: {1e3 * min(times) / some.numel():.2f}")
         print(f"{name}, windows of {length:<4d} ms a token by windows a forward  {'  '.join(found)}   chosen: {sequences(model, length)}")
 
@@ -83,6 +85,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=2048)
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
+    print(surroundings(), flush=True)
     text = windows(arguments.window * arguments.windows).view(arguments.windows, -1)
     ann, model, prefix = load_model(MODEL, HARDWARE), observed_model(), PrefixConfig()
 

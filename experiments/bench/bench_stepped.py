@@ -15,6 +15,7 @@ from functools import partial
 
 import torch
 from bench import HARDWARE, MODEL, peak_mib, ratio_line, windows
+from surroundings import surroundings
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -66,6 +67,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
+    print(surroundings(), flush=True)
     for T in arguments.T:
         measure(T, arguments.window, arguments.repeats)
 
