@@ -215,7 +215,7 @@ class Slot(nn.Module):
         return x
 
     def coding(self, x: Tensor) -> Coding | None:
-        """What a kernel needs that makes x and codes it in one pass, the groups being parts of the last axis; None: x comes here."""
+        """What a kernel needs that makes rows of x, its last axis, and codes them in the same pass; None: x comes here."""
         return None
 
     def weigh(self, importance: Float[Tensor, "..."] | None, neurons: Bool[Tensor, "..."] | None = None) -> None:
@@ -298,8 +298,10 @@ class PhaseNeuron(Slot):
         watched = type(self) is not PhaseNeuron or self._forward_hooks or self._forward_pre_hooks
         if watched or self.per_token or not (self.compiled and x.is_cpu) or (torch.is_grad_enabled() and x.requires_grad):
             return None
-        table = self.table
-        return Coding(table.rows, self.digits, self.cuts) if table.groups == 1 or self.axis % x.ndim == x.ndim - 1 else None
+        table, axis, last = self.table, self.axis % x.ndim, x.ndim - 1
+        apart = table.groups > 1 and axis < last
+        together = x.shape[axis] // table.groups * x.shape[axis + 1 : last].numel() if apart else 0
+        return Coding(table.rows, self.digits, self.cuts, together)
 
     def extra_repr(self) -> str:
         """What `print(model)` shows of the neurons."""

@@ -15,7 +15,7 @@ class Code(ctypes.Structure):
     """`Code` of neuron.h."""
 
     _fields_ = [(name, ctypes.c_void_p) for name in ("theta", "h", "d", "v0", "cuts")] + [
-        (name, ctypes.c_int32) for name in ("groups", "steps", "sides", "intervals", "is_signed", "max_spikes")
+        (name, ctypes.c_int32) for name in ("groups", "steps", "sides", "intervals", "is_signed", "max_spikes", "together")
     ]
 
 

@@ -60,11 +60,12 @@ class Rows(NamedTuple):
 
 
 class Coding(NamedTuple):
-    """How rows of numbers are coded: by tables of equal parts of a row, or one of all."""
+    """How rows of numbers are coded: by tables of equal parts of each row, or of rows."""
 
     rows: Rows
     digits: Digits
     cuts: Tensor | None  # [ends, groups]
+    together: int  # rows in a row that are of one group; 0: groups are parts of a row
 
 
 def emit(v: Tensor, theta: Tensor, fired: Tensor, digits: Digits) -> tuple[Tensor, Tensor]:

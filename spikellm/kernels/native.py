@@ -137,7 +137,8 @@ def _by_rows(name: str, x: Tensor, given: tuple, shape: tuple[int, ...], work: i
     """A kernel that makes rows of the last axis of x, and codes each of them before it makes the next; `work` for each number."""
     if coding is not None and not _served(x, coding.rows.theta):
         return None
-    code, _alive = (Code(), None) if coding is None else _code(*coding)
+    code, _alive = (Code(), None) if coding is None else _code(*coding[:3])
+    code.together = 0 if coding is None else coding.together
     x = x.contiguous()
     y = torch.empty_like(x)
     rows = x.numel() // x.shape[-1]

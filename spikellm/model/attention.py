@@ -50,7 +50,7 @@ from spikellm.kernels.attention import (
 from spikellm.kernels.attention import visible_blocks as blocks_of
 from spikellm.kernels.compiled import chosen
 from spikellm.kernels.encode import BINARY
-from spikellm.model.modules import OnlineHadamard, wide
+from spikellm.model.modules import OnlineHadamard, transformed, wide
 from spikellm.model.sites import ATTENTION, SPIKING_ATTENTION, decoder_layers
 
 IMPLEMENTATION = "spiking"
@@ -120,7 +120,7 @@ class SpikingAttention(nn.Module):
         self, key: Float[Tensor, "B K L E"], value: Float[Tensor, "B K L E"]
     ) -> tuple[Float[Tensor, "B K L E"], Float[Tensor, "B K L E"]]:
         """Keys (after RoPE; R3 comes here) and values of the tokens of this forward, as attention reads them from now on."""
-        return self.key(self.rotate(key)), self.value(value.to(wide(value.dtype)))
+        return transformed(key.to(wide(key.dtype)), self.rotation, self.key), self.value(value.to(wide(value.dtype)))
 
     def rotate(self, x: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch E"]:
         """R3, if it is there."""
@@ -136,7 +136,7 @@ class SpikingAttention(nn.Module):
         scaling: float,
     ) -> Float[Tensor, "B L H E"]:
         """Heads' outputs from queries and what `code` made of keys and values, in blocks of queries; query and softmax pass neurons."""
-        query, prefix = self.query(self.rotate(query)), self.prefix
+        query, prefix = transformed(query.to(wide(query.dtype)), self.rotation, self.query), self.prefix
         if prefix is not None and not self.normalise_after:
             own = (each.expand(len(key), -1, -1, -1) for each in (self.key(prefix[0]), self.value(prefix[1])))
             key, value = (torch.cat(each, dim=2) for each in zip(own, (key, value), strict=True))

@@ -174,6 +174,15 @@ class OnlineHadamard(nn.Module):
         return hadamard_transform(x, self.factors)
 
 
+def transformed(x: Float[Tensor, "*batch n"], rotation: OnlineHadamard | None, neuron: Slot) -> Float[Tensor, "*batch n"]:
+    """What a neuron sends of the online transform of x, where there is one: in one pass where a kernel does both."""
+    if rotation is None:
+        return neuron(x)
+    coding = neuron.coding(x)
+    done = None if coding is None else coded_transform(x, rotation.factors, coding)
+    return neuron(rotation(x)) if done is None else done
+
+
 class SpikingLinear(WideLinear):
     """A neuron before a Linear; with R4, the online Hadamard transform before the neuron."""
 
@@ -195,6 +204,4 @@ class SpikingLinear(WideLinear):
 
     def forward(self, input: Float[Tensor, "*batch I"]) -> Float[Tensor, "*batch O"]:
         """The Linear of the neuron's values of x, rotated first where R4 acts."""
-        coding = None if self.rotation is None else self.neuron.coding(input)
-        done = None if self.rotation is None or coding is None else coded_transform(input, self.rotation.factors, coding)
-        return super().forward(self.neuron(self.transform(input)) if done is None else done)
+        return super().forward(transformed(input, self.rotation, self.neuron))

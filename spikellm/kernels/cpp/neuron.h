@@ -113,6 +113,7 @@ template <class R> inline R total(V<R> x) {
 template <class R> struct Code {
     const R *theta, *h, *d, *v0, *cuts;
     int32_t groups, steps, sides, intervals, is_signed, max_spikes;  // max_spikes 0: no bound
+    int32_t together;                                                // see rows.h
     int populations() const { return sides * intervals; }
 };
 
