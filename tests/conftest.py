@@ -26,7 +26,7 @@ jaxtyping.install_import_hook("spikellm", f"{check.__module__}.{check.__name__}"
 import pytest
 import torch
 
-from spikellm.kernels.switch import fusing
+from spikellm.kernels.switch import fusing, is_fusing
 from tests.models import TINY, tiny_model
 from tests.places import SHARED_DATA
 
@@ -35,10 +35,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--plain", action="store_true", help="kernels are switched off: the plain forms compute (hardware.fused=false)")
 
 
-@pytest.fixture(autouse=True)
-def kernels(request: pytest.FixtureRequest) -> Iterator[None]:
-    """As users have them, or as `--plain` says."""
+@pytest.fixture(scope="session", autouse=True)
+def switched(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Kernels as users have them, or as `--plain` says."""
     with fusing(not request.config.getoption("--plain")):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def kernels(request: pytest.FixtureRequest, switched: None) -> Iterator[None]:
+    """Whatever was switched, where kernels themselves are tested."""
+    with fusing(is_fusing() or request.node.get_closest_marker("kernels") is not None):
         yield
 
 

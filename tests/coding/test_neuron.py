@@ -205,6 +205,7 @@ def test_groups_that_do_not_divide_the_axis_are_an_error():
         neuron(torch.ones(2, 8))
 
 
+@pytest.mark.kernels
 def test_without_a_compiler_the_plain_pass_is_used(monkeypatch, caplog):
     monkeypatch.setattr("spikellm.kernels.build.shutil.which", lambda _: None)
     caches = (fused, bindings.loaded, build.built)

@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 
 from spikellm.kernels import attention, events, native, temporal
 
+pytestmark = pytest.mark.kernels
+
 law = settings(deadline=None, max_examples=40, derandomize=True)
 SEEDS = st.integers(0, 1 << 30)
 WITHIN = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-6}

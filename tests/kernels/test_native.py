@@ -21,6 +21,8 @@ from spikellm.kernels.histogram import BINS, Tally, tally_plain
 from spikellm.kernels.transforms import kronecker
 from tests.codes import base2_table
 
+pytestmark = pytest.mark.kernels
+
 law = settings(deadline=None, max_examples=60, derandomize=True)
 DTYPES = (torch.float32, torch.float64)
 

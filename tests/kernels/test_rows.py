@@ -14,6 +14,8 @@ from spikellm.model.conversion import fill, get_neuron, model_sites, prepare
 from tests.codes import base2_tables
 from tests.models import tiny_model
 
+pytestmark = pytest.mark.kernels
+
 law = settings(deadline=None, max_examples=40, derandomize=True)
 DTYPES = (torch.float32, torch.float64)
 

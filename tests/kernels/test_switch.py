@@ -17,6 +17,8 @@ from spikellm.spikes import ledger
 from tests.codes import partitioned_tables
 from tests.models import TINY, tiny_model
 
+pytestmark = pytest.mark.kernels
+
 
 def test_within_every_kernel_is_its_plain_form_on_other_threads_too():
     x = torch.zeros(1, 1, 1)
