@@ -47,7 +47,7 @@ def peak_mib(work: Callable[[], object]) -> float:
 
 def windows(tokens: int) -> Tensor:
     """One window of the embedded text [1, tokens]."""
-    text = TextConfig(source=DatasetSource.pydocs, split="evaluation", window=tokens, max_windows=1)
+    text = TextConfig(source=DatasetSource.pydocs, split="calibration", window=tokens, max_windows=1)
     return token_windows(text, "dataset.evaluation", load_tokenizer(MODEL))
 
 
