@@ -22,7 +22,7 @@ from spikellm.planning.shape import Shape
 from spikellm.store.record import PlannedStage, PlanRecord
 
 GIB = 2**30
-# On CUDA: Inductor and what it brings into the process; kernels of a run, on a core that is free. A CPU's are there, or made while the model is read.
+# On CUDA: Inductor and what it brings into the process; kernels of a run, on a core that is free. A CPU's are made while the model is read.
 COMPILER, COMPILE_SECONDS = GIB * 15 // 100, 25.0
 SEARCH_FLOPS = 9e7  # of a group, time step and grain, at the rate of matrix products: fitted to searches of 1141 and 3744 groups
 OBSERVER_BYTES = 16  # a bin's count and its weight while they are added up
