@@ -119,13 +119,8 @@ def main() -> None:
     print(f"window of {arguments.window} tokens, {torch.get_num_threads()} threads, ANN {statistics.median(seconds['ann']):.2f} s")
     for name in networks:
         if name != "ann":
-            print(
-                ratio_line(
-                    f"{name}, seconds / ANN",
-                    [own / other for own, other in zip(seconds[name], seconds["ann"], strict=True)],
-                    arguments.most,
-                )
-            )
+            ratios = [own / other for own, other in zip(seconds[name], seconds["ann"], strict=True)]
+            print(ratio_line(f"{name}, seconds / ANN", ratios, arguments.most))
             print(f"{name + ', peak / ANN':24s} {peaks[name] / peaks['ann']:.2f}   ({peaks[name]:.0f} MiB; at most 1.1)", flush=True)
     with fusing(False):  # once: it takes minutes
         name = next(name for name in networks if name.startswith("T="))

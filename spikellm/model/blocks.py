@@ -152,6 +152,11 @@ def enter(model: PreTrainedModel, batches: Iterable[Tokens]) -> tuple[States, Ro
     )
 
 
+def rows_of_token(model: PreTrainedModel) -> int:
+    """Of a hidden state: one for every time step within `spikellm.stepped` (`SteppedEmbedding`), else one."""
+    return getattr(model.get_submodule(EMBEDDING), "T", 1)
+
+
 def flights(model: PreTrainedModel, batches: Iterable[Tokens], *, networks: int = 1) -> Iterator[list[Tokens]]:
     """The batches in those parts that go through a block before the next one is called.
 
@@ -159,7 +164,7 @@ def flights(model: PreTrainedModel, batches: Iterable[Tokens], *, networks: int 
     would have to lie on disk, and go there and back at every block, which takes longer than the weights do once more.
     """
     room = STATES_BYTES if is_offloaded(model) else 0
-    numbers = model.config.hidden_size * getattr(model.get_submodule(EMBEDDING), "T", 1) * networks  # of a token: see `SteppedEmbedding`
+    numbers = model.config.hidden_size * rows_of_token(model) * networks  # of a token
     part: list[Tensor] = []
     taken = 0
     for batch in batches:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from spikellm.calibration.calibrate import PERIOD, PREFIX_LENGTH, PREFIX_WINDOWS, QUERY_BLOCK
 from spikellm.calibration.statistics import BINS, PARTS
 from spikellm.config.labels import NetworkName
+from spikellm.evaluation.batches import STATE_COPIES, WIDE_COPIES
 from spikellm.execution.memory import LOGIT_ROWS
 from spikellm.model.blocks import STATES_BYTES
 from spikellm.model.modules import WIDENED
@@ -27,7 +28,7 @@ COMPILER, COMPILE_SECONDS = GIB * 15 // 100, 25.0
 SEARCH_FLOPS = 9e7  # of a group, time step and grain, at the rate of matrix products: fitted to searches of 1141 and 3744 groups
 OBSERVER_BYTES = 16  # a bin's count and its weight while they are added up
 STATISTICS_BYTES, STATISTICS_BINS = 8, 6000  # a bin's count and weight as they are kept; bins from the smallest to the largest value
-WIDE_COPIES, SCORE_COPIES, LOGIT_COPIES, STATE_COPIES = 5, 5, 2, 4  # of these tensors that live together
+SCORE_COPIES, LOGIT_COPIES = 5, 2  # of these tensors that live together: a block of scores, a slice of the logits
 LOGIT_PASSES = 4  # over the logits, for their cross entropy
 READ_AHEAD = 2  # layers in memory where they lie on disk: one that computes, and the next
 PRETRAINED_PASSES = 3  # through PREFIX_LENGTH tokens of the first windows, while prefix tokens are looked for
